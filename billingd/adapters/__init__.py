@@ -1,0 +1,1 @@
+"""The outside world: Amplify, Recurly, and whoever is told."""

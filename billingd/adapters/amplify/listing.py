@@ -1,0 +1,65 @@
+"""Whole listings out of pages that may shift while they are read (amplify.md 2.3)."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from billingd.adapters.amplify.encoding import Json
+from billingd.adapters.amplify.resources import created_at, identity
+from billingd.domain.errors import Permanent, Retryable
+
+PAGE_SIZE: Final = 100
+PAGES_MAX: Final = 1_000
+ROUNDS_MAX: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The rows of one page by `metadata.id`, their number, and the total if Amplify states it."""
+
+    rows: dict[str, dict[str, Json]]
+    length: int
+    total: int | None
+
+    @classmethod
+    def of(cls, kind: str, answer: Json, total: str | None) -> "Page":
+        """A list answer is a bare JSON array (amplify.md 2.2)."""
+        if not isinstance(answer, list) or not all(isinstance(row, dict) for row in answer):
+            raise Permanent(f"Amplify's list of {kind} is not a list of resources")
+        rows = {identity(kind, row): row for row in answer if isinstance(row, dict)}
+        stated = int(total) if total is not None and total.isascii() and total.isdigit() else None
+        return cls(rows, len(answer), stated)
+
+
+async def read_all(what: str, page: Callable[[int], Awaitable[Page]]) -> tuple[dict[str, Json], ...]:
+    """Every row, oldest first, each once.
+
+    A row deleted meanwhile moves the rows behind it up, so one of them can slip between two pages. When
+    the stated total shrank or was not met, the list is read again, until it is whole or two readings agree.
+    """
+    before: set[str] | None = None
+    for _ in range(ROUNDS_MAX):
+        rows, whole = await _read_round(what, page)
+        if whole or rows.keys() == before:
+            return tuple(sorted(rows.values(), key=lambda row: (created_at(row), identity(what, row))))
+        before = set(rows)
+    raise Retryable(f"Amplify's list of {what} kept changing while it was read")
+
+
+async def _read_round(
+    what: str, page: Callable[[int], Awaitable[Page]]
+) -> tuple[dict[str, dict[str, Json]], bool]:
+    rows: dict[str, dict[str, Json]] = {}
+    totals: list[int] = []
+    for number in range(1, PAGES_MAX + 1):
+        got = await page(number)
+        fresh = got.rows.keys() - rows.keys()
+        rows |= got.rows
+        if got.total is not None:
+            totals.append(got.total)
+            if len(rows) >= got.total or not fresh:
+                return rows, len(rows) >= got.total and got.total >= max(totals)
+        elif got.length < PAGE_SIZE or not fresh:
+            # Without a total a short page is the end.
+            return rows, True
+    raise Permanent(f"Amplify's list of {what} has more than {PAGES_MAX} pages")

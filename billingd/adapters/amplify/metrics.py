@@ -1,0 +1,146 @@
+"""Traffic from metrics: complete, aware of units, one call for many windows (amplify.md 6.1, 6.2)."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import structlog
+
+from billingd.adapters.amplify.counts import (
+    Billable,
+    Key,
+    Traceability,
+    count_of,
+    each_of,
+    id_of,
+    readings,
+    rows_of,
+)
+from billingd.adapters.amplify.encoding import Json, epoch_ms, moment_of
+from billingd.adapters.amplify.reader import Reader, dig
+from billingd.domain.usage import Reading
+from billingd.domain.windows import EPOCH, Window, floor
+
+log = structlog.get_logger(__name__)
+
+WINDOWS_PER_CALL_MAX: Final = 1_000
+"""Longer ranges are cut: Amplify's store refuses answers of too many buckets (Elasticsearch's habit)."""
+
+
+class MetricsTraffic:
+    """`consumer/v2/chartGroupedBy`: complete, aware of units, put into intervals by Amplify."""
+
+    name = "metrics"
+
+    def __init__(self, amplify: Traceability, billable: Billable) -> None:
+        if billable != "total":
+            raise ValueError(
+                "traffic.billable=success needs traffic.source=summary: metrics only count totals"
+            )
+        self._amplify = amplify
+        self._told = False
+
+    async def read(
+        self,
+        *,
+        organizations: Collection[str],
+        units: Collection[str],
+        subscriptions: Collection[str],
+        quotas: Collection[str],
+        start: datetime,
+        end: datetime,
+        length: timedelta,
+    ) -> tuple[Reading, ...]:
+        """One call per organization and unit for up to WINDOWS_PER_CALL_MAX windows."""
+
+        async def chart(asked: tuple[str, str, Window]) -> dict[Key, int]:
+            organization, unit, part = asked
+            body: dict[str, object] = {
+                "tenantId": organization,
+                "from": epoch_ms(part.start),
+                "to": epoch_ms(part.end),
+                "interval": interval_of(length),
+                "unitId": unit,
+                "groupBy": ["subscriptionId", "quotaId"],
+            }
+            answer = await self._amplify.ask_traceability("consumer/v2/chartGroupedBy", body=body)
+            return bucketed(rows_of(answer, "chartGroupedBy"), part, length)
+
+        calls = [
+            (organization, unit, part)
+            for organization in sorted(set(organizations))
+            for unit in sorted(set(units))
+            for part in _parts(start, end, length)
+        ]
+        return self._merge(await each_of(chart, calls))
+
+    def _merge(self, answers: Iterable[Mapping[Key, int]]) -> tuple[Reading, ...]:
+        """One reading per subscription, quota and window.
+
+        A subscription has one organization and a quota one unit, so the same pair in two answers means that
+        Amplify ignored a filter: it is counted once. Unattributed traffic has no such identity and adds up.
+        """
+        units: dict[Key, int] = defaultdict(int)
+        for answer in answers:
+            for key, count in answer.items():
+                if not (key[0] and key[1]):
+                    units[key] += count
+                    continue
+                if key in units and not self._told:
+                    self._told = True
+                    log.warning("traffic.filter_ignored", subscription=key[0], quota=key[1])
+                units[key] = max(units[key], count)
+        return readings(units)
+
+
+def interval_of(length: timedelta) -> str:
+    """A window's length in the largest unit that divides it (`^[1-9]\\d*[smhd]$`, amplify.md 6.2)."""
+    seconds, rest = divmod(length, timedelta(seconds=1))
+    if rest or seconds < 1:
+        raise ValueError("traffic.window must be whole seconds")
+    for size, letter in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds % size == 0:
+            return f"{seconds // size}{letter}"
+    return f"{seconds}s"
+
+
+def bucketed(rows: Iterable[Json], part: Window, length: timedelta) -> dict[Key, int]:
+    """Amplify's time buckets as windows.
+
+    A bucket at or after the end is the start of a later window (whether `to` is inclusive is open
+    question 5); that window's own reading will count it whole. One that begins inside the window before
+    the first is misaligned, and no number in it could be trusted.
+    """
+    units: dict[Key, int] = defaultdict(int)
+    for row in rows:
+        for bucket in Reader("chartGroupedBy", row).each("usage"):
+            at = _bucket_at(bucket)
+            if part.start - length < at < part.start:
+                bucket.fail(
+                    "time",
+                    f"{at.isoformat()} straddles the start of the range: Amplify's buckets do not align",
+                )
+            count = count_of(bucket.raw, "total")
+            if part.start <= at < part.end and count:
+                units[id_of(row, "subscriptionId"), id_of(row, "quotaId"), floor(at, length)] += count
+    return units
+
+
+def _bucket_at(bucket: Reader) -> datetime:
+    time = dig(bucket.raw, "time")
+    try:
+        if isinstance(time, str):
+            return moment_of(time)
+        if isinstance(time, int) and not isinstance(time, bool):
+            return EPOCH + timedelta(milliseconds=time)
+    except (ValueError, OverflowError):
+        pass
+    return bucket.fail("time", "is missing or no time")
+
+
+def _parts(start: datetime, end: datetime, length: timedelta) -> Iterable[Window]:
+    while start < end:
+        stop = min(end, start + WINDOWS_PER_CALL_MAX * length)
+        yield Window(start.astimezone(UTC), stop.astimezone(UTC))
+        start = stop

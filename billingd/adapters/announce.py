@@ -1,0 +1,137 @@
+"""Tells people: the provider through any Apprise URL, the subscriber by mail.
+
+Apprise URLs hold passwords and webhook secrets, and Apprise logs them; here only their scheme is ever shown.
+"""
+
+import asyncio
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Final
+from urllib.parse import quote
+
+import apprise
+
+from billingd.domain.errors import Permanent, Retryable
+
+SECONDS_MAX: Final = 30.0
+TITLE_LENGTH_MAX: Final = 200
+PLACEHOLDER: Final = "{email}"
+_ADDRESS: Final = re.compile(r"[^@\s,;:<>\"'()\[\]\\]+@[^@\s,;:<>\"'()\[\]\\/?&#%]+")
+_ERROR: Final = re.compile(r"\berror=(\d{3})\b")
+
+_statuses: ContextVar[list[str] | None] = ContextVar("announce_statuses", default=None)
+
+
+class Announcer:
+    """Sends to each configured channel, in threads, for Apprise blocks."""
+
+    def __init__(
+        self, provider_urls: Sequence[str], subscriber_template: str, *, seconds_max: float = SECONDS_MAX
+    ) -> None:
+        _hush()
+        self._seconds_max = seconds_max
+        self._channels: list[tuple[str, str]] = []
+        for number, url in enumerate(provider_urls):
+            key = f"notifications.provider[{number}]"
+            _checked(key, url)
+            self._channels.append((f"{key} ({_scheme(url)})", url))
+        if subscriber_template:
+            if PLACEHOLDER not in subscriber_template:
+                raise ValueError(f"notifications.subscriber must contain {PLACEHOLDER}")
+            _checked("notifications.subscriber", _addressed(subscriber_template, "somebody@example.com"))
+        self._template = subscriber_template
+
+    async def tell_provider(self, title: str, body: str) -> bool:
+        """Tell every provider channel; False when there is none.
+
+        Retryable when any channel failed: the others will then hear it again, which beats not at all.
+        """
+        told = await asyncio.gather(
+            *(self._tell(channel, url, title, body) for channel, url in self._channels),
+            return_exceptions=True,
+        )
+        for outcome in told:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, Retryable):
+                raise outcome
+        failures = [str(outcome) for outcome in told if outcome is not None]
+        if failures:
+            raise Retryable("; ".join(failures))
+        return bool(self._channels)
+
+    async def tell_subscriber(self, email: str | None, title: str, body: str) -> bool:
+        """Mail the subscriber; False when mail is switched off or nobody knows the address."""
+        if not self._template or not email:
+            return False
+        if not _ADDRESS.fullmatch(email):
+            # Anything else could name further recipients, or further channels.
+            raise Permanent("the subscriber's e-mail address is not one plain address")
+        url = _addressed(self._template, email)
+        await self._tell(f"notifications.subscriber ({_scheme(url)})", url, title, body)
+        return True
+
+    async def _tell(self, channel: str, url: str, title: str, body: str) -> None:
+        title = " ".join(title.split())[:TITLE_LENGTH_MAX]
+        try:
+            async with asyncio.timeout(self._seconds_max):
+                # The thread outlives a timeout; Apprise's own socket timeouts (4 s, mail 15 s) end it.
+                fault = await asyncio.to_thread(_send, url, title, body)
+        except TimeoutError:
+            raise Retryable(f"{channel} did not take the message within {self._seconds_max:g} s") from None
+        if fault is not None:
+            raise Retryable(f"{channel} did not take the message{fault}")
+
+
+def _send(url: str, title: str, body: str) -> str | None:
+    """Runs in a thread: None, or what is known of the failure."""
+    statuses: list[str] = []
+    _statuses.set(statuses)  # a thread of to_thread has a context of its own
+    notifier = apprise.Apprise(asset=_asset())
+    if not notifier.add(url):
+        return ": Apprise does not understand its URL"
+    if notifier.notify(title=title, body=body, body_format=apprise.NotifyFormat.TEXT):
+        return None
+    return f" (HTTP {', '.join(statuses)})" if statuses else ""
+
+
+def _asset() -> apprise.AppriseAsset:
+    # async_mode would open threads and loops of its own.
+    return apprise.AppriseAsset(app_id="billingd", app_desc="billingd", async_mode=False)
+
+
+def _checked(key: str, url: str) -> None:
+    with warnings.catch_warnings():
+        # The first URL makes Apprise import its hundred services, some of them over deprecated modules.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        understood = isinstance(url, str) and apprise.Apprise(asset=_asset()).add(url)
+    if not understood:
+        raise ValueError(f"{key}: Apprise does not understand this URL (scheme: {_scheme(url)})")
+
+
+def _scheme(url: str) -> str:
+    found = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,31})://", url) if isinstance(url, str) else None
+    return found[1].lower() if found else "none"
+
+
+def _addressed(template: str, email: str) -> str:
+    return template.replace(PLACEHOLDER, quote(email, safe=""))
+
+
+class _Silence(logging.Filter):
+    """Keeps Apprise's records, which quote URLs, out of every log; notes only HTTP statuses in them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        statuses = _statuses.get()
+        if statuses is not None and record.levelno >= logging.WARNING:
+            statuses += _ERROR.findall(record.getMessage())
+        return False
+
+
+def _hush() -> None:
+    """Silence the two loggers that would write down the URLs: Apprise's, and the HTTP client's under it."""
+    logger = logging.getLogger("apprise")
+    if not any(isinstance(each, _Silence) for each in logger.filters):
+        logger.addFilter(_Silence())
+    logging.getLogger("urllib3").setLevel(logging.CRITICAL)

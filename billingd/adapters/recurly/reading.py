@@ -1,0 +1,188 @@
+"""SDK resources -> domain values. A resource has only the attributes its JSON had, so each is looked for.
+
+What lacks its kind or identity is `Unreadable`: a 200 that says nothing is not a success.
+"""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import recurly
+
+from billingd.domain.billing import Account, BilledAddOn, BilledPlan, BilledSubscription, BilledUsage
+from billingd.domain.pricing import TierSpec
+
+
+class Unreadable(Exception):
+    """An answer that is not what the call asked for."""
+
+
+def identity(resource: object, kind: str) -> str:
+    """The id of a resource of this kind."""
+    return required(_of_kind(resource, kind), "id")
+
+
+def nothing(resource: object) -> None:
+    """The answer of a removal that has none."""
+    if not isinstance(resource, recurly.resource.Empty):
+        raise Unreadable("expected an empty answer")
+
+
+def account(resource: object) -> Account:
+    """An account."""
+    _of_kind(resource, "account")
+    return Account(code=required(resource, "code"), state=required(resource, "state"))
+
+
+def measured_unit(resource: object) -> str | None:
+    """The id of a measured unit that is still in use."""
+    found = identity(resource, "measured_unit")
+    return None if optional(resource, "state") == "inactive" else found
+
+
+def plan(resource: object) -> BilledPlan:
+    """A plan, whatever its state."""
+    _of_kind(resource, "plan")
+    cycles = getattr(resource, "total_billing_cycles", None)
+    prices = listed(resource, "currencies")
+    fees = {c: a for each in prices if (c := optional(each, "currency")) and (a := money(each, "setup_fee"))}
+    fees |= _amounts(listed(resource, "setup_fees"))
+    return BilledPlan(
+        id=required(resource, "id"),
+        code=required(resource, "code"),
+        state=required(resource, "state"),
+        interval_unit=required(resource, "interval_unit"),
+        interval_length=whole(resource, "interval_length"),
+        total_billing_cycles=None if cycles is None else whole(resource, "total_billing_cycles"),
+        auto_renew=bool(getattr(resource, "auto_renew", None)),
+        unit_amounts=_amounts(prices),
+        setup_fees=fees,
+    )
+
+
+def add_on(resource: object, currency: str) -> BilledAddOn:
+    """A plan's add-on, priced in one currency."""
+    _of_kind(resource, "add_on")
+    tier_type = optional(resource, "tier_type") or "flat"
+    return BilledAddOn(
+        id=required(resource, "id"),
+        code=required(resource, "code"),
+        state=required(resource, "state"),
+        add_on_type=required(resource, "add_on_type"),
+        usage_type=optional(resource, "usage_type"),
+        usage_calculation_type=optional(resource, "usage_calculation_type"),
+        usage_timeframe=optional(resource, "usage_timeframe"),
+        tier_type=tier_type,
+        measured_unit_id=optional(resource, "measured_unit_id"),
+        unit_amount=_price(resource, currency) if tier_type == "flat" else None,
+        tiers=tuple(_tiers(resource, currency)) if tier_type != "flat" else (),
+    )
+
+
+def subscription(resource: object) -> BilledSubscription:
+    """A subscription; its add-ons' codes each once, in Recurly's order."""
+    _of_kind(resource, "subscription")
+    codes = [optional(getattr(each, "add_on", None), "code") for each in listed(resource, "add_ons")]
+    return BilledSubscription(
+        uuid=required(resource, "uuid"),
+        plan_code=required(getattr(resource, "plan", None), "code"),
+        account_code=required(getattr(resource, "account", None), "code"),
+        marker=optional(resource, "po_number"),
+        state=required(resource, "state"),
+        add_on_codes=tuple(dict.fromkeys(code for code in codes if code)),
+        activated_at=moment(resource, "activated_at"),
+        period_started_at=moment(resource, "current_period_started_at"),
+        period_ends_at=moment(resource, "current_period_ends_at"),
+    )
+
+
+def usage(resource: object) -> BilledUsage:
+    """A usage record; units are whole, and never rounded to be so."""
+    found = identity(resource, "usage")
+    at = moment(resource, "usage_timestamp")
+    if at is None:
+        raise Unreadable(f"usage {found} has no usage_timestamp")
+    return BilledUsage(
+        id=found,
+        units=whole(resource, "amount"),
+        merchant_tag=optional(resource, "merchant_tag"),
+        usage_timestamp=at,
+        billed_at=moment(resource, "billed_at"),
+    )
+
+
+def required(resource: object, name: str) -> str:
+    """A text that must be there."""
+    if value := optional(resource, name):
+        return value
+    raise Unreadable(f"{type(resource).__name__} has no {name}")
+
+
+def optional(resource: object, name: str) -> str | None:
+    """A text, or None."""
+    value = getattr(resource, name, None)
+    return value if isinstance(value, str) and value else None
+
+
+def listed(resource: object, name: str) -> list[object]:
+    """A list, empty when absent."""
+    value = getattr(resource, name, None)
+    return list(value) if isinstance(value, list) else []
+
+
+def moment(resource: object, name: str) -> datetime | None:
+    """A time in UTC, or None."""
+    value = getattr(resource, name, None)
+    return value.astimezone(UTC) if isinstance(value, datetime) else None
+
+
+def whole(resource: object, name: str) -> int:
+    """A whole number, which the SDK may hold as a float."""
+    value = getattr(resource, name, None)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise Unreadable(f"{type(resource).__name__}.{name} is {value!r}, not a whole number")
+
+
+def money(resource: object, name: str) -> Decimal | None:
+    """An amount as it was written: a float's shortest text is what the JSON said."""
+    value = getattr(resource, name, None)
+    if value is None:
+        return None
+    amount = Decimal(str(value))  # InvalidOperation is an ArithmeticError: unreadable like the rest
+    if not amount.is_finite():
+        raise Unreadable(f"{type(resource).__name__}.{name} is {value!r}")
+    return amount
+
+
+def _of_kind(resource: object, kind: str) -> object:
+    if not isinstance(resource, recurly.Resource) or getattr(resource, "object", None) != kind:
+        raise Unreadable(f"expected {kind}, got {type(resource).__name__}")
+    return resource
+
+
+def _unit_amount(priced: object) -> Decimal | None:
+    decimal = money(priced, "unit_amount_decimal")
+    return money(priced, "unit_amount") if decimal is None else decimal
+
+
+def _price(holder: object, currency: str) -> Decimal | None:
+    for each in listed(holder, "currencies"):
+        if optional(each, "currency") == currency:
+            return _unit_amount(each)
+    return None
+
+
+def _tiers(resource: object, currency: str) -> Iterable[TierSpec]:
+    for each in listed(resource, "tiers"):
+        amount = _price(each, currency)
+        if amount is None:  # not sold in this currency
+            continue
+        ending = getattr(each, "ending_quantity", None)
+        yield TierSpec(None if ending is None else whole(each, "ending_quantity"), amount)
+
+
+def _amounts(prices: list[object]) -> dict[str, Decimal]:
+    return {c: a for p in prices if (c := optional(p, "currency")) and (a := _unit_amount(p)) is not None}

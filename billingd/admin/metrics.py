@@ -1,0 +1,102 @@
+"""What Prometheus is told (names: contract section 4)."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from billingd import __version__
+
+SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40)
+
+
+class _UsageUnits(Collector):
+    """Counters that live in the store, so that a restart does not set them back."""
+
+    def __init__(self) -> None:
+        self.units = {"recorded": 0, "reported": 0}
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "billingd_usage_units", "Units in the ledger, by how far they have come", labels=["stage"]
+        )
+        for stage, units in self.units.items():
+            family.add_metric([stage], units)
+        yield family
+
+
+class Metrics:
+    """The process's metrics; gauges are filled from a status document at each scrape."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._events = Counter(
+            "billingd_webhook_events",
+            "Webhook deliveries by outcome",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self._requests = Counter(
+            "billingd_remote_requests",
+            "Requests to a far side by outcome",
+            ["side", "outcome"],
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "billingd_remote_request_seconds",
+            "How long a far side took",
+            ["side"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._actions = Gauge(
+            "billingd_outbox_actions", "Actions by state and kind", ["state", "kind"], registry=self._registry
+        )
+        self._oldest = self._gauge(
+            "billingd_outbox_oldest_pending_seconds", "Age of the oldest unfinished action"
+        )
+        self._lag = self._gauge("billingd_traffic_lag_seconds", "Now less the watermark")
+        self._unreported = self._gauge("billingd_usage_unreported_units", "Recorded and not reported")
+        self._unknown = self._gauge("billingd_unknown_outcomes", "Writes to Recurly with no clear outcome")
+        self._held = Gauge("billingd_held", "Things held for a person", ["what"], registry=self._registry)
+        Gauge("billingd_build_info", "The version", ["version"], registry=self._registry).labels(
+            __version__
+        ).set(1)
+        self._usage = _UsageUnits()
+        self._registry.register(self._usage)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self._registry)
+
+    def webhook(self, outcome: str) -> None:
+        """Count a delivery."""
+        self._events.labels(outcome).inc()
+
+    def observer(self, side: str) -> Callable[[str, float], None]:
+        """What an adapter calls after each request, with its outcome and seconds."""
+
+        def observe(outcome: str, seconds: float) -> None:
+            self._requests.labels(side, outcome).inc()
+            self._seconds.labels(side).observe(seconds)
+
+        return observe
+
+    def render(self, status: dict[str, Any], actions: dict[tuple[str, str], int]) -> bytes:
+        """The exposition text, with the gauges as the status says."""
+        self._actions.clear()
+        for (state, kind), number in actions.items():
+            self._actions.labels(state, kind).set(number)
+        traffic = status["traffic"]
+        self._oldest.set(status["outbox"]["oldest_pending_seconds"] or 0)
+        self._lag.set(traffic["lag_seconds"] or 0)
+        self._unreported.set(traffic["unreported_units"])
+        self._unknown.set(traffic["unknown_outcomes"])
+        for what in ("plans", "subscriptions", "units"):
+            self._held.labels(what).set(status["held"][what])
+        self._usage.units = {
+            "recorded": traffic["recorded_units"],
+            "reported": traffic["reported_units"],
+        }
+        return generate_latest(self._registry)

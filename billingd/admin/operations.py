@@ -1,0 +1,70 @@
+"""What an operator may do to the outbox and to held items, through the daemon or on the store itself."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from billingd.domain.attempts import Action, State
+from billingd.store import held, outbox, usage
+from billingd.store.engine import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which actions: by id, or by kind, subject and a text in their last error. `states` bounds them."""
+
+    ids: tuple[int, ...] = ()
+    kind: str | None = None
+    subject: str | None = None
+    cause: str | None = None
+    states: tuple[str, ...] = (State.DEAD,)
+
+
+async def selected(store: Store, selection: Selection, *, limit: int | None = None) -> list[dict[str, Any]]:
+    """The actions of a selection, in order."""
+    async with store.read() as tx:
+        rows = await outbox.select(
+            tx,
+            states=selection.states,
+            kind=selection.kind,
+            subject=selection.subject,
+            cause=selection.cause,
+            limit=None if selection.ids else limit,
+        )
+    return [row for row in rows if not selection.ids or row["id"] in selection.ids]
+
+
+async def replay(store: Store, selection: Selection, *, now: datetime) -> list[int]:
+    """Give every dead action of the selection a new life; return their ids."""
+    ids = [int(row["id"]) for row in await selected(store, selection)]
+    if ids:
+        async with store.write() as tx:
+            await outbox.retry(tx, ids, now=now)
+    return ids
+
+
+async def retry(store: Store, action_id: int, *, now: datetime) -> bool:
+    """Try one dead action again, or a pending one at once; False when it is neither."""
+    async with store.write() as tx:
+        return await outbox.retry(tx, [action_id], now=now) == 1
+
+
+async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -> bool:
+    """Give one dead or pending action up for good; False when it is neither."""
+    async with store.write() as tx:
+        return await outbox.discard(tx, action_id, reason=reason, now=now)
+
+
+async def release(store: Store, held_id: int, *, now: datetime) -> bool:
+    """Try a held item again; False when nothing of that id is held."""
+    async with store.write() as tx:
+        item = await held.find(tx, held_id)
+        if item is None or item["closed_at"] is not None:
+            return False
+        await held.close_one(tx, held_id, resolution="released by an operator", now=now)
+        if (again := item["action"]) is not None:
+            if (record_id := again["args"].get("record")) is not None:
+                await usage.release(tx, record_id)
+            key = f"{again['kind']}:released:{held_id}"
+            await outbox.insert(tx, [Action(again["kind"], again["subject"], key, again["args"])], now=now)
+        return True

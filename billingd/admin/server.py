@@ -1,0 +1,312 @@
+"""The admin listener: health, status, metrics, the page, and the few acts an operator may do."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, Protocol
+
+import jinja2
+import structlog
+from aiohttp import web
+
+from billingd.admin import operations, status
+from billingd.admin.metrics import Metrics
+from billingd.admin.operations import Selection
+from billingd.domain.attempts import State
+from billingd.domain.errors import BillingdError, Retryable
+from billingd.loops import Clock, Progress
+from billingd.store import held, outbox, usage, watermarks
+from billingd.store.engine import Store
+
+log = structlog.get_logger()
+
+REACHED_LATELY: Final = timedelta(minutes=3)
+LIST_MAX: Final = 1_000
+
+
+class FarSide(Protocol):
+    """What readiness asks of an adapter."""
+
+    @property
+    def last_reached_at(self) -> datetime | None: ...
+    @property
+    def last_error(self) -> str | None: ...
+
+
+class Poller(Protocol):
+    """What the traffic commands ask of the poller."""
+
+    async def run_once(self) -> bool: ...
+    async def read_range(self, since: datetime, until: datetime) -> int: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the admin listener looks at and works on."""
+
+    store: Store
+    clock: Clock
+    progress: Progress
+    metrics: Metrics
+    poller: Poller
+    sides: dict[str, FarSide]
+    source: str
+    webhooks: Callable[[], dict[str, int]]
+    wake_outbox: Callable[[], None]
+
+
+class AdminListener:
+    """The aiohttp application behind `admin.listen`."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._page = jinja2.Environment(
+            loader=jinja2.PackageLoader("billingd.admin"), autoescape=True, undefined=jinja2.StrictUndefined
+        ).get_template("status.html")
+
+    def application(self) -> web.Application:
+        """The routes."""
+        application = web.Application(client_max_size=65_536, middlewares=[_answer, _only_from_commands])
+        application.router.add_routes(
+            [
+                web.get("/", self._show),
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._metrics),
+                web.get("/status", self._status),
+                web.get("/outbox", self._list),
+                web.get("/outbox/{id:[0-9]+}", self._one),
+                web.post("/outbox/replay", self._replay),
+                web.post("/outbox/{id:[0-9]+}/retry", self._retry),
+                web.post("/outbox/{id:[0-9]+}/discard", self._discard),
+                web.get("/held", self._held),
+                web.post("/held/{id:[0-9]+}/release", self._release),
+                web.get("/traffic/windows", self._windows),
+                web.post("/traffic/poll", self._poll),
+                web.post("/traffic/backfill", self._backfill),
+            ]
+        )
+        return application
+
+    def _reasons(self) -> list[str]:
+        """Why the daemon is not ready, as far as the far sides go."""
+        now = self._parts.clock.now()
+        reasons = []
+        for name, side in self._parts.sides.items():
+            at = side.last_reached_at
+            if at is None or now - at > REACHED_LATELY or side.last_error is not None:
+                reasons.append(f"{name} was not reached lately: {side.last_error or 'no call yet'}")
+        return reasons
+
+    async def _document(self) -> dict[str, Any]:
+        parts = self._parts
+        return await status.read(
+            parts.store,
+            source=parts.source,
+            now=parts.clock.now(),
+            reasons=self._reasons(),
+            webhooks=parts.webhooks(),
+        )
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        stuck = self._parts.progress.stuck(self._parts.clock.now())
+        return web.json_response({"healthy": not stuck, "stuck": stuck}, status=503 if stuck else 200)
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        reasons = self._reasons()
+        try:
+            async with self._parts.store.read() as tx:
+                await watermarks.find(tx, self._parts.source)
+        except Retryable as error:
+            reasons.append(str(error))
+        return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        return web.json_response(await self._document())
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        document = await self._document()
+        async with self._parts.store.read() as tx:
+            actions = await outbox.count(tx)
+        text = self._parts.metrics.render(document, actions)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _show(self, _request: web.Request) -> web.Response:
+        rows = await operations.selected(self._parts.store, Selection(), limit=50)
+        html = self._page.render(
+            status=await self._document(), dead=[status.action_item(row) for row in rows]
+        )
+        headers = {
+            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+            "frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+        }
+        return web.Response(text=html, content_type="text/html", headers=headers)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        query = request.query
+        states = tuple(query.getall("state", ()))
+        unknown = [state for state in states if state not in set(State)]
+        if unknown:
+            raise _bad_request(f"state: {unknown[0]!r} is none of {', '.join(State)}")
+        selection = Selection(
+            kind=query.get("kind"), subject=query.get("subject"), cause=query.get("cause"), states=states
+        )
+        limit = _number(query.get("limit", "100"), "limit", at_most=LIST_MAX)
+        rows = await operations.selected(self._parts.store, selection, limit=limit)
+        return web.json_response({"actions": [status.action_item(row) for row in rows]})
+
+    async def _one(self, request: web.Request) -> web.Response:
+        async with self._parts.store.read() as tx:
+            row = await outbox.find(tx, _id(request))
+        if row is None:
+            raise _not_found("action", _id(request))
+        return web.json_response(status.action_item(row))
+
+    async def _replay(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        chosen = body.get("ids", [])
+        if not isinstance(chosen, list) or not all(isinstance(one, int) for one in chosen):
+            raise _bad_request("ids: must be a list of numbers")
+        texts = {name: body.get(name) for name in ("kind", "subject", "cause")}
+        for name, value in texts.items():
+            if value is not None and not isinstance(value, str):
+                raise _bad_request(f"{name}: must be a text")
+        selection = Selection(ids=tuple(chosen), **texts)
+        ids = await operations.replay(self._parts.store, selection, now=self._parts.clock.now())
+        self._parts.wake_outbox()
+        log.info("outbox.replayed", actions=len(ids))
+        return web.json_response({"replayed": ids})
+
+    async def _retry(self, request: web.Request) -> web.Response:
+        if not await operations.retry(self._parts.store, _id(request), now=self._parts.clock.now()):
+            raise _not_found("dead or pending action", _id(request))
+        self._parts.wake_outbox()
+        log.info("outbox.retried", action=_id(request))
+        return web.json_response({"retried": _id(request)})
+
+    async def _discard(self, request: web.Request) -> web.Response:
+        reason = (await _body(request)).get("reason")
+        if not isinstance(reason, str) or not reason.strip():
+            raise _bad_request("reason: say in a few words why this action is given up")
+        now = self._parts.clock.now()
+        if not await operations.discard(self._parts.store, _id(request), reason=reason, now=now):
+            raise _not_found("dead or pending action", _id(request))
+        log.info("outbox.discarded", action=_id(request), reason=reason)
+        return web.json_response({"discarded": _id(request)})
+
+    async def _held(self, _request: web.Request) -> web.Response:
+        async with self._parts.store.read() as tx:
+            items = await held.standing(tx)
+        return web.json_response({"held": [status.held_item(item) for item in items]})
+
+    async def _release(self, request: web.Request) -> web.Response:
+        if not await operations.release(self._parts.store, _id(request), now=self._parts.clock.now()):
+            raise _not_found("held item", _id(request))
+        self._parts.wake_outbox()
+        log.info("held.released", held=_id(request))
+        return web.json_response({"released": _id(request)})
+
+    async def _windows(self, request: web.Request) -> web.Response:
+        limit = _number(request.query.get("limit", "48"), "limit", at_most=LIST_MAX)
+        async with self._parts.store.read() as tx:
+            mark = await watermarks.find(tx, self._parts.source)
+            rows = await usage.by_window(tx, limit=limit)
+        return web.json_response(
+            {
+                "source": self._parts.source,
+                "watermark": None if mark is None else status.timestamp(mark.at),
+                "windows": [{name: status.plain(value) for name, value in row.items()} for row in rows],
+            }
+        )
+
+    async def _poll(self, _request: web.Request) -> web.Response:
+        await self._parts.poller.run_once()
+        return web.json_response({"polled": True})
+
+    async def _backfill(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        since, until = _time(body.get("since"), "since"), _time(body.get("until"), "until")
+        if until <= since:
+            raise _bad_request("until: must be later than since")
+        booked = await self._parts.poller.read_range(since, until)
+        return web.json_response({"booked_units": booked})
+
+
+@web.middleware
+async def _answer(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400 or error.content_type == "application/json":
+            raise
+        code = (error.reason or "error").lower().replace(" ", "_")
+        return _error(error.status, code, f"{request.method} {request.path}: {error.reason}")
+    except Retryable as error:
+        return _error(503, "unavailable", str(error))
+    except BillingdError as error:
+        return _error(500, "failed", str(error))
+
+
+@web.middleware
+async def _only_from_commands(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """A web page can send neither a JSON content type nor our header to another origin without asking."""
+    if request.method == "POST" and (
+        request.content_type != "application/json" or "X-Billingd" not in request.headers
+    ):
+        return _error(403, "forbidden", "POST needs Content-Type: application/json and an X-Billingd header")
+    return await handler(request)
+
+
+def _error(status_: int, code: str, message: str) -> web.Response:
+    return web.json_response({"error": {"code": code, "message": message}}, status=status_)
+
+
+def _bad_request(message: str) -> web.HTTPException:
+    return _http(web.HTTPBadRequest, "bad_request", message)
+
+
+def _not_found(what: str, number: int) -> web.HTTPException:
+    return _http(web.HTTPNotFound, "not_found", f"there is no {what} {number}")
+
+
+def _http(kind: type[web.HTTPException], code: str, message: str) -> web.HTTPException:
+    response = _error(400, code, message)
+    return kind(text=response.text, content_type="application/json")
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    if not request.can_read_body:
+        return {}
+    try:
+        body = await request.json()
+    except ValueError:
+        raise _bad_request("the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise _bad_request("the body must be a JSON object")
+    return body
+
+
+def _id(request: web.Request) -> int:
+    return _number(request.match_info["id"], "id", at_most=2**62)
+
+
+def _number(text: str, name: str, *, at_most: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > at_most:
+        raise _bad_request(f"{name}: must be a whole number up to {at_most}")
+    return int(text)
+
+
+def _time(value: Any, name: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise _bad_request(f"{name}: must be an RFC 3339 time, as in 2026-11-22T10:00:00Z") from None
+    if moment.tzinfo is None:
+        raise _bad_request(f"{name}: must name its zone, as in 2026-11-22T10:00:00Z")
+    return moment

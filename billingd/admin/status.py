@@ -1,0 +1,96 @@
+"""The state of things in one document: what /status and `billingd status` say."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from billingd import __version__
+from billingd.domain.attempts import State
+from billingd.store import events, held, intents, links, outbox, usage, watermarks
+from billingd.store.engine import Store
+
+
+async def read(
+    store: Store, *, source: str, now: datetime, reasons: Sequence[str], webhooks: Mapping[str, int]
+) -> dict[str, Any]:
+    """The status document (contract section 4); `reasons` say why the daemon is not ready.
+
+    `webhooks` are this process's counts; what was accepted is counted in the store, across restarts.
+    """
+    async with store.read() as tx:
+        counts = await outbox.count(tx)
+        oldest = await outbox.oldest_pending(tx)
+        mark = await watermarks.find(tx, source)
+        totals = await usage.totals(tx)
+        unlinked = await usage.unlinked_units(tx)
+        unknown = await intents.count_open(tx)
+        plans, subscriptions = await links.count(tx)
+        held_counts = await held.count(tx)
+        held_items = await held.standing(tx)
+        accepted = await events.count(tx)
+    by_state = {state: sum(n for (of, _), n in counts.items() if of == state) for state in State}
+    recorded = sum(totals.values())
+    reported = totals.get("reported", 0)
+    return {
+        "version": __version__,
+        "ready": not reasons,
+        "reasons": list(reasons),
+        "webhooks": {
+            "accepted": accepted,
+            "duplicates": webhooks.get("duplicates", 0),
+            "rejected": webhooks.get("rejected", 0),
+        },
+        "outbox": {
+            "pending": by_state[State.PENDING],
+            "leased": by_state[State.LEASED],
+            "dead": by_state[State.DEAD],
+            "done": by_state[State.DONE],
+            "discarded": by_state[State.DISCARDED],
+            "oldest_pending_seconds": None if oldest is None else int((now - oldest).total_seconds()),
+        },
+        "traffic": {
+            "source": source,
+            "watermark": None if mark is None else timestamp(mark.at),
+            "lag_seconds": None if mark is None else int((now - mark.at).total_seconds()),
+            "recorded_units": recorded,
+            "reported_units": reported,
+            "unreported_units": recorded - reported,
+            "unknown_outcomes": unknown,
+            "unlinked_units": unlinked,
+        },
+        "held": {**held_counts, "items": [held_item(item) for item in held_items]},
+        "links": {"plans": plans, "subscriptions": subscriptions},
+    }
+
+
+def timestamp(moment: datetime) -> str:
+    """RFC 3339 in UTC, with a Z, fractions only where there are some."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    return timestamp(value) if isinstance(value, datetime) else value
+
+
+def held_item(item: Mapping[str, Any]) -> dict[str, Any]:
+    """One held item as the contract's `held list --json` has it."""
+    return {
+        "id": item["id"],
+        "kind": item["kind"],
+        "subject": item["subject"],
+        "subscription": item["subscription_id"],
+        "add_on": item["add_on_code"],
+        "units": item["units"],
+        "amount": item["amount"],
+        "currency": item["currency"],
+        "reason": item["reason"],
+        "since": timestamp(item["since"]),
+    }
+
+
+def action_item(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One action as `outbox list --json` has it."""
+    names = ("id", "kind", "subject", "key", "args", "state", "attempt", "error", "event_id")
+    times = ("due_at", "created_at", "settled_at")
+    return {name: row[name] for name in names} | {name: plain(row[name]) for name in times}

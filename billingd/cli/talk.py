@@ -1,0 +1,99 @@
+"""A client of the running daemon's admin listener, over TCP or a unix socket."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from billingd.cli.output import Unreachable
+from billingd.domain.errors import BillingdError
+
+CONNECT_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 5.0
+READING_SECONDS: Final = 3_600.0
+"""A poll that catches up, or a backfill, reads weeks of windows from Amplify before it answers."""
+
+TELLS_ITS_FAR_SIDE: Final = frozenset({502, 503, 504})
+
+
+class DaemonAway(Unreachable):
+    """Nothing that is billingd answers at admin.listen."""
+
+
+class Declined(BillingdError):
+    """The daemon answered, and says no."""
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """The daemon that listens there: HOST:PORT or unix:/PATH."""
+
+    listen: str
+
+    async def get(
+        self, path: str, *, key: str, query: Sequence[tuple[str, str]] = ()
+    ) -> dict[str, Any]:
+        """Read a document, which has that key. Raises DaemonAway, Unreachable, Declined."""
+        status, content = await self._ask("GET", path, query=query, body=None, seconds=ANSWER_SECONDS)
+        return self._read(status, content, key)
+
+    async def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, key: str, seconds: float = ANSWER_SECONDS
+    ) -> dict[str, Any]:
+        """Change something; the answer has that key. Raises DaemonAway, Unreachable, Declined."""
+        status, content = await self._ask("POST", path, query=(), body=body or {}, seconds=seconds)
+        return self._read(status, content, key)
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Sequence[tuple[str, str]],
+        body: Mapping[str, Any] | None,
+        seconds: float,
+    ) -> tuple[int, bytes]:
+        import aiohttp
+
+        base, connector = self._door()
+        patience = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
+        headers = {"X-Billingd": "1"}  # with a JSON body: what no web page can send
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=patience) as session,
+                session.request(
+                    method, base + path, params=query, json=body, headers=headers, allow_redirects=False
+                ) as answer,
+            ):
+                return answer.status, await answer.read()
+        except TimeoutError:
+            raise DaemonAway(f"the daemon does not answer at {self.listen} in time") from None
+        except (aiohttp.ClientError, OSError) as error:
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DaemonAway(f"the daemon does not answer at {self.listen} ({why})") from None
+
+    def _door(self) -> tuple[str, Any]:
+        import aiohttp
+
+        if self.listen.startswith("unix:"):
+            return "http://billingd", aiohttp.UnixConnector(path=self.listen.removeprefix("unix:"))
+        from billingd.settings import host_port
+
+        host, port = host_port(self.listen)
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}", aiohttp.TCPConnector()
+
+    def _read(self, status: int, content: bytes, key: str) -> dict[str, Any]:
+        """The document, or the daemon's own words for why there is none."""
+        try:
+            document = json.loads(content)
+        except ValueError:
+            document = None
+        if isinstance(document, dict):
+            if status == 200 and key in document:
+                return document
+            fault = document.get("error")
+            if isinstance(fault, dict) and "message" in fault:
+                if status in TELLS_ITS_FAR_SIDE:
+                    raise Unreachable(str(fault["message"]))
+                raise Declined(str(fault["message"]))
+        raise DaemonAway(f"the daemon does not answer at {self.listen} (something else does: HTTP {status})")

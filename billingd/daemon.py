@@ -1,0 +1,352 @@
+"""The composition root: builds every part, turns the loops, and ends cleanly on SIGTERM."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from random import SystemRandom
+from typing import Any, Final
+
+import aiohttp
+import structlog
+from aiohttp import web
+from cronsim import CronSim
+
+from billingd import __version__, systemd
+from billingd.adapters.amplify import REGIONS, Amplify, traffic_source
+from billingd.adapters.announce import Announcer
+from billingd.adapters.recurly import Recurly
+from billingd.admin.metrics import Metrics
+from billingd.admin.server import AdminListener, FarSide, Parts
+from billingd.domain.attempts import Patience
+from billingd.domain.errors import BillingdError
+from billingd.domain.events import PROVISION_PLAN, PROVISION_SUBSCRIPTION
+from billingd.domain.notices import NOTIFY_PROVIDER, NOTIFY_SUBSCRIBER
+from billingd.loops import Clock, Progress, every, forever
+from billingd.notify import Notifier
+from billingd.once import Once
+from billingd.outbox import Handler, Outbox
+from billingd.provisioning.ending import END_SUBSCRIPTION, SubscriptionEnder
+from billingd.provisioning.plan import PlanProvisioner
+from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
+from billingd.settings import Settings, host_port, parse_duration
+from billingd.store import events, migrate, outbox
+from billingd.store.engine import Store
+from billingd.traffic.poll import TrafficPoller
+from billingd.traffic.report import REPORT_USAGE, UsageReporter
+from billingd.webhooks import Authenticator, Tally, WebhookListener
+
+log = structlog.get_logger()
+
+PROBE_EVERY: Final = timedelta(seconds=30)
+RETENTION_EVERY: Final = timedelta(hours=1)
+POLL_PATIENCE: Final = timedelta(hours=1)
+"""A catch-up over weeks of windows may take this long before the process counts as stuck."""
+
+HTTP_CLOSE_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """Every part that runs."""
+
+    settings: Settings
+    clock: Clock
+    store: Store
+    amplify: Amplify
+    recurly: Recurly
+    outbox: Outbox
+    poller: TrafficPoller
+    webhooks: web.Application
+    admin: web.Application
+    progress: Progress
+
+
+async def run(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT, then drain. Raises StoreBusy when another process has the store."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    clock = Clock()
+    async with Store(settings.store.url) as store:
+        store.lock()
+        await _migrate(store, clock.now())
+        if store.sqlite:
+            async with store.write() as tx:
+                await outbox.take_back_leases(tx, now=clock.now())
+        async with build(settings, store, clock) as daemon:
+            await _serve(daemon, stop)
+    log.info("daemon.stopped")
+
+
+async def _migrate(store: Store, now: datetime) -> None:
+    """Bring the store up to date, after a backup on SQLite when it holds anything."""
+    try:
+        await migrate.check(store)
+    except migrate.SchemaBehind:
+        if await migrate.current(store) is not None:
+            copy = migrate.backup(store, None, now=now)
+            log.info("store.backed_up", to=str(copy))
+        before, after = await migrate.upgrade(store)
+        log.info("store.upgraded", before=before, after=after)
+
+
+@asynccontextmanager
+async def build(settings: Settings, store: Store, clock: Clock) -> AsyncIterator[Daemon]:
+    """Construct every part; nothing starts here. The only place that knows every class."""
+    metrics, tally, progress = Metrics(), Tally(), Progress()
+    tally.observers.append(metrics.webhook)
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        region = REGIONS[settings.amplify.region]
+        amplify = Amplify(
+            session,
+            central_url=settings.amplify.central_url or region.central_url,
+            login_url=settings.amplify.login_url or region.login_url,
+            platform_url=settings.amplify.platform_url or region.platform_url,
+            api_version=settings.amplify.api_version,
+            organization_id=settings.amplify.organization_id,
+            client_id=settings.amplify.client_id,
+            client_secret=settings.amplify.client_secret.get_secret_value(),
+            timeout=settings.amplify.timeout,
+            clock=clock.now,
+            observe=metrics.observer("amplify"),
+        )
+        recurly = Recurly(
+            api_key=settings.recurly.api_key.get_secret_value(),
+            base_url=settings.recurly.base_url,
+            region=settings.recurly.region,
+            timeout=settings.recurly.timeout,
+            requests_per_minute=settings.recurly.requests_per_minute,
+            threads=settings.outbox.workers,
+            observe=metrics.observer("recurly"),
+            clock=clock.now,
+        )
+        source = traffic_source(settings.traffic.source, amplify, settings.traffic.billable)
+        announcer = Announcer(
+            [url.get_secret_value() for url in settings.notifications.provider],
+            settings.notifications.subscriber.get_secret_value(),
+        )
+        once = Once(store, clock, settling=settings.recurly.settling)
+        look_again = settings.outbox.backoff_max
+        plans = PlanProvisioner(store, clock, amplify, recurly, once, look_again=look_again)
+        subscriptions = SubscriptionProvisioner(
+            store,
+            clock,
+            amplify,
+            recurly,
+            once,
+            Policy(
+                accounts_missing=settings.accounts.missing,
+                collection_method=settings.recurly.collection_method,
+                marketplace_url=settings.notifications.marketplace_url,
+                window=settings.traffic.window,
+                look_again=look_again,
+            ),
+        )
+        ender = SubscriptionEnder(
+            store,
+            clock,
+            recurly,
+            once,
+            on_cancel=settings.subscriptions.on_cancel,
+            traffic_source=source.name,
+            look_again=min(look_again, settings.traffic.window),
+        )
+        reporter = UsageReporter(store, clock, recurly, once, look_again=look_again)
+        notifier = Notifier(announcer, amplify)
+        handlers: dict[str, Handler] = {
+            PROVISION_PLAN: plans.provision,
+            PROVISION_SUBSCRIPTION: subscriptions.provision,
+            END_SUBSCRIPTION: ender.end,
+            REPORT_USAGE: reporter.report,
+            NOTIFY_PROVIDER: notifier.provider,
+            NOTIFY_SUBSCRIBER: notifier.subscriber,
+        }
+        engine = Outbox(
+            store,
+            clock,
+            handlers,
+            workers=settings.outbox.workers,
+            lease=settings.outbox.lease,
+            patience=Patience(
+                settings.outbox.attempts_max, settings.outbox.backoff, settings.outbox.backoff_max
+            ),
+            rng=SystemRandom(),
+        )
+        poller = TrafficPoller(
+            store,
+            clock,
+            source,
+            length=settings.traffic.window,
+            settle=settings.traffic.settle,
+            horizon=settings.traffic.horizon,
+            wake_outbox=engine.wake,
+        )
+        listener = WebhookListener(
+            store,
+            clock,
+            Authenticator(settings.webhooks.auth, settings.webhooks.secret.get_secret_value()),
+            body_bytes_max=settings.webhooks.body_bytes_max,
+            wake=engine.wake,
+            tally=tally,
+        )
+        sides: dict[str, FarSide] = {"Amplify": amplify, "Recurly": recurly}
+        admin = AdminListener(
+            Parts(
+                store=store,
+                clock=clock,
+                progress=progress,
+                metrics=metrics,
+                poller=poller,
+                sides=sides,
+                source=source.name,
+                webhooks=lambda: {"duplicates": tally.duplicates, "rejected": tally.rejected},
+                wake_outbox=engine.wake.set,
+            )
+        )
+        yield Daemon(
+            settings,
+            clock,
+            store,
+            amplify,
+            recurly,
+            engine,
+            poller,
+            listener.application(),
+            admin.application(),
+            progress,
+        )
+
+
+async def _serve(daemon: Daemon, stop: asyncio.Event) -> None:
+    """Listen and turn the loops until told to stop, then drain; a loop that dies ends the process."""
+    settings = daemon.settings
+    async with AsyncExitStack() as listeners:
+        await _listen(listeners, daemon.admin, settings.admin.listen)
+        await _listen(listeners, daemon.webhooks, settings.webhooks.listen)
+        log.info(
+            "daemon.ready",
+            version=__version__,
+            webhooks=settings.webhooks.listen,
+            admin=settings.admin.listen,
+            store=daemon.store.url.render_as_string(hide_password=True),
+        )
+        systemd.notify("READY=1")
+        tasks = [asyncio.create_task(step, name=name) for name, step in _loops(daemon).items()]
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+        systemd.notify("STOPPING=1")
+        log.info("daemon.draining", at_most_seconds=settings.outbox.drain.total_seconds())
+        await _cancel([*tasks, stopping])
+        began = daemon.clock.now()
+        await daemon.outbox.drain(at_most=settings.outbox.drain)
+        left = settings.outbox.drain - (daemon.clock.now() - began)
+        await daemon.recurly.close(deadline=max(left, timedelta(0)))
+    for task in tasks:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+
+
+def _loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
+    """Every loop by name."""
+    settings, clock, progress = daemon.settings, daemon.clock, daemon.progress
+
+    def loop(
+        name: str,
+        step: Callable[[], Awaitable[bool]],
+        idle: Callable[[], Awaitable[timedelta]],
+        wake: asyncio.Event | None = None,
+        patience: timedelta = timedelta(minutes=5),
+    ) -> Coroutine[Any, Any, None]:
+        return forever(
+            name,
+            step,
+            wake=wake or asyncio.Event(),
+            clock=clock,
+            idle=idle,
+            progress=progress,
+            patience=patience,
+        )
+
+    loops = {
+        "outbox": loop("outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake),
+        "traffic": loop(
+            "traffic",
+            daemon.poller.run_once,
+            _until_next(settings.traffic.schedule, clock),
+            daemon.poller.wake,
+            POLL_PATIENCE,
+        ),
+        "retention": loop(
+            "retention",
+            lambda: _forget(daemon.store, clock.now() - settings.store.keep_done),
+            every(RETENTION_EVERY),
+        ),
+        "probe": loop("probe", lambda: _probe(daemon), every(PROBE_EVERY)),
+    }
+    if (seconds := systemd.watchdog_seconds()) is not None:
+        loops["watchdog"] = loop(
+            "watchdog", lambda: _feed(progress, clock), every(timedelta(seconds=seconds / 3))
+        )
+    return loops
+
+
+def _until_next(schedule: str, clock: Clock) -> Callable[[], Awaitable[timedelta]]:
+    """How long until the schedule (a cron line in UTC, or a duration) says to look again."""
+
+    async def idle() -> timedelta:
+        if " " not in schedule:
+            return parse_duration(schedule)
+        now = clock.now()
+        return next(CronSim(schedule, now)) - now
+
+    return idle
+
+
+async def _probe(daemon: Daemon) -> bool:
+    """See whether both far sides answer, so that readiness speaks of now."""
+    for side in (daemon.amplify, daemon.recurly):
+        try:
+            await side.reach()
+        except BillingdError as error:
+            log.debug("probe.failed", error=str(error))  # /readyz tells it from the adapter's last_error
+    return False
+
+
+async def _feed(progress: Progress, clock: Clock) -> bool:
+    """Tell systemd that every loop makes progress, and stay silent when one does not."""
+    if not progress.stuck(clock.now()):
+        systemd.notify("WATCHDOG=1")
+    return False
+
+
+async def _forget(store: Store, before: datetime) -> bool:
+    """Drop what was settled or seen long ago; the usage ledger is kept for ever."""
+    async with store.write() as tx:
+        await outbox.forget(tx, before=before)
+        await events.forget(tx, before=before)
+    return False
+
+
+async def _listen(stack: AsyncExitStack, application: web.Application, listen: str) -> None:
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=HTTP_CLOSE_SECONDS)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    if listen.startswith("unix:"):
+        await web.UnixSite(runner, listen.removeprefix("unix:")).start()
+        return
+    host, port = host_port(listen)
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        raise BillingdError(f"cannot listen on {listen}: {error.strerror or error}") from error
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,108 @@
+"""Recurly's resources as billingd understands them: accounts, plans, add-ons, subscriptions, usage."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+
+from billingd.domain.pricing import TierSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """An account at Recurly."""
+
+    code: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class BilledSubscription:
+    """A subscription at Recurly, as far as billingd cares. Times are aware UTC, whole seconds."""
+
+    uuid: str
+    plan_code: str
+    account_code: str
+    marker: str | None
+    """`po_number`: the Amplify subscription's `metadata.id`."""
+    state: str
+    """active | canceled | expired | failed | future | paused"""
+    add_on_codes: tuple[str, ...]
+    activated_at: datetime | None
+    period_started_at: datetime | None
+    period_ends_at: datetime | None
+
+    @property
+    def live(self) -> bool:
+        """Whether it still bills, now or later."""
+        return self.state in {"active", "canceled", "future", "paused"}
+
+
+@dataclass(frozen=True, slots=True)
+class BilledUsage:
+    """One usage record as Recurly holds it; `billed_at` is None while it is unbilled."""
+
+    id: str
+    units: int
+    merchant_tag: str | None
+    usage_timestamp: datetime
+    billed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class BilledPlan:
+    """A plan at Recurly. `unit_amounts` and `setup_fees` are per currency; `state` active | inactive."""
+
+    id: str
+    code: str
+    state: str
+    interval_unit: str
+    interval_length: int
+    total_billing_cycles: int | None
+    auto_renew: bool
+    unit_amounts: dict[str, Decimal]
+    setup_fees: dict[str, Decimal]
+
+
+@dataclass(frozen=True, slots=True)
+class BilledAddOn:
+    """A plan's add-on at Recurly, its prices in `currency` only.
+
+    `unit_amount` is set for `flat`, `tiers` for the others; the open last tier has `ending_quantity` None
+    (Recurly may also say 999999999).
+    """
+
+    id: str
+    code: str
+    state: str
+    add_on_type: str
+    usage_type: str | None
+    usage_calculation_type: str | None
+    usage_timeframe: str | None
+    tier_type: str
+    measured_unit_id: str | None
+    unit_amount: Decimal | None
+    tiers: tuple[TierSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewSubscription:
+    """What to create at Recurly; `marker` goes into `po_number`."""
+
+    plan_code: str
+    account_code: str
+    currency: str
+    collection_method: str
+    marker: str
+    add_on_codes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewUsage:
+    """One usage record to create: 1 to 999,999,999 units (or their negative) at one explicit time."""
+
+    subscription_uuid: str
+    add_on_code: str
+    units: int
+    merchant_tag: str
+    usage_timestamp: datetime
+    recorded_at: datetime

@@ -1,0 +1,77 @@
+"""Errors, named by what the caller does next."""
+
+from datetime import timedelta
+
+
+class BillingdError(Exception):
+    """Anything billingd raises on purpose; its text is written for an operator."""
+
+
+class Retryable(BillingdError):
+    """Try again later: nothing happened, or what happened can be asked again.
+
+    `retry_after` is the far side's own wish (Retry-After, rate-limit reset), or None.
+    """
+
+    def __init__(self, message: str, *, retry_after: timedelta | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unknown(Retryable):
+    """A write got no usable answer: it may or may not have happened.
+
+    `replayed` is True when the far side returned a stored failure, so that the same key cannot help.
+    """
+
+    def __init__(self, message: str, *, retry_after: timedelta | None = None, replayed: bool = False) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.replayed = replayed
+
+
+class NotDone(Retryable):
+    """A write was clearly refused for now (rate limit, a change in progress): safe to send anew."""
+
+
+class Misconfigured(Retryable):
+    """The far side refuses us altogether (credentials, permissions): waits until somebody mends it."""
+
+
+class Permanent(BillingdError):
+    """The same call can never succeed; a person must look."""
+
+
+class Refused(Permanent):
+    """A far side rejected this payload for good.
+
+    `code` is the far side's own word for it (such as Recurly's `validation`), `params` the fields it named.
+    """
+
+    def __init__(self, message: str, *, code: str = "", params: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.params = params
+
+
+class NotFound(Permanent):
+    """The far side says clearly that there is no such thing."""
+
+
+class Conflict(Permanent):
+    """The resource changed since it was read: read it again, then decide again."""
+
+
+class Rejected(BillingdError):
+    """A webhook delivery that is not accepted: nothing of it is kept.
+
+    `status` is the HTTP status that says why, `code` its machine-readable name.
+    """
+
+    def __init__(self, message: str, *, status: int, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class StoreBusy(BillingdError):
+    """Another process holds this store, or the store is newer than this program."""

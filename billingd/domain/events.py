@@ -1,0 +1,164 @@
+"""Webhook bytes -> Event -> Actions. The event is a hint: handlers read the resource as it is then."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from billingd.domain.attempts import Action
+from billingd.domain.errors import Rejected
+
+PROVISION_PLAN: Final = "provision_plan"
+PROVISION_SUBSCRIPTION: Final = "provision_subscription"
+
+EVENT_TYPES: Final = frozenset(
+    {"ResourceCreated", "ResourceUpdated", "ResourceDeleted", "SubResourceUpdated"}
+)
+NAME_LENGTH_MAX: Final = 100
+ID_LENGTH_MAX: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One delivery, reduced to what is needed: which resource, and what is said to have happened to it."""
+
+    source: str
+    id: str
+    type: str
+    kind: str
+    name: str
+    resource_id: str | None
+    subresource: str | None
+    resource_version: str | None
+    scope_name: str | None
+    """Name of the resource that contains this one (the product plan of a quota)."""
+    state: str | None
+    """The plan's or subscription's state where the payload carries it."""
+    deleting: bool
+    correlation_id: str | None
+
+
+def _reject(message: str) -> Rejected:
+    return Rejected(message, status=400, code="not_an_event")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"the body is not JSON: {error}", status=400, code="not_json") from error
+    if not isinstance(document, dict):
+        raise _reject("the body must be a JSON object with id, type and payload")
+    return document
+
+
+def _text(value: Any, where: str, *, length_max: int) -> str:
+    if not isinstance(value, str) or not value or len(value) > length_max or "\x00" in value:
+        raise _reject(f"{where} must be a text of 1 to {length_max} characters")
+    return value
+
+
+def _optional(value: Any, *, length_max: int = ID_LENGTH_MAX) -> str | None:
+    usable = isinstance(value, str) and value and len(value) <= length_max and "\x00" not in value
+    return value if usable else None
+
+
+def _state(payload: dict[str, Any]) -> str | None:
+    """`state` is a plain string on plans and an object with a name on subscriptions (amplify.md 3)."""
+    state = payload.get("state")
+    return _optional(state.get("name") if isinstance(state, dict) else state)
+
+
+def parse_amplify(body: bytes) -> Event:
+    """The event in an Amplify webhook's body. Raises `Rejected` (400) when it is not one."""
+    document = _object(body)
+    payload = document.get("payload")
+    if not isinstance(payload, dict):
+        raise _reject("payload must be an object: the resource that changed")
+    event_type = document.get("type")
+    if event_type not in EVENT_TYPES:
+        raise _reject(f"type must be one of {', '.join(sorted(EVENT_TYPES))}")
+    metadata = payload.get("metadata") if isinstance(payload.get("metadata"), dict) else {}
+    about = document.get("metadata") if isinstance(document.get("metadata"), dict) else {}
+    assert isinstance(metadata, dict)
+    assert isinstance(about, dict)
+    scope = metadata.get("scope")
+    return Event(
+        source="amplify",
+        id=_text(document.get("id"), "id", length_max=100),
+        type=event_type,
+        kind=_text(payload.get("kind"), "payload.kind", length_max=NAME_LENGTH_MAX),
+        name=_text(payload.get("name"), "payload.name", length_max=NAME_LENGTH_MAX),
+        resource_id=_optional(metadata.get("id")),
+        subresource=_optional(about.get("subresource")),
+        resource_version=_optional(metadata.get("resourceVersion")),
+        scope_name=_optional(scope.get("name"), length_max=NAME_LENGTH_MAX)
+        if isinstance(scope, dict)
+        else None,
+        state=_state(payload),
+        deleting=metadata.get("state") == "DELETING",
+        correlation_id=_optional(document.get("correlationId"), length_max=100),
+    )
+
+
+def parse_recurly(body: bytes, notification_id: str | None) -> Event:
+    """The event in a Recurly webhook's body (a pointer to an object, see recurly.md 4.10).
+
+    `notification_id` is the header that stays the same across retries; without it the body's digest serves.
+    """
+    document = _object(body)
+    identity = _optional(notification_id, length_max=100) or hashlib.sha256(body).hexdigest()
+    return Event(
+        source="recurly",
+        id=identity,
+        type=_text(document.get("event_type"), "event_type", length_max=NAME_LENGTH_MAX),
+        kind=_text(document.get("object_type"), "object_type", length_max=NAME_LENGTH_MAX),
+        name=_optional(document.get("uuid"), length_max=100)
+        or _text(document.get("id"), "id", length_max=100),
+        resource_id=_optional(document.get("id")),
+        subresource=None,
+        resource_version=None,
+        scope_name=None,
+        state=None,
+        deleting=False,
+        correlation_id=None,
+    )
+
+
+def actions_for(event: Event) -> tuple[Action, ...]:
+    """What an event asks for; nothing when that is known at once.
+
+    A product plan matters whatever happened to it, once it has left the draft; a quota because a plan may
+    gain one; a subscription when its approval or state moved or it went (sequence in amplify.md 4.2).
+    Recurly's events are kept and ask for nothing: billingd reads Recurly's state when it needs it.
+    """
+    if event.source != "amplify":
+        return ()
+    if event.kind == "ProductPlan":
+        if event.state == "draft" and event.type != "ResourceDeleted":
+            return ()
+        return (plan_action(event.name, event.resource_id, because=event.id),)
+    if event.kind == "Quota" and event.scope_name is not None:
+        return (plan_action(event.scope_name, None, because=event.id),)
+    if event.kind == "Subscription" and event.resource_id is not None:
+        moved = event.type == "SubResourceUpdated" and event.subresource in {"approval", "state"}
+        if moved or event.type == "ResourceDeleted" or event.deleting:
+            return (subscription_action(event.name, event.resource_id, because=event.id),)
+    return ()
+
+
+def plan_action(name: str, plan_id: str | None, *, because: str) -> Action:
+    """Bring Recurly in line with a product plan. Its subject is the name: a quota's event knows no plan id."""
+    return Action(
+        PROVISION_PLAN, f"plan:{name}", f"{PROVISION_PLAN}:{name}:{because}", {"name": name, "id": plan_id}
+    )
+
+
+def subscription_action(name: str, subscription_id: str, *, because: str) -> Action:
+    """Bring Recurly in line with a subscription. Its subject is the id: names are used again."""
+    return Action(
+        PROVISION_SUBSCRIPTION,
+        f"subscription:{subscription_id}",
+        f"{PROVISION_SUBSCRIPTION}:{subscription_id}:{because}",
+        {"name": name, "id": subscription_id},
+    )

@@ -1,0 +1,46 @@
+"""Windows of traffic: half-open stretches of UTC time, aligned to the epoch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Window:
+    """[start, end), aware UTC."""
+
+    start: datetime
+    end: datetime
+
+    @property
+    def length(self) -> timedelta:
+        """How long it is."""
+        return self.end - self.start
+
+
+def floor(moment: datetime, length: timedelta) -> datetime:
+    """The latest start of a window of that length at or before `moment`."""
+    return moment - (moment - EPOCH) % length
+
+
+def next_window(watermark: datetime, now: datetime, *, length: timedelta, settle: timedelta) -> Window | None:
+    """The window after the watermark, or None while it has not settled (ended `settle` ago)."""
+    window = Window(watermark, watermark + length)
+    return window if window.end + settle <= now else None
+
+
+def settled_end(watermark: datetime, now: datetime, *, length: timedelta, settle: timedelta) -> datetime:
+    """The end of the last settled window after `watermark`, or `watermark` itself when none has settled."""
+    if now - settle <= watermark:
+        return watermark
+    return watermark + ((now - settle - watermark) // length) * length
+
+
+def windows(start: datetime, end: datetime, *, length: timedelta) -> Iterator[Window]:
+    """The windows of that length from `start` up to `end`, both of which must be window edges."""
+    while start < end:
+        yield Window(start, start + length)
+        start += length

@@ -1,0 +1,126 @@
+"""The end of a subscription: the last usage is reported, then it is over at Recurly too."""
+
+from datetime import timedelta
+from typing import Final, Literal, Protocol
+
+import structlog
+
+from billingd.domain.attempts import Action, Leased, Wait
+from billingd.domain.billing import BilledSubscription
+from billingd.domain.errors import Refused
+from billingd.domain.notices import provider_notice
+from billingd.loops import Clock
+from billingd.once import Once
+from billingd.store import links, outbox, usage, watermarks
+from billingd.store.engine import Store
+from billingd.store.links import SubscriptionLink
+
+log = structlog.get_logger()
+
+END_SUBSCRIPTION: Final = "end_subscription"
+
+
+def end_action(subscription_id: str) -> Action:
+    """End a subscription at Recurly, once its last usage has been reported."""
+    return Action(
+        END_SUBSCRIPTION,
+        f"end:{subscription_id}",
+        f"{END_SUBSCRIPTION}:{subscription_id}",
+        {"id": subscription_id},
+    )
+
+
+class Billing(Protocol):
+    """What is read and written at Recurly."""
+
+    async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    async def cancel_subscription(
+        self, uuid: str, *, key: str, retried: bool = False
+    ) -> BilledSubscription: ...
+    async def terminate_subscription(
+        self,
+        uuid: str,
+        *,
+        refund: Literal["none", "full"],
+        charge: bool = True,
+        key: str,
+        retried: bool = False,
+    ) -> BilledSubscription: ...
+
+
+class SubscriptionEnder:
+    """Handles `end_subscription`; `on_cancel`: `terminate` bills at once, `cancel` at the bill date."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        billing: Billing,
+        once: Once,
+        *,
+        on_cancel: str,
+        traffic_source: str,
+        look_again: timedelta,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._billing = billing
+        self._once = once
+        self._on_cancel = on_cancel
+        self._traffic_source = traffic_source
+        self._look_again = look_again
+
+    async def end(self, action: Leased) -> Wait | None:
+        """End it only when every window up to its end has been read and everything in them reported.
+
+        A terminated subscription takes no usage afterwards, so ending first would lose units for ever.
+        """
+        async with self._store.read() as tx:
+            link = await links.find_subscription(tx, action.args["id"])
+            watermark = await watermarks.find(tx, self._traffic_source)
+            unreported = await usage.unreported_of(tx, action.args["id"])
+        if link is None or link.state != "ending" or link.usage_until is None:
+            return None
+        if watermark is None or watermark.at < link.usage_until:
+            return Wait(self._look_again, "waits until all traffic before its end has been read")
+        if unreported:
+            return Wait(self._look_again, f"waits until {unreported} usage record(s) are reported")
+        await self._once.write(
+            f"end:{link.uuid}",
+            {"on_cancel": self._on_cancel},
+            send=lambda key, *, retried: self._send(link, key, retried=retried),
+            find=lambda: self._find(link),
+            look_first=True,
+        )
+        now = self._clock.now()
+        notice = provider_notice(
+            f"subscription-ended:{link.subscription_id}",
+            f"{link.title} has ended",
+            f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
+            f"was {'terminated' if self._on_cancel == 'terminate' else 'cancelled'} after its last usage.",
+        )
+        async with self._store.write() as tx:
+            await links.end(tx, link.subscription_id, now=now)
+            await outbox.insert(tx, [notice], now=now)
+        return None
+
+    async def _send(self, link: SubscriptionLink, key: str, *, retried: bool) -> str:
+        try:
+            if self._on_cancel == "cancel" and link.approved_at is not None:
+                await self._billing.cancel_subscription(link.uuid, key=key, retried=retried)
+            else:
+                # One that was never approved was never used: its first invoice is taken back in full.
+                refund: Literal["none", "full"] = "none" if link.approved_at is not None else "full"
+                await self._billing.terminate_subscription(link.uuid, refund=refund, key=key, retried=retried)
+        except Refused:
+            if await self._find(link) is None:
+                raise
+            log.info("subscription.ended_already", uuid=link.uuid)
+        return link.uuid
+
+    async def _find(self, link: SubscriptionLink) -> str | None:
+        over = {"expired", "failed"}
+        if self._on_cancel == "cancel":
+            over.add("canceled")
+        state = (await self._billing.get_subscription(link.uuid)).state
+        return link.uuid if state in over else None

@@ -1,0 +1,400 @@
+"""Provision subscription: account, Recurly subscription, link, approval; and the way back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Final, Literal, Protocol
+
+import structlog
+
+from billingd.domain.attempts import Action, Leased, Wait
+from billingd.domain.billing import Account, BilledSubscription, NewSubscription
+from billingd.domain.catalog import Person, Product, Subscription
+from billingd.domain.errors import NotDone, Permanent, Refused
+from billingd.domain.events import plan_action, subscription_action
+from billingd.domain.notices import provider_notice, subscriber_notice
+from billingd.domain.windows import floor
+from billingd.loops import Clock
+from billingd.once import Once
+from billingd.provisioning.ending import end_action
+from billingd.provisioning.holding import hold
+from billingd.provisioning.owner import candidates, owner
+from billingd.provisioning.plan import BILLING_SYSTEM
+from billingd.store import held, links, outbox
+from billingd.store.engine import Store
+from billingd.store.held import Hold
+from billingd.store.links import PlanLink, SubscriptionLink
+
+log = structlog.get_logger()
+
+SOON: Final = timedelta(seconds=2)
+"""How long to wait for another action that this one has asked for."""
+
+GUARD: Final = timedelta(seconds=61)
+"""Recurly takes one new subscription of an account a minute (recurly.md 4.6)."""
+
+
+class Marketplace(Protocol):
+    """What is read and written at Amplify."""
+
+    async def find_subscription(self, name: str) -> Subscription | None: ...
+    async def find_product(self, name: str) -> Product | None: ...
+    async def find_person(self, user_id: str) -> Person | None: ...
+    async def set_attributes(
+        self, kind: Literal["subscriptions"], name: str, attributes: Mapping[str, str]
+    ) -> str | None: ...
+    async def decide(
+        self, subscription_name: str, state: Literal["approved", "rejected"], reason: str
+    ) -> None: ...
+
+
+class Billing(Protocol):
+    """What is read and written at Recurly."""
+
+    async def find_account(self, code: str) -> Account | None: ...
+    async def create_account(
+        self, code: str, *, email: str | None = None, key: str, retried: bool = False
+    ) -> str: ...
+    async def list_subscriptions(self, account_code: str) -> tuple[BilledSubscription, ...]: ...
+    async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    async def create_subscription(
+        self, new: NewSubscription, *, key: str, retried: bool = False
+    ) -> BilledSubscription: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the configuration decides. `window` is the length of a traffic window."""
+
+    accounts_missing: str
+    collection_method: str
+    marketplace_url: str
+    window: timedelta
+    look_again: timedelta
+
+
+class SubscriptionProvisioner:
+    """Handles `provision_subscription`: brings Recurly in line with a subscription as it is now."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        marketplace: Marketplace,
+        billing: Billing,
+        once: Once,
+        policy: Policy,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._marketplace = marketplace
+        self._billing = billing
+        self._once = once
+        self._policy = policy
+
+    async def provision(self, action: Leased) -> Wait | None:
+        """Read the subscription as it is now, the event being only a hint.
+
+        1. Over (deleted, archived, migrated, rejected): begin its end.
+        2. Pending or approved, and not linked: find its plan and its account, or hold it.
+        3. Create the Recurly subscription, once; write the link, then the attributes.
+        4. Approve what is still pending, then tell provider and subscriber.
+        """
+        name, subscription_id = action.args["name"], action.args["id"]
+        now = self._clock.now()
+        subscription = await self._marketplace.find_subscription(name)
+        async with self._store.read() as tx:
+            link = await links.find_subscription(tx, subscription_id)
+        if subscription is None or subscription.id != subscription_id or _over(subscription):
+            await self._begin_end(link, subscription_id, subscription, now)
+            return None
+        if link is not None and link.state in {"ending", "ended"}:
+            log.info("subscription.over_already", subscription=subscription_id)
+            return None
+        if link is None:
+            found = await self._link(subscription)
+            if not isinstance(found, SubscriptionLink):
+                return found
+            link = found
+        if link.state == "created":
+            await self._approve(subscription, link)
+        return None
+
+    async def _link(self, subscription: Subscription) -> SubscriptionLink | Wait | None:
+        """Create the Recurly subscription and write the link; otherwise why not (None: none of ours)."""
+        product = await self._marketplace.find_product(subscription.product_name)
+        if product is None or product.billing_system != BILLING_SYSTEM:
+            log.info("subscription.not_ours", subscription=subscription.id)
+            return None
+        plan = await self._plan(subscription)
+        if not isinstance(plan, PlanLink):
+            return plan
+        account = await self._account(subscription)
+        if not isinstance(account, str):
+            return account
+        return await self._create(subscription, plan, account)
+
+    async def _plan(self, subscription: Subscription) -> PlanLink | Wait | None:
+        """The linked plan; or hold, or wait while the plan is being provisioned; None: not ours."""
+        plan_id = subscription.plan_id
+        if plan_id is None:
+            raise Permanent(
+                f"subscription {subscription.name}: Amplify names no ProductPlan in its references"
+            )
+        subject = f"plan:{subscription.plan_name}"
+        async with self._store.write() as tx:
+            plan = await links.find_plan(tx, plan_id)
+            asked = plan_action(subscription.plan_name, plan_id, because=f"subscription:{subscription.id}")
+            if plan is None:
+                await outbox.insert(tx, [asked], now=self._clock.now())
+            standing = await held.standing(tx, subject=subject)
+            working = await outbox.unfinished_of(tx, subject)
+        if plan is not None and plan.state == "active":
+            return plan
+        if plan is not None:
+            reason = (
+                f"Subscription {subscription.title} asks for plan {plan.title}, which is {plan.state} and "
+                "takes no new subscriptions. Reject it in the Marketplace, or move it to another plan."
+            )
+            return await self._hold(subscription, "plan_not_offered", reason)
+        if standing:
+            reason = (
+                f"Subscription {subscription.title} asks for plan {subscription.plan_name}, which is held: "
+                f"{standing[0]['reason']}"
+            )
+            return await self._hold(subscription, "plan_held", reason)
+        if working:
+            return Wait(SOON, f"plan {subscription.plan_name} is being provisioned")
+        log.info("subscription.plan_not_ours", subscription=subscription.id, plan=subscription.plan_name)
+        return None
+
+    async def _account(self, subscription: Subscription) -> str | Wait | None:
+        """The code of the account that pays; or hold, or None after rejecting for want of one."""
+        codes = candidates(subscription)
+        for code in codes:
+            account = await self._billing.find_account(code)
+            if account is None:
+                continue
+            if account.state != "active":
+                reason = (
+                    f"Subscription {subscription.title}: Recurly's account {code} is {account.state}. "
+                    "Reopen it at Recurly; billingd looks again by itself."
+                )
+                return await self._hold(subscription, "account_closed", reason)
+            return code
+        owners = owner(subscription)
+        if self._policy.accounts_missing == "create" and owners is not None:
+            return await self._create_account(subscription, owners)
+        missing = (
+            f"Subscription {subscription.title} ({subscription.name}) has no account at Recurly. "
+            f"Create one with the code {' or '.join(codes) or 'amplify-org-<id>'}"
+        )
+        if self._policy.accounts_missing == "reject" and subscription.approval == "pending":
+            await self._marketplace.decide(
+                subscription.name, "rejected", "There is no billing account for this subscriber yet."
+            )
+            await self._tell_provider(
+                f"rejected:{subscription.id}", "A subscription was rejected", missing + "."
+            )
+            return None
+        return await self._hold(
+            subscription, "account_missing", missing + "; billingd looks again by itself."
+        )
+
+    async def _create_account(self, subscription: Subscription, code: str) -> str:
+        person = None
+        if subscription.created_by is not None:
+            person = await self._marketplace.find_person(subscription.created_by)
+        email = None if person is None else person.email
+
+        async def send(key: str, *, retried: bool) -> str:
+            return await self._billing.create_account(code, email=email, key=key, retried=retried)
+
+        async def find() -> str | None:
+            account = await self._billing.find_account(code)
+            return None if account is None else account.code
+
+        await self._once.write(f"account:{code}", {"code": code}, send=send, find=find, look_first=True)
+        return code
+
+    async def _create(
+        self, subscription: Subscription, plan: PlanLink, account: str
+    ) -> SubscriptionLink | Wait | None:
+        """Create at Recurly, after looking for the marker: no crash or lost answer makes two."""
+        theirs = await self._billing.list_subscriptions(account)
+        unmarked = [one for one in theirs if one.plan_code == plan.plan_code and one.live and not one.marker]
+        if unmarked:
+            reason = (
+                f"Subscription {subscription.title}: account {account} already has a Recurly subscription to "
+                f"{plan.plan_code} ({unmarked[0].uuid}) that no Amplify subscription is marked on. Put "
+                f"{subscription.id} into its PO number to adopt it, or end it; then release this."
+            )
+            return await self._hold(subscription, "subscription_unmarked", reason)
+        async with self._store.read() as tx:
+            add_ons = await links.add_ons_of(tx, plan.plan_id)
+        new = NewSubscription(
+            plan_code=plan.plan_code,
+            account_code=account,
+            currency=plan.currency,
+            collection_method=self._policy.collection_method,
+            marker=subscription.id,
+            add_on_codes=tuple(add_on.add_on_code for add_on in add_ons),
+        )
+
+        async def send(key: str, *, retried: bool) -> str:
+            try:
+                return (await self._billing.create_subscription(new, key=key, retried=retried)).uuid
+            except Refused as error:
+                if "60 seconds" in str(error):
+                    raise NotDone(str(error), retry_after=GUARD) from error
+                raise
+
+        async def find() -> str | None:
+            marked = [
+                one for one in await self._billing.list_subscriptions(account) if one.marker == new.marker
+            ]
+            if len([one for one in marked if one.live]) > 1:
+                raise Permanent(
+                    f"account {account} has {len(marked)} subscriptions marked {new.marker}; end all but one"
+                )
+            return next((one.uuid for one in sorted(marked, key=lambda one: not one.live)), None)
+
+        try:
+            uuid = await self._once.write(
+                f"subscription:{subscription.id}", asdict(new), send=send, find=find, look_first=True
+            )
+        except Refused as error:
+            reason = f"Subscription {subscription.title}: Recurly refused to create it: {error}"
+            await self._hold(subscription, "subscription_refused", reason)
+            return None
+        made = await self._billing.get_subscription(uuid)
+        if not made.live:
+            reason = (
+                f"Subscription {subscription.title}: Recurly's subscription {uuid}, marked for it, is "
+                f"{made.state}. Clear its PO number to have a new one made, or reject the subscription in "
+                "the Marketplace."
+            )
+            return await self._hold(subscription, "subscription_expired", reason)
+        return await self._save_link(subscription, plan, account, made)
+
+    async def _save_link(
+        self, subscription: Subscription, plan: PlanLink, account: str, made: BilledSubscription
+    ) -> SubscriptionLink:
+        """Write the link, then the attributes at Amplify.
+
+        Before its approval a pending subscription has no access, so all traffic of the window in which it
+        was linked is billed. One that somebody approved before had access: only whole windows after the
+        link count, for a window cannot be cut.
+        """
+        now = self._clock.now()
+        begun = min(made.activated_at or now, now)
+        usage_from = floor(begun, self._policy.window) if subscription.approval == "pending" else now
+        link = SubscriptionLink(
+            subscription_id=subscription.id,
+            name=subscription.name,
+            title=subscription.title,
+            plan_id=plan.plan_id,
+            organization_id=subscription.owner_org_id or "",
+            account_code=account,
+            uuid=made.uuid,
+            state="created",
+            resource_version=None,
+            usage_from=usage_from,
+            approved_at=None,
+            usage_until=None,
+            period_started_at=made.period_started_at,
+            period_ends_at=made.period_ends_at,
+        )
+        async with self._store.write() as tx:
+            await links.create_subscription(tx, link, now=now)
+            await held.close(
+                tx, subject=f"subscription:{subscription.id}", resolution="created at Recurly", now=now
+            )
+        return link
+
+    async def _approve(self, subscription: Subscription, link: SubscriptionLink) -> None:
+        """Write the attributes; approve only what is still pending; tell both sides once."""
+        await self._marketplace.set_attributes(
+            "subscriptions",
+            subscription.name,
+            {"recurlyAccountCode": link.account_code, "recurlySubscriptionUuid": link.uuid},
+        )
+        current = await self._marketplace.find_subscription(subscription.name)
+        now = self._clock.now()
+        if current is None or current.id != subscription.id or _over(current):
+            await self._begin_end(link, subscription.id, current, now)
+            return
+        if current.approval == "pending":
+            await self._marketplace.decide(
+                subscription.name, "approved", f"Linked to Recurly subscription {link.uuid}"
+            )
+        notices = [
+            provider_notice(
+                f"subscription-linked:{subscription.id}",
+                f"{subscription.title} was approved",
+                f"Subscription {subscription.title} ({subscription.name}) to {subscription.plan_name} is "
+                f"billed to account {link.account_code} by Recurly subscription {link.uuid}.",
+            )
+        ]
+        if subscription.created_by is not None:
+            notices.append(self._welcome(subscription, subscription.created_by))
+        async with self._store.write() as tx:
+            await links.activate(tx, subscription.id, now=self._clock.now())
+            await outbox.insert(tx, notices, now=now)
+
+    def _welcome(self, subscription: Subscription, user_id: str) -> Action:
+        url = self._policy.marketplace_url
+        where = f" You find it at {url}." if url else ""
+        return subscriber_notice(
+            f"subscription-approved:{subscription.id}",
+            user_id,
+            f"Your subscription {subscription.title} is approved",
+            f"Hello {{name}},\n\nyour subscription {subscription.title} is approved and ready to use.{where}",
+        )
+
+    async def _begin_end(
+        self,
+        link: SubscriptionLink | None,
+        subscription_id: str,
+        subscription: Subscription | None,
+        now: datetime,
+    ) -> None:
+        """Usage counts up to the end that Amplify names, or up to now; ending at Recurly comes after it."""
+        subject = f"subscription:{subscription_id}"
+        said = None if subscription is None or subscription.id != subscription_id else subscription.state_at
+        until = min(said, now) if said is not None else now
+        async with self._store.write() as tx:
+            await held.close(tx, subject=subject, resolution="the subscription is over at Amplify", now=now)
+            if link is None:
+                log.info("subscription.over_before_link", subscription=subscription_id)
+                return
+            if await links.begin_ending(tx, subscription_id, usage_until=until):
+                await outbox.insert(tx, [end_action(subscription_id)], now=now)
+                log.info("subscription.ending", subscription=subscription_id, usage_until=until.isoformat())
+
+    async def _hold(self, subscription: Subscription, kind: str, reason: str) -> Wait:
+        now = self._clock.now()
+        subject = f"subscription:{subscription.id}"
+        again = subscription_action(subscription.name, subscription.id, because="released")
+        notice = provider_notice(
+            f"held:{kind}:{subscription.id}:{now.isoformat()}",
+            f"Subscription {subscription.title} is held",
+            reason,
+        )
+        async with self._store.write() as tx:
+            await held.close(tx, subject=subject, resolution=f"now {kind}", now=now, but_kind=kind)
+            await hold(tx, Hold(kind, subject, reason, again, subscription.id), notice, now=now)
+        return Wait(self._policy.look_again, reason)
+
+    async def _tell_provider(self, key: str, title: str, body: str) -> None:
+        async with self._store.write() as tx:
+            await outbox.insert(tx, [provider_notice(key, title, body)], now=self._clock.now())
+
+
+def _over(subscription: Subscription) -> bool:
+    """Whether Amplify no longer serves it."""
+    return (
+        subscription.deleting
+        or subscription.approval == "rejected"
+        or subscription.state in {"archived", "migrated"}
+    )

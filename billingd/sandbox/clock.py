@@ -1,0 +1,40 @@
+"""The sandbox's time: the real one plus an offset, or one that stands still until it is moved."""
+
+from datetime import UTC, datetime, timedelta
+
+
+class SandboxClock:
+    """Real time plus an offset, aware UTC. Moving it moves every rule that looks at the time."""
+
+    def __init__(self, start: datetime | None = None) -> None:
+        self._offset = timedelta(0)
+        if start is not None:
+            self.set(start)
+
+    def now(self) -> datetime:
+        """The sandbox's time now."""
+        return self._real() + self._offset
+
+    def advance(self, by: timedelta) -> None:
+        """Moves the clock on (or back, if negative)."""
+        self._offset += by
+
+    def set(self, to: datetime) -> None:
+        """Moves the clock to `to`, which must be aware."""
+        if to.tzinfo is None:
+            raise ValueError("the sandbox's clock takes aware times only")
+        self._offset = to.astimezone(UTC) - self._real()
+
+    def _real(self) -> datetime:
+        return datetime.now(UTC)
+
+
+class ManualClock(SandboxClock):
+    """Stands still unless moved; for tests."""
+
+    def __init__(self, start: datetime = datetime(2026, 1, 15, 12, tzinfo=UTC)) -> None:
+        self._standing = start.astimezone(UTC)
+        super().__init__()
+
+    def _real(self) -> datetime:
+        return self._standing

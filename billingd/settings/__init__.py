@@ -1,0 +1,17 @@
+"""The configuration of billingd (contract: TOML, environment, secret files)."""
+
+from billingd.settings.load import ConfigurationError, Fault, Loaded, Settings, load, missing_for_run, shown
+from billingd.settings.values import format_duration, host_port, parse_duration
+
+__all__ = [
+    "ConfigurationError",
+    "Fault",
+    "Loaded",
+    "Settings",
+    "format_duration",
+    "host_port",
+    "load",
+    "missing_for_run",
+    "parse_duration",
+    "shown",
+]

@@ -1,0 +1,267 @@
+"""Reads the configuration: TOML, then secret files, then environment; later wins, every fault at once."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from billingd.domain.errors import BillingdError
+from billingd.settings.models import (
+    AccountSettings,
+    AdminSettings,
+    AmplifySettings,
+    CatchUpSettings,
+    NotificationSettings,
+    OutboxSettings,
+    RecurlySettings,
+    StoreSettings,
+    SubscriptionSettings,
+    TrafficSettings,
+    WebhookSettings,
+)
+from billingd.settings.values import format_duration, host_port, is_loopback
+
+DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
+ENV_PREFIX: Final = "BILLINGD_"
+SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
+SECRET_BYTES_MAX: Final = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with the configuration: the key as it is written in the file, and what to do."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+
+class ConfigurationError(BillingdError):
+    """The configuration cannot be used; every fault is named at once."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("\n".join(str(fault) for fault in faults))
+        self.faults = faults
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+    )
+
+    secrets_dir: Path | None = None
+    amplify: AmplifySettings = AmplifySettings()
+    recurly: RecurlySettings = RecurlySettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    admin: AdminSettings = AdminSettings()
+    store: StoreSettings = StoreSettings()
+    traffic: TrafficSettings = TrafficSettings()
+    outbox: OutboxSettings = OutboxSettings()
+    accounts: AccountSettings = AccountSettings()
+    subscriptions: SubscriptionSettings = SubscriptionSettings()
+    catch_up: CatchUpSettings = CatchUpSettings()
+    notifications: NotificationSettings = NotificationSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` merged: it alone knows where each value came from."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The settings, and for each `section.key` that is not a default where its value came from."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def load(config: Path | None, environment: Mapping[str, str] | None = None) -> Loaded:
+    """Read and cross-check the configuration. Raises ConfigurationError with every fault at once.
+
+    `config` None means $BILLINGD_CONFIG, else the file in /etc when it exists, else none.
+    """
+    env = os.environ if environment is None else environment
+    faults: list[Fault] = []
+    path = config or _default_path(env)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if path is not None:
+        layers.append((str(path), _toml(path, faults)))
+    merged: dict[str, Any] = {}
+    directory = env.get(ENV_PREFIX + "SECRETS_DIR") or (layers[0][1].get("secrets_dir") if layers else None)
+    for where in (directory, env.get("CREDENTIALS_DIRECTORY")):
+        if where:
+            layers.append((str(where), _secret_files(Path(str(where)), faults)))
+    layers.append(("environment", _environment(env, faults)))
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        _merge(merged, layer, origin, origins)
+    try:
+        settings = Settings(**merged)
+    except ValidationError as error:
+        faults += [_fault(item["loc"], item["msg"], item["type"]) for item in error.errors()]
+        raise ConfigurationError(faults) from None
+    faults += cross_check(settings)
+    if faults:
+        raise ConfigurationError(faults)
+    return Loaded(settings, origins)
+
+
+def _default_path(env: Mapping[str, str]) -> Path | None:
+    if named := env.get(ENV_PREFIX + "CONFIG"):
+        return Path(named)
+    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+
+
+def _toml(path: Path, faults: list[Fault]) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        faults.append(Fault(str(path), f"cannot be read: {error.strerror}"))
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        faults.append(Fault(str(path), f"is not TOML: {error}"))
+        return {}
+    for section, key in SECRETS:
+        if isinstance(document.get(section), dict) and key in document[section]:
+            del document[section][key]
+            faults.append(
+                Fault(
+                    f"{section}.{key}",
+                    "is a secret and may not stand in the file; set "
+                    f"{ENV_PREFIX}{section.upper()}__{key.upper()}, or put it into a file named "
+                    f"{section}.{key} in secrets_dir or $CREDENTIALS_DIRECTORY",
+                )
+            )
+    return document
+
+
+def _secret_files(directory: Path, faults: list[Fault]) -> dict[str, Any]:
+    """Secrets in files named after their keys: `recurly.api_key`, or `api_key` alone."""
+    found: dict[str, Any] = {}
+    for section, key in SECRETS:
+        for name in (f"{section}.{key}", f"{section}__{key}", key):
+            file = directory / name
+            try:
+                content = file.read_bytes()[:SECRET_BYTES_MAX].decode().strip()
+            except FileNotFoundError:
+                continue
+            except (OSError, UnicodeDecodeError) as error:
+                faults.append(Fault(f"{section}.{key}", f"cannot be read from {file}: {error}"))
+                break
+            found.setdefault(section, {})[key] = content
+            break
+    return found
+
+
+def _environment(env: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
+    """The variables that are settings, nested. Unknown sections are refused by name."""
+    known = set(Settings.model_fields)
+    for name in sorted(env):
+        section, nested, _key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name.startswith(ENV_PREFIX) and nested and section not in known:
+            faults.append(Fault(name, "is not a known setting; `billingd config show` lists them all"))
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {
+        name.lower(): value for name, value in env.items() if name.upper().startswith(ENV_PREFIX)
+    }
+    try:
+        return dict(source())
+    except SettingsError as error:
+        faults.append(Fault("environment", f"{error}; a list is written as JSON"))
+        return {}
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any], origin: str, origins: dict[str, str]) -> None:
+    for section, values in layer.items():
+        if isinstance(values, Mapping):
+            table = into.setdefault(section, {})
+            if isinstance(table, dict):
+                for key, value in values.items():
+                    table[key] = value
+                    origins[f"{section}.{key}"] = origin
+                continue
+        into[section] = values
+        origins[section] = origin
+
+
+def _fault(location: tuple[int | str, ...], message: str, kind: str) -> Fault:
+    key = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        message = "is not a known key; `billingd config show` lists them all"
+    return Fault(key, message.removeprefix("Value error, "))
+
+
+def cross_check(settings: Settings) -> list[Fault]:
+    """Pairs of settings that make no sense together."""
+    faults = []
+    if settings.outbox.backoff > settings.outbox.backoff_max:
+        faults.append(Fault("outbox.backoff", "is longer than outbox.backoff_max"))
+    if settings.traffic.billable == "success" and settings.traffic.source == "metrics":
+        faults.append(
+            Fault(
+                "traffic.billable",
+                'cannot be "success" with traffic.source "metrics", which counts only totals',
+            )
+        )
+    host = host_port(settings.webhooks.listen)[0]
+    if settings.webhooks.auth == "none" and not is_loopback(host):
+        faults.append(Fault("webhooks.auth", f'"none" is for loopback only, and webhooks.listen is {host}'))
+    return faults
+
+
+def missing_for_run(settings: Settings) -> list[Fault]:
+    """What `run` cannot do without, although each key alone may be empty."""
+    wanted = {
+        "amplify.organization_id": settings.amplify.organization_id,
+        "amplify.client_id": settings.amplify.client_id,
+        "amplify.client_secret": settings.amplify.client_secret.get_secret_value(),
+        "recurly.api_key": settings.recurly.api_key.get_secret_value(),
+    }
+    if settings.webhooks.auth != "none":
+        wanted["webhooks.secret"] = settings.webhooks.secret.get_secret_value()
+    return [Fault(key, "is needed and not set") for key, value in wanted.items() if not value]
+
+
+def shown(loaded: Loaded) -> list[dict[str, Any]]:
+    """Every key with its effective value, where that came from, secrets masked."""
+    rows: list[dict[str, Any]] = []
+    for section, table in loaded.settings:
+        if not hasattr(table, "model_dump"):
+            continue
+        for key, value in table:
+            name = f"{section}.{key}"
+            rows.append({"key": name, "value": _plain(value), "origin": loaded.origins.get(name, "default")})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, SecretStr):
+        return "(set)" if value.get_secret_value() else ""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "total_seconds"):
+        return format_duration(value)
+    return value

@@ -1,0 +1,1 @@
+"""What billingd remembers: statements, one file per table."""

@@ -1,0 +1,155 @@
+"""The store's connection: one transaction at a time for writing on SQLite, many on PostgreSQL."""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from billingd.domain.errors import Retryable, StoreBusy
+
+Tx = AsyncConnection
+"""A transaction: whoever opened it commits by leaving its block; statements never do."""
+
+BUSY_TIMEOUT_MS: Final = 5_000
+READERS: Final = 4
+POSTGRES_CONNECTIONS: Final = 10
+
+
+class StoreUnavailable(Retryable):
+    """The store cannot read or commit now: disk full, read-only, locked, or the server away."""
+
+
+class Store:
+    """The durable store. `write` and `read` are its only ways in; flows open them, statements run in them."""
+
+    def __init__(self, url: str) -> None:
+        self.url = sa.make_url(url)
+        self.sqlite = self.url.get_backend_name() == "sqlite"
+        self._locked: int | None = None
+        if self.sqlite:
+            self._writer = _sqlite(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
+            self._reader = _sqlite(self.url, pool_size=READERS, begin="BEGIN")
+        else:
+            self._writer = self._reader = create_async_engine(
+                self.url, pool_size=POSTGRES_CONNECTIONS, max_overflow=0, pool_pre_ping=True
+            )
+        self._writing = asyncio.Lock()
+
+    @property
+    def path(self) -> Path | None:
+        """The SQLite file, or None on PostgreSQL and in memory."""
+        return Path(self.url.database) if self.sqlite and self.url.database else None
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[Tx]:
+        """A transaction that commits when the block ends well. Raises StoreUnavailable when it cannot."""
+        if self.sqlite:
+            # first come, first served; SQLite's own wait is unfair
+            async with self._writing, _transaction(self._writer) as tx:
+                yield tx
+        else:
+            async with _transaction(self._writer) as tx:
+                yield tx
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[Tx]:
+        """A consistent view; nothing written in it is kept. Raises StoreUnavailable."""
+        async with _transaction(self._reader, commit=False) as tx:
+            yield tx
+
+    def lock(self) -> None:
+        """Take a SQLite store for this process until it ends. Raises StoreBusy when another has it.
+
+        PostgreSQL needs no lock: claims are fenced there.
+        """
+        if self.path is None or self._locked is not None:
+            return
+        lock_path = self.path.with_name(self.path.name + ".lock")
+        try:
+            handle = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreUnavailable(f"cannot open {lock_path}: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise StoreBusy(f"the store {self.path} is held by another process (lock {lock_path})") from None
+        self._locked = handle
+
+    async def close(self) -> None:
+        """Close every connection and let go of the lock."""
+        await self._writer.dispose()
+        if self._reader is not self._writer:
+            await self._reader.dispose()
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+@asynccontextmanager
+async def _transaction(engine: AsyncEngine, *, commit: bool = True) -> AsyncIterator[Tx]:
+    try:
+        async with engine.connect() as connection, connection.begin() as transaction:
+            yield connection
+            if not commit:
+                await transaction.rollback()
+    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, OSError) as error:
+        raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
+    except sa.exc.DBAPIError as error:
+        if error.connection_invalidated or _connection_lost(error):
+            raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
+        raise
+
+
+def _plain(error: BaseException) -> str:
+    """The driver's own words, without the statement and its parameters."""
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
+    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+
+
+def _connection_lost(error: sa.exc.DBAPIError) -> bool:
+    """PostgreSQL's classes 08 (connection), 25006 (read-only), 53 (no resources), 57P (shutting down)."""
+    state = str(getattr(error.orig, "sqlstate", None) or "")
+    return state.startswith(("08", "53", "57P")) or state == "25006"
+
+
+def _sqlite(url: sa.URL, *, pool_size: int, begin: str) -> AsyncEngine:
+    if url.database in {None, "", ":memory:"}:
+        raise ValueError("store.url must name a file: an in-memory store is not durable")
+    engine = create_async_engine(
+        url, pool_size=pool_size, max_overflow=0, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}
+    )
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy says BEGIN itself, below, so that it is IMMEDIATE
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            f"busy_timeout={BUSY_TIMEOUT_MS}",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def start(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine

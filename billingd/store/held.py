@@ -1,0 +1,101 @@
+"""What waits for a person because it cannot be billed honestly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from billingd.domain.attempts import Action
+from billingd.store.engine import Tx
+from billingd.store.rows import insert
+from billingd.store.schema import held
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Something held: `kind` says which sort, `subject` what, `reason` why, in a sentence for a person.
+
+    `action` is what to do when it is released. `units`, `amount` (decimal text) and `currency` say what is
+    at stake, where that is known.
+    """
+
+    kind: str
+    subject: str
+    reason: str
+    action: Action | None = None
+    subscription_id: str | None = None
+    add_on_code: str | None = None
+    units: int | None = None
+    amount: str | None = None
+    currency: str | None = None
+
+
+async def add(tx: Tx, hold: Hold, *, now: datetime) -> bool:
+    """Hold something; True when it was not held already (then somebody should be told).
+
+    What is held already keeps its beginning and takes the newest reason.
+    """
+    action = hold.action
+    row: dict[str, Any] = {
+        "kind": hold.kind,
+        "subject": hold.subject,
+        "subscription_id": hold.subscription_id,
+        "add_on_code": hold.add_on_code,
+        "units": hold.units,
+        "amount": hold.amount,
+        "currency": hold.currency,
+        "reason": hold.reason,
+        "action": None
+        if action is None
+        else {"kind": action.kind, "subject": action.subject, "args": dict(action.args)},
+    }
+    standing = sa.and_(held.c.kind == hold.kind, held.c.subject == hold.subject, held.c.closed_at.is_(None))
+    moved = await tx.execute(sa.update(held).where(standing).values(**row))
+    if moved.rowcount:
+        return False
+    statement = insert(tx, held).values(**row, since=now).on_conflict_do_nothing()
+    return (await tx.execute(statement)).rowcount == 1
+
+
+async def close(tx: Tx, *, subject: str, resolution: str, now: datetime, but_kind: str | None = None) -> int:
+    """Whatever was held of a subject (but for one kind) is no longer; return how many."""
+    statement = sa.update(held).where(held.c.subject == subject, held.c.closed_at.is_(None))
+    if but_kind is not None:
+        statement = statement.where(held.c.kind != but_kind)
+    return (await tx.execute(statement.values(closed_at=now, resolution=resolution))).rowcount
+
+
+async def close_one(tx: Tx, held_id: int, *, resolution: str, now: datetime) -> bool:
+    """One held item is no longer; False when it was not standing."""
+    moved = await tx.execute(
+        sa.update(held)
+        .where(held.c.id == held_id, held.c.closed_at.is_(None))
+        .values(closed_at=now, resolution=resolution)
+    )
+    return moved.rowcount == 1
+
+
+async def find(tx: Tx, held_id: int) -> Mapping[str, Any] | None:
+    """One held item."""
+    row = (await tx.execute(sa.select(held).where(held.c.id == held_id))).mappings().one_or_none()
+    return None if row is None else dict(row)
+
+
+async def standing(tx: Tx, *, subject: str | None = None) -> list[dict[str, Any]]:
+    """Everything held now, the oldest first."""
+    statement = sa.select(held).where(held.c.closed_at.is_(None)).order_by(held.c.id)
+    if subject is not None:
+        statement = statement.where(held.c.subject == subject)
+    return [dict(row) for row in (await tx.execute(statement)).mappings()]
+
+
+async def count(tx: Tx) -> dict[str, int]:
+    """How many plans and subscriptions are held, and how many units."""
+    part = sa.func.substr(held.c.subject, 1, 5)
+    plans = sa.func.sum(sa.case((part == "plan:", 1), else_=0))
+    subscriptions = sa.func.sum(sa.case((part == "subsc", 1), else_=0))
+    units = sa.func.sum(sa.func.coalesce(held.c.units, 0))
+    row = (await tx.execute(sa.select(plans, subscriptions, units).where(held.c.closed_at.is_(None)))).one()
+    return {"plans": int(row[0] or 0), "subscriptions": int(row[1] or 0), "units": int(row[2] or 0)}

@@ -1,0 +1,195 @@
+"""Which Amplify resource is which at Recurly."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from billingd.store.engine import Tx
+from billingd.store.rows import upsert
+from billingd.store.schema import add_on_links, plan_links, subscription_links
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLink:
+    """A product plan and its Recurly plan; `state` active | deprecated | removed."""
+
+    plan_id: str
+    name: str
+    title: str
+    product_name: str
+    plan_code: str
+    currency: str
+    state: str
+    resource_version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AddOnLink:
+    """A quota and its add-on."""
+
+    quota_id: str
+    plan_id: str
+    add_on_code: str
+    title: str
+    unit: str
+    tier_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionLink:
+    """A subscription and its Recurly subscription `uuid`.
+
+    `created`: exists at Recurly; `active`: approved at Amplify; `ending`: usage counts until `usage_until`,
+    then it ends at Recurly; `ended`.
+    """
+
+    subscription_id: str
+    name: str
+    title: str
+    plan_id: str
+    organization_id: str
+    account_code: str
+    uuid: str
+    state: str
+    resource_version: str | None
+    usage_from: datetime
+    approved_at: datetime | None
+    usage_until: datetime | None
+    period_started_at: datetime | None
+    period_ends_at: datetime | None
+
+
+_PLAN = [plan_links.c[name] for name in PlanLink.__slots__]
+_ADD_ON = [add_on_links.c[name] for name in AddOnLink.__slots__]
+_SUBSCRIPTION = [subscription_links.c[name] for name in SubscriptionLink.__slots__]
+
+
+async def save_plan(tx: Tx, link: PlanLink, add_ons: tuple[AddOnLink, ...], *, now: datetime) -> None:
+    """Link a product plan and its quotas, or bring the link up to date."""
+    row: dict[str, Any] = {name: getattr(link, name) for name in PlanLink.__slots__}
+    await upsert(
+        tx, plan_links, row | {"linked_at": now, "ended_at": None}, keep=["linked_at", "resource_version"]
+    )
+    for add_on in add_ons:
+        values = {name: getattr(add_on, name) for name in AddOnLink.__slots__}
+        await upsert(tx, add_on_links, values | {"linked_at": now}, keep=["linked_at"])
+
+
+async def find_plan(tx: Tx, plan_id: str) -> PlanLink | None:
+    """The link of a product plan."""
+    row = (await tx.execute(sa.select(*_PLAN).where(plan_links.c.plan_id == plan_id))).one_or_none()
+    return None if row is None else PlanLink(*row)
+
+
+async def find_plans_by_name(tx: Tx, name: str) -> list[PlanLink]:
+    """The links of every product plan that has or had this name, removed ones left out."""
+    statement = sa.select(*_PLAN).where(plan_links.c.name == name, plan_links.c.state != "removed")
+    return [PlanLink(*row) for row in await tx.execute(statement)]
+
+
+async def plan_moved(tx: Tx, plan_id: str, state: str, *, now: datetime) -> None:
+    """The plan is deprecated now, or removed."""
+    await tx.execute(
+        sa.update(plan_links)
+        .where(plan_links.c.plan_id == plan_id)
+        .values(state=state, ended_at=now if state == "removed" else None)
+    )
+
+
+async def plan_written(tx: Tx, plan_id: str, resource_version: str | None) -> None:
+    """Our own write to the product plan made this version: its event needs no action."""
+    await tx.execute(
+        sa.update(plan_links).where(plan_links.c.plan_id == plan_id).values(resource_version=resource_version)
+    )
+
+
+async def is_own_write(tx: Tx, *, kind: str, resource_id: str, resource_version: str) -> bool:
+    """Whether the newest version billingd itself wrote to this resource is the given one."""
+    if kind != "ProductPlan":
+        return False
+    statement = sa.select(sa.literal(1)).where(
+        plan_links.c.plan_id == resource_id, plan_links.c.resource_version == resource_version
+    )
+    return (await tx.execute(statement)).first() is not None
+
+
+async def add_ons_of(tx: Tx, plan_id: str) -> list[AddOnLink]:
+    """The add-ons of a plan."""
+    statement = sa.select(*_ADD_ON).where(add_on_links.c.plan_id == plan_id).order_by(add_on_links.c.quota_id)
+    return [AddOnLink(*row) for row in await tx.execute(statement)]
+
+
+async def add_ons(tx: Tx) -> dict[str, AddOnLink]:
+    """Every add-on, by quota id."""
+    return {row.quota_id: AddOnLink(*row) for row in await tx.execute(sa.select(*_ADD_ON))}
+
+
+async def find_add_on(tx: Tx, quota_id: str) -> AddOnLink | None:
+    """The add-on of a quota."""
+    row = (await tx.execute(sa.select(*_ADD_ON).where(add_on_links.c.quota_id == quota_id))).one_or_none()
+    return None if row is None else AddOnLink(*row)
+
+
+async def create_subscription(tx: Tx, link: SubscriptionLink, *, now: datetime) -> None:
+    """Link a subscription."""
+    row = {name: getattr(link, name) for name in SubscriptionLink.__slots__}
+    await tx.execute(sa.insert(subscription_links).values(**row, linked_at=now))
+
+
+async def find_subscription(tx: Tx, subscription_id: str) -> SubscriptionLink | None:
+    """The link of a subscription."""
+    statement = sa.select(*_SUBSCRIPTION).where(subscription_links.c.subscription_id == subscription_id)
+    row = (await tx.execute(statement)).one_or_none()
+    return None if row is None else SubscriptionLink(*row)
+
+
+async def subscriptions(
+    tx: Tx, *, plan_id: str | None = None, states: tuple[str, ...] = ()
+) -> list[SubscriptionLink]:
+    """Subscriptions by plan and state."""
+    statement = sa.select(*_SUBSCRIPTION).order_by(subscription_links.c.subscription_id)
+    if plan_id is not None:
+        statement = statement.where(subscription_links.c.plan_id == plan_id)
+    if states:
+        statement = statement.where(subscription_links.c.state.in_(states))
+    return [SubscriptionLink(*row) for row in await tx.execute(statement)]
+
+
+async def activate(tx: Tx, subscription_id: str, *, now: datetime) -> bool:
+    """The subscription is approved at Amplify; False when it was not waiting for that."""
+    return await _move(tx, subscription_id, ("created",), state="active", approved_at=now)
+
+
+async def begin_ending(tx: Tx, subscription_id: str, *, usage_until: datetime) -> bool:
+    """The subscription is over at Amplify: its usage counts until then; False when known already."""
+    return await _move(tx, subscription_id, ("created", "active"), state="ending", usage_until=usage_until)
+
+
+async def end(tx: Tx, subscription_id: str, *, now: datetime) -> bool:
+    """The subscription is over at Recurly."""
+    return await _move(tx, subscription_id, ("ending",), state="ended", ended_at=now)
+
+
+async def _move(tx: Tx, subscription_id: str, leaves: tuple[str, ...], **values: Any) -> bool:
+    """Change a link only from the states named."""
+    moved = await tx.execute(
+        sa.update(subscription_links)
+        .where(
+            subscription_links.c.subscription_id == subscription_id, subscription_links.c.state.in_(leaves)
+        )
+        .values(**values)
+    )
+    return moved.rowcount == 1
+
+
+async def count(tx: Tx) -> tuple[int, int]:
+    """How many plans and subscriptions are linked now (removed and ended ones left out)."""
+    plans = sa.select(sa.func.count()).select_from(plan_links).where(plan_links.c.state != "removed")
+    subscriptions_ = (
+        sa.select(sa.func.count())
+        .select_from(subscription_links)
+        .where(subscription_links.c.state != "ended")
+    )
+    return int((await tx.execute(plans)).scalar_one()), int((await tx.execute(subscriptions_)).scalar_one())

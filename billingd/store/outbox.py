@@ -1,0 +1,225 @@
+"""The outbox: durable actions, claimed with a lease, settled only by whoever holds the newest fence."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from billingd.domain.attempts import UNFINISHED, Action, Leased, State, Verdict
+from billingd.domain.errors import Retryable
+from billingd.store.engine import Tx
+from billingd.store.rows import insert_new
+from billingd.store.schema import outbox
+
+
+class LeaseLost(Retryable):
+    """The action was claimed anew by another worker: this attempt may write nothing."""
+
+
+async def insert(
+    tx: Tx,
+    actions: Sequence[Action],
+    *,
+    now: datetime,
+    due_at: datetime | None = None,
+    event_id: str | None = None,
+) -> int:
+    """Add actions whose keys are new, due now unless said otherwise; return how many were new."""
+    rows = [
+        {
+            "kind": action.kind,
+            "subject": action.subject,
+            "key": action.key,
+            "args": dict(action.args),
+            "state": State.PENDING,
+            "due_at": due_at or now,
+            "attempt": 0,
+            "fence": 0,
+            "event_id": event_id,
+            "created_at": now,
+        }
+        for action in actions
+    ]
+    return await insert_new(tx, outbox, rows)
+
+
+async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[Leased]:
+    """Lease up to `limit` due actions, the oldest first, each the first unfinished one of its subject.
+
+    An action whose lease ran out is simply due again, so that no rescuer is needed.
+    """
+    older = outbox.alias("older")
+    blocked = sa.exists().where(
+        older.c.subject == outbox.c.subject, older.c.state.in_(UNFINISHED), older.c.id < outbox.c.id
+    )
+    due = (
+        sa.select(outbox.c.id)
+        .where(outbox.c.state.in_(UNFINISHED), outbox.c.due_at <= now, ~blocked)
+        .order_by(outbox.c.due_at, outbox.c.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("due")
+    )
+    statement = (
+        sa.update(outbox)
+        .where(outbox.c.id.in_(sa.select(due.c.id)))
+        .values(
+            state=State.LEASED, attempt=outbox.c.attempt + 1, fence=outbox.c.fence + 1, due_at=now + lease
+        )
+        .returning(outbox)
+    )
+    rows = (await tx.execute(statement)).mappings().all()
+    return sorted((_leased(row) for row in rows), key=lambda leased: leased.id)
+
+
+def _leased(row: Mapping[Any, Any]) -> Leased:
+    return Leased(
+        row["id"],
+        row["kind"],
+        row["subject"],
+        row["key"],
+        row["args"],
+        row["attempt"],
+        row["fence"],
+        row["event_id"],
+    )
+
+
+async def renew(tx: Tx, held: Sequence[Leased], *, now: datetime, lease: timedelta) -> set[int]:
+    """Lengthen the leases that are still ours; return the ids that are."""
+    kept = set()
+    for leased in held:
+        moved = await tx.execute(
+            sa.update(outbox)
+            .where(outbox.c.id == leased.id, outbox.c.state == State.LEASED, outbox.c.fence == leased.fence)
+            .values(due_at=now + lease)
+        )
+        if moved.rowcount == 1:
+            kept.add(leased.id)
+    return kept
+
+
+async def settle(tx: Tx, leased: Leased, verdict: Verdict, *, now: datetime) -> None:
+    """Write what the attempt led to. Raises LeaseLost when somebody claimed the action since."""
+    unfinished = verdict.state in UNFINISHED
+    moved = await tx.execute(
+        sa.update(outbox)
+        .where(outbox.c.id == leased.id, outbox.c.state == State.LEASED, outbox.c.fence == leased.fence)
+        .values(
+            state=verdict.state,
+            due_at=verdict.due_at,
+            error=verdict.error,
+            attempt=0 if verdict.waited else leased.attempt,
+            settled_at=None if unfinished else now,
+        )
+    )
+    if moved.rowcount != 1:
+        raise LeaseLost(f"the lease of action {leased.id} ({leased.key}) was lost")
+
+
+async def take_back_leases(tx: Tx, *, now: datetime) -> int:
+    """Make every leased action due at once: on SQLite a new start knows that no worker is left."""
+    moved = await tx.execute(
+        sa.update(outbox).where(outbox.c.state == State.LEASED).values(state=State.PENDING, due_at=now)
+    )
+    return moved.rowcount
+
+
+async def next_due(tx: Tx, *, after: datetime) -> datetime | None:
+    """When the next unfinished action falls due after that moment, or None when there is none."""
+    statement = sa.select(sa.func.min(outbox.c.due_at)).where(
+        outbox.c.state.in_(UNFINISHED), outbox.c.due_at > after
+    )
+    due_at: datetime | None = (await tx.execute(statement)).scalar_one()
+    return due_at
+
+
+async def retry(tx: Tx, ids: Sequence[int], *, now: datetime) -> int:
+    """Give dead actions a new life, and pending ones no more wait; return how many moved."""
+    moved = await tx.execute(
+        sa.update(outbox)
+        .where(outbox.c.id.in_(ids), outbox.c.state.in_([State.DEAD, State.PENDING]))
+        .values(state=State.PENDING, attempt=0, due_at=now, settled_at=None)
+    )
+    return moved.rowcount
+
+
+async def discard(tx: Tx, action_id: int, *, reason: str, now: datetime) -> bool:
+    """Give an action up for good; it keeps its last error with the operator's reason."""
+    last = sa.func.coalesce(outbox.c.error, "")
+    moved = await tx.execute(
+        sa.update(outbox)
+        .where(outbox.c.id == action_id, outbox.c.state.in_([State.DEAD, State.PENDING]))
+        .values(
+            state=State.DISCARDED,
+            settled_at=now,
+            error=sa.literal(f"discarded: {reason}; last error: ") + last,
+        )
+    )
+    return moved.rowcount == 1
+
+
+async def find(tx: Tx, action_id: int) -> dict[str, Any] | None:
+    """One action with everything that is known of it."""
+    row = (await tx.execute(sa.select(outbox).where(outbox.c.id == action_id))).mappings().one_or_none()
+    return None if row is None else dict(row)
+
+
+async def select(
+    tx: Tx,
+    *,
+    states: Sequence[str] = (),
+    kind: str | None = None,
+    subject: str | None = None,
+    cause: str | None = None,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Actions in order, by state, kind, subject, and a text that their last error contains."""
+    statement = sa.select(outbox).order_by(outbox.c.id)
+    if states:
+        statement = statement.where(outbox.c.state.in_(states))
+    if kind is not None:
+        statement = statement.where(outbox.c.kind == kind)
+    if subject is not None:
+        statement = statement.where(outbox.c.subject == subject)
+    if cause is not None:
+        statement = statement.where(outbox.c.error.icontains(cause, autoescape=True))
+    if limit is not None:
+        statement = statement.limit(limit)
+    return [dict(row) for row in (await tx.execute(statement)).mappings()]
+
+
+async def count(tx: Tx) -> dict[tuple[str, str], int]:
+    """How many actions there are by (state, kind)."""
+    statement = sa.select(outbox.c.state, outbox.c.kind, sa.func.count()).group_by(
+        outbox.c.state, outbox.c.kind
+    )
+    return {(state, kind): number for state, kind, number in await tx.execute(statement)}
+
+
+async def oldest_pending(tx: Tx) -> datetime | None:
+    """When the oldest unfinished action was made."""
+    statement = sa.select(sa.func.min(outbox.c.created_at)).where(outbox.c.state.in_(UNFINISHED))
+    made_at: datetime | None = (await tx.execute(statement)).scalar_one()
+    return made_at
+
+
+async def unfinished_of(tx: Tx, subject: str) -> int:
+    """How many actions of a subject are not finished."""
+    statement = (
+        sa.select(sa.func.count())
+        .select_from(outbox)
+        .where(outbox.c.subject == subject, outbox.c.state.in_(UNFINISHED))
+    )
+    return int((await tx.execute(statement)).scalar_one())
+
+
+async def forget(tx: Tx, *, before: datetime) -> int:
+    """Drop done and discarded actions settled before a moment."""
+    gone = await tx.execute(
+        sa.delete(outbox).where(
+            outbox.c.state.in_([State.DONE, State.DISCARDED]), outbox.c.settled_at < before
+        )
+    )
+    return gone.rowcount

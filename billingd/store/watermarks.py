@@ -1,0 +1,66 @@
+"""How far each traffic source has been read. What was read is not yet told: that is the outbox's business."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+
+from billingd.domain.errors import Retryable
+from billingd.store.engine import Tx
+from billingd.store.rows import insert_new
+from billingd.store.schema import watermarks
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """Everything before `at` has been read. Windows have been `length` long since `regular_since`."""
+
+    source: str
+    at: datetime
+    length: timedelta
+    regular_since: datetime
+
+
+class WatermarkMoved(Retryable):
+    """Somebody else read the same windows meanwhile: read again from where they left off."""
+
+
+async def find(tx: Tx, source: str) -> Watermark | None:
+    """The watermark of a source, or None before its first reading."""
+    row = (await tx.execute(sa.select(watermarks).where(watermarks.c.source == source))).one_or_none()
+    if row is None:
+        return None
+    return Watermark(row.source, row.at, timedelta(seconds=row.window_seconds), row.regular_since)
+
+
+async def begin(tx: Tx, source: str, at: datetime, length: timedelta, *, now: datetime) -> None:
+    """Start reading a source at a window edge; changes nothing when it was begun before."""
+    seconds = int(length.total_seconds())
+    row = {"source": source, "at": at, "window_seconds": seconds, "regular_since": at, "read_at": now}
+    await insert_new(tx, watermarks, [row])
+
+
+async def advance(tx: Tx, seen: Watermark, to: datetime, *, now: datetime) -> None:
+    """Move from where it was seen to `to` (which may be the same). Raises WatermarkMoved."""
+    moved = await tx.execute(
+        sa.update(watermarks)
+        .where(
+            watermarks.c.source == seen.source,
+            watermarks.c.at == seen.at,
+            watermarks.c.window_seconds == int(seen.length.total_seconds()),
+        )
+        .values(at=to, read_at=now)
+    )
+    if moved.rowcount != 1:
+        raise WatermarkMoved(f"the watermark of {seen.source} is no longer at {seen.at.isoformat()}")
+
+
+async def change_length(tx: Tx, seen: Watermark, length: timedelta, *, now: datetime) -> None:
+    """From here on windows are `length` long; earlier ones are not read again. Raises WatermarkMoved."""
+    moved = await tx.execute(
+        sa.update(watermarks)
+        .where(watermarks.c.source == seen.source, watermarks.c.at == seen.at)
+        .values(window_seconds=int(length.total_seconds()), regular_since=seen.at, read_at=now)
+    )
+    if moved.rowcount != 1:
+        raise WatermarkMoved(f"the watermark of {seen.source} is no longer at {seen.at.isoformat()}")

@@ -1,0 +1,1 @@
+"""Turns traffic into usage records, and usage records into Recurly usage."""

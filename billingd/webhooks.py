@@ -1,0 +1,239 @@
+"""The webhook listener: verify, record the event and its actions in one transaction, answer.
+
+Nothing is acknowledged before it is durable. What the event asks for happens later, in the outbox.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import structlog
+from aiohttp import hdrs, web
+
+from billingd.domain.errors import Rejected
+from billingd.domain.events import Event, actions_for, parse_amplify, parse_recurly
+from billingd.loops import Clock
+from billingd.store import events, links, outbox
+from billingd.store.engine import Store, StoreUnavailable
+
+log = structlog.get_logger()
+
+RETRY_AFTER_SECONDS: Final = 5
+SIGNATURE_AGE_MAX: Final = timedelta(minutes=5)
+"""Recurly's own tolerance for the time in its signature (recurly.md 4.10)."""
+
+AMPLIFY_PATHS: Final = ("/webhooks/amplify", "/provisionplan", "/provisionsubscription")
+"""The last two are what the original integration's hooks post to."""
+
+
+@dataclass
+class Tally:
+    """Deliveries since this process started, by what became of them."""
+
+    accepted: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    unavailable: int = 0
+    observers: list[Callable[[str], None]] = field(default_factory=list)
+
+    def add(self, outcome: str) -> None:
+        """Count one delivery: accepted, duplicates, rejected or unavailable."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
+        for observer in self.observers:
+            observer(outcome)
+
+
+class Authenticator:
+    """Says whether a request carries one of our secrets, in time that does not depend on the answer.
+
+    `auth` is `header:NAME`, `basic`, `query:NAME` or `none`. `secrets` holds one or, while rotating, two
+    values separated by a space; a scheme word such as Bearer in front of a value counts for nothing.
+    """
+
+    _SCHEMES = frozenset({"bearer", "basic"})
+
+    def __init__(self, auth: str, secrets: str) -> None:
+        self._how, _, self._name = auth.partition(":")
+        self._secrets = [value for value in secrets.split() if value.lower() not in self._SCHEMES]
+        if self._how != "none" and not self._secrets:
+            raise ValueError("webhooks.secret is needed unless webhooks.auth is none")
+        self._digests = [hashlib.sha256(value.encode()).digest() for value in self._secrets]
+
+    def admits(self, request: web.Request) -> bool:
+        """Whether the request may be believed."""
+        if self._how == "none":
+            return True
+        digest = hashlib.sha256(self._presented(request)).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all are compared
+        return any(matches)
+
+    def signed(self, body: bytes, header: str, *, now: datetime) -> bool:
+        """Whether a `recurly-signature` header (`ts,hex[,hex...]`, ts in Unix ms or s) signs this body."""
+        stamp, *signatures = header.split(",")
+        if not (stamp.isascii() and stamp.isdigit() and len(stamp) <= 13):
+            return False
+        seconds = int(stamp) / 1000 if len(stamp) > 10 else int(stamp)
+        if abs(now - datetime.fromtimestamp(seconds, UTC)) > SIGNATURE_AGE_MAX:
+            return False
+        matches = [
+            hmac.compare_digest(
+                hmac.new(secret.encode(), stamp.encode() + b"." + body, hashlib.sha256).hexdigest(),
+                signature.strip(),
+            )
+            for secret in self._secrets
+            for signature in signatures
+            if signature.isascii()
+        ]
+        return any(matches)
+
+    def _presented(self, request: web.Request) -> bytes:
+        if self._how == "query":
+            return request.query.get(self._name, "").encode(errors="surrogateescape")
+        name = hdrs.AUTHORIZATION if self._how == "basic" else self._name
+        value = request.headers.get(name, "").strip()
+        scheme, _, rest = value.partition(" ")
+        if self._how == "basic":
+            try:
+                return base64.b64decode(rest, validate=True) if scheme.lower() == "basic" else b""
+            except binascii.Error:
+                return b""
+        bare = rest.strip() if scheme.lower() in self._SCHEMES else value
+        return bare.encode(errors="surrogateescape")
+
+
+class WebhookListener:
+    """The aiohttp application behind `webhooks.listen`."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        authenticator: Authenticator,
+        *,
+        body_bytes_max: int,
+        wake: asyncio.Event,
+        tally: Tally,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._authenticator = authenticator
+        self._body_bytes_max = body_bytes_max
+        self._wake = wake
+        self._tally = tally
+
+    def application(self) -> web.Application:
+        """The routes, each answering errors as JSON."""
+        application = web.Application(client_max_size=self._body_bytes_max, middlewares=[self._answer])
+        for path in AMPLIFY_PATHS:
+            application.router.add_post(path, self._amplify)
+        application.router.add_post("/webhooks/recurly", self._recurly)
+        return application
+
+    @web.middleware
+    async def _answer(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Turn what a handler raises into the answers of the contract."""
+        try:
+            return await handler(request)
+        except Rejected as error:
+            return self._refuse(request, error.status, error.code, str(error))
+        except StoreUnavailable as error:
+            self._tally.add("unavailable")
+            log.error("webhook.not_stored", error=str(error))
+            return _error(
+                503,
+                "store_unavailable",
+                "the event could not be stored; nothing of it was kept, send it again",
+                {hdrs.RETRY_AFTER: str(RETRY_AFTER_SECONDS)},
+            )
+        except web.HTTPMethodNotAllowed as error:
+            allow = {"Allow": ", ".join(sorted(error.allowed_methods))}
+            return self._refuse(request, 405, "method_not_allowed", "webhooks are sent by POST", allow)
+        except web.HTTPNotFound:
+            known = ", ".join([*AMPLIFY_PATHS, "/webhooks/recurly"])
+            return self._refuse(request, 404, "not_found", f"webhooks are taken at {known}")
+
+    def _refuse(
+        self,
+        request: web.Request,
+        status: int,
+        code: str,
+        message: str,
+        headers: dict[str, str] | None = None,
+    ) -> web.Response:
+        self._tally.add("rejected")
+        log.warning("webhook.rejected", path=request.path, status=status, code=code)
+        return _error(status, code, message, headers)
+
+    async def _amplify(self, request: web.Request) -> web.Response:
+        if not self._authenticator.admits(request):
+            raise _unauthorized()
+        body = await self._body(request)
+        return await self._accept(parse_amplify(body))
+
+    async def _recurly(self, request: web.Request) -> web.Response:
+        signature = request.headers.get("recurly-signature")
+        if signature is None and not self._authenticator.admits(request):
+            raise _unauthorized()
+        body = await self._body(request)
+        if signature is not None and not self._authenticator.signed(body, signature, now=self._clock.now()):
+            raise _unauthorized()
+        return await self._accept(parse_recurly(body, request.headers.get("recurly-notification-id")))
+
+    async def _body(self, request: web.Request) -> bytes:
+        """The body, never more of it than allowed, and only when it claims to be JSON."""
+        if request.content_type != "application/json":
+            raise Rejected("the content type must be application/json", status=415, code="not_json_content")
+        too_large = Rejected(
+            f"the body is larger than {self._body_bytes_max} bytes (webhooks.body_bytes_max)",
+            status=413,
+            code="too_large",
+        )
+        if request.content_length is not None and request.content_length > self._body_bytes_max:
+            raise too_large
+        try:
+            return await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise too_large from None
+
+    async def _accept(self, event: Event) -> web.Response:
+        now = self._clock.now()
+        actions = actions_for(event)
+        async with self._store.write() as tx:
+            if actions and event.resource_id and event.resource_version:
+                own = await links.is_own_write(
+                    tx,
+                    kind=event.kind,
+                    resource_id=event.resource_id,
+                    resource_version=event.resource_version,
+                )
+                actions = () if own else actions
+            new = await events.insert(tx, event, now=now)
+            added = await outbox.insert(tx, actions, now=now, event_id=event.id) if new else 0
+        if added:
+            self._wake.set()
+        self._tally.add("accepted" if new else "duplicates")
+        log.info(
+            "webhook.accepted",
+            event_id=event.id,
+            resource=f"{event.kind}/{event.name}",
+            correlation=event.correlation_id,
+            duplicate=not new,
+            actions=added,
+        )
+        return web.json_response({"event": event.id, "duplicate": not new, "actions": added}, status=202)
+
+
+def _unauthorized() -> Rejected:
+    return Rejected("the secret is missing or wrong", status=401, code="unauthorized")
+
+
+def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    return web.json_response({"error": {"code": code, "message": message}}, status=status, headers=headers)
