@@ -336,12 +336,12 @@ async def _listen(stack: AsyncExitStack, application: web.Application, listen: s
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=HTTP_CLOSE_SECONDS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    if listen.startswith("unix:"):
-        await web.UnixSite(runner, listen.removeprefix("unix:")).start()
-        return
-    host, port = host_port(listen)
     try:
-        await web.TCPSite(runner, host, port).start()
+        if listen.startswith("unix:"):
+            await web.UnixSite(runner, listen.removeprefix("unix:")).start()
+        else:
+            host, port = host_port(listen)
+            await web.TCPSite(runner, host, port).start()
     except OSError as error:
         raise BillingdError(f"cannot listen on {listen}: {error.strerror or error}") from error
 

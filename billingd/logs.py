@@ -1,6 +1,7 @@
 """structlog set-up: events are names with fields, on stderr; JSON unless a person is looking."""
 
 import logging
+import os
 import sys
 
 import structlog
@@ -16,7 +17,9 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
         structlog.processors.format_exc_info,
     ]
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
     )
     structlog.configure(
         processors=[*shared, renderer],

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from billingd.domain.errors import BillingdError, NotFound, Permanent, Refused, Unknown
+from billingd.domain.errors import BillingdError, NotFound, Refused, Unknown
 from billingd.domain.sending import Intent, Settle, after_not_found, body_hash, idempotency_key
 from billingd.loops import Clock
 from billingd.store import intents
@@ -67,6 +67,34 @@ class Once:
                 return await self._done(name, found, keep, body=body)
         return await self._send(name, body, intent, send, keep)
 
+    async def unknown(self, name: str) -> bool:
+        """Whether the write was sent and nobody knows what became of it."""
+        async with self._store.read() as tx:
+            intent = await intents.find(tx, name)
+        return intent is not None and intent.state == "open"
+
+    async def look(self, name: str, *, find: Finder) -> str | None:
+        """What became of a write that is no longer wanted: its id, or None when it never took effect.
+
+        Nothing is sent. Raises Unknown while an earlier request may still take effect.
+        """
+        async with self._store.read() as tx:
+            intent = await intents.find(tx, name)
+        if intent is None or intent.state == "refused":
+            return None
+        if intent.state == "done":
+            return intent.result
+        found = await find()
+        if found is None:
+            settled_at = intent.last_sent_at + self._settling
+            if (now := self._clock.now()) < settled_at:
+                raise Unknown(f"{name}: no clear outcome yet and not found", retry_after=settled_at - now)
+            await self._refused(name)
+            return None
+        async with self._store.write() as tx:
+            await intents.done(tx, name, result=found)
+        return found
+
     async def _send(
         self, name: str, body: Mapping[str, Any], intent: Intent | None, send: Sender, keep: Keeper | None
     ) -> str:
@@ -79,7 +107,10 @@ class Once:
             )
         digest = body_hash(body)
         if step.again and intent is not None and intent.body_hash != digest:
-            raise Permanent(f"{name}: its body changed while its outcome is unknown; nothing was sent")
+            await self._burn(name)  # the key stands for another body, so that only a look-up can tell now
+            raise Unknown(
+                f"{name}: its body changed while its outcome is unknown", retry_after=self._settling
+            )
         key = idempotency_key(name, step.epoch, digest)
         first_sent_at = intent.first_sent_at if intent is not None and step.again else now
         async with self._store.write() as tx:

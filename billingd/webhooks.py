@@ -5,7 +5,6 @@ Nothing is acknowledged before it is durable. What the event asks for happens la
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
@@ -101,7 +100,7 @@ class Authenticator:
         if self._how == "basic":
             try:
                 return base64.b64decode(rest, validate=True) if scheme.lower() == "basic" else b""
-            except binascii.Error:
+            except ValueError:  # not base64, or not even ASCII
                 return b""
         bare = rest.strip() if scheme.lower() in self._SCHEMES else value
         return bare.encode(errors="surrogateescape")
@@ -129,7 +128,8 @@ class WebhookListener:
 
     def application(self) -> web.Application:
         """The routes, each answering errors as JSON."""
-        application = web.Application(client_max_size=self._body_bytes_max, middlewares=[self._answer])
+        # aiohttp refuses what reaches the size it is given, we what exceeds ours
+        application = web.Application(client_max_size=self._body_bytes_max + 1, middlewares=[self._answer])
         for path in AMPLIFY_PATHS:
             application.router.add_post(path, self._amplify)
         application.router.add_post("/webhooks/recurly", self._recurly)
@@ -207,7 +207,10 @@ class WebhookListener:
         now = self._clock.now()
         actions = actions_for(event)
         async with self._store.write() as tx:
-            if actions and event.resource_id and event.resource_version:
+            # Attributes are no subresource (amplify.md 2.6). Whether a subresource has versions of its own is
+            # not known, so an event of one is never taken for ours, whatever version it shows.
+            updated = event.type == "ResourceUpdated"
+            if actions and updated and event.resource_id and event.resource_version:
                 own = await links.is_own_write(
                     tx,
                     kind=event.kind,

@@ -2,18 +2,21 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from billingd.domain.attempts import Action, State
 from billingd.store import held, outbox, usage
 from billingd.store.engine import Store
+
+IDS_MAX: Final = 10_000
+"""Ids in one statement: both databases bound its parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """Which actions: by id, or by kind, subject and a text in their last error. `states` bounds them."""
 
-    ids: tuple[int, ...] = ()
+    ids: tuple[int, ...] | None = None
     kind: str | None = None
     subject: str | None = None
     cause: str | None = None
@@ -29,17 +32,17 @@ async def selected(store: Store, selection: Selection, *, limit: int | None = No
             kind=selection.kind,
             subject=selection.subject,
             cause=selection.cause,
-            limit=None if selection.ids else limit,
+            limit=limit if selection.ids is None else None,
         )
-    return [row for row in rows if not selection.ids or row["id"] in selection.ids]
+    return [row for row in rows if selection.ids is None or row["id"] in selection.ids]
 
 
 async def replay(store: Store, selection: Selection, *, now: datetime) -> list[int]:
     """Give every dead action of the selection a new life; return their ids."""
     ids = [int(row["id"]) for row in await selected(store, selection)]
-    if ids:
-        async with store.write() as tx:
-            await outbox.retry(tx, ids, now=now)
+    async with store.write() as tx:
+        for start in range(0, len(ids), IDS_MAX):
+            await outbox.retry(tx, ids[start : start + IDS_MAX], now=now)
     return ids
 
 

@@ -37,7 +37,9 @@ class Poller(Protocol):
     """What the traffic commands ask of the poller."""
 
     async def run_once(self) -> bool: ...
-    async def read_range(self, since: datetime, until: datetime) -> int: ...
+    async def read_range(
+        self, since: datetime, until: datetime, *, subscription: str | None = None
+    ) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class AdminListener:
                 web.post("/outbox/replay", self._replay),
                 web.post("/outbox/{id:[0-9]+}/retry", self._retry),
                 web.post("/outbox/{id:[0-9]+}/discard", self._discard),
+                web.get("/subscriptions", self._subscriptions),
                 web.get("/held", self._held),
                 web.post("/held/{id:[0-9]+}/release", self._release),
                 web.get("/traffic/windows", self._windows),
@@ -166,14 +169,12 @@ class AdminListener:
 
     async def _replay(self, request: web.Request) -> web.Response:
         body = await _body(request)
-        chosen = body.get("ids", [])
-        if not isinstance(chosen, list) or not all(isinstance(one, int) for one in chosen):
+        chosen = body.get("ids")
+        if chosen is not None and not (isinstance(chosen, list) and all(type(one) is int for one in chosen)):
             raise _bad_request("ids: must be a list of numbers")
-        texts = {name: body.get(name) for name in ("kind", "subject", "cause")}
-        for name, value in texts.items():
-            if value is not None and not isinstance(value, str):
-                raise _bad_request(f"{name}: must be a text")
-        selection = Selection(ids=tuple(chosen), **texts)
+        ids_ = None if chosen is None else tuple(chosen)
+        kind, subject, cause = (_optional_text(body, name) for name in ("kind", "subject", "cause"))
+        selection = Selection(ids=ids_, kind=kind, subject=subject, cause=cause)
         ids = await operations.replay(self._parts.store, selection, now=self._parts.clock.now())
         self._parts.wake_outbox()
         log.info("outbox.replayed", actions=len(ids))
@@ -195,6 +196,9 @@ class AdminListener:
             raise _not_found("dead or pending action", _id(request))
         log.info("outbox.discarded", action=_id(request), reason=reason)
         return web.json_response({"discarded": _id(request)})
+
+    async def _subscriptions(self, _request: web.Request) -> web.Response:
+        return web.json_response({"subscriptions": await status.subscriptions(self._parts.store)})
 
     async def _held(self, _request: web.Request) -> web.Response:
         async with self._parts.store.read() as tx:
@@ -230,7 +234,8 @@ class AdminListener:
         since, until = _time(body.get("since"), "since"), _time(body.get("until"), "until")
         if until <= since:
             raise _bad_request("until: must be later than since")
-        booked = await self._parts.poller.read_range(since, until)
+        subscription = _optional_text(body, "subscription")
+        booked = await self._parts.poller.read_range(since, until, subscription=subscription)
         return web.json_response({"booked_units": booked})
 
 
@@ -290,6 +295,13 @@ async def _body(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise _bad_request("the body must be a JSON object")
     return body
+
+
+def _optional_text(body: dict[str, Any], name: str) -> str | None:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _bad_request(f"{name}: must be a text")
+    return value
 
 
 def _id(request: web.Request) -> int:

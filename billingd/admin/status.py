@@ -63,6 +63,31 @@ async def read(
     }
 
 
+async def subscriptions(store: Store) -> list[dict[str, Any]]:
+    """Every linked subscription with its units: recorded in all, of these reported, of these held."""
+    async with store.read() as tx:
+        linked = await links.subscriptions(tx)
+        plans = {plan.plan_id: plan for plan in await links.plans(tx)}
+        totals = await usage.totals_by_subscription(tx)
+    rows = []
+    for link in linked:
+        units = totals.get(link.subscription_id, {})
+        rows.append(
+            {
+                "subscription": link.subscription_id,
+                "name": link.name,
+                "plan": plans[link.plan_id].name,
+                "account": link.account_code,
+                "recurly_uuid": link.uuid,
+                "state": link.state,
+                "recorded_units": sum(units.values()),
+                "reported_units": units.get("reported", 0),
+                "held_units": units.get("held", 0),
+            }
+        )
+    return rows
+
+
 def timestamp(moment: datetime) -> str:
     """RFC 3339 in UTC, with a Z, fractions only where there are some."""
     return moment.isoformat().replace("+00:00", "Z")

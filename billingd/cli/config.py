@@ -34,7 +34,12 @@ def check_config(config: Path | None) -> None:
     """
     from billingd.settings import ConfigurationError, load
 
-    loaded = load(config)
+    try:
+        loaded = load(config)
+    except ConfigurationError as error:
+        more = faults_for_run(error.partial) if error.partial is not None else []
+        named = {fault.key for fault in error.faults}
+        raise ConfigurationError(error.faults + [one for one in more if one.key not in named]) from None
     if faults := faults_for_run(loaded.settings):
         raise ConfigurationError(faults)
     output.say("configuration is sound")
@@ -91,7 +96,7 @@ def show(config: Path | None, as_json: bool) -> None:
         "value": None if directory is None else str(directory),
         "origin": loaded.origins.get("secrets_dir", "default"),
     }
-    rows = [first] + [row | {"value": without_password(row["value"])} for row in shown(loaded)]
+    rows = [first] + [row | {"value": without_credentials(row["value"])} for row in shown(loaded)]
     if as_json:
         output.document({"settings": rows})
         return
@@ -100,22 +105,19 @@ def show(config: Path | None, as_json: bool) -> None:
     )
 
 
-def without_password(value: Any) -> Any:
-    """A value as it is, but for the password of a URL."""
+def without_credentials(value: Any) -> Any:
+    """A value as it is, but for what a URL says of who asks."""
     if not isinstance(value, str) or "://" not in value:
         return value
     if value.startswith(("sqlite", "postgresql")):
         import sqlalchemy as sa
 
         url = sa.make_url(value)
-        return url.update_query_dict(
-            {name: "***" for name in url.query if "password" in name}
-        ).render_as_string(hide_password=True)
+        masked = url.update_query_dict({name: "***" for name in url.query if "password" in name})
+        return masked.render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
     parts = urlsplit(value)
-    if parts.password is None:
-        return value
-    user, _, host = parts.netloc.rpartition("@")
-    return parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}").geturl()
+    _user, at, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"***@{host}").geturl() if at else value
 
 
 def _written(value: Any) -> str:

@@ -7,7 +7,7 @@ import click
 from billingd.cli import output
 
 
-@click.command()
+@click.command(short_help="Prove the whole job against a sandbox, to the unit.")
 @click.option("--seconds", type=click.IntRange(min=1), help="How long to make traffic.")
 @click.option("--store", "store_url", metavar="URL", help="Use this store instead of a temporary one.")
 @output.json_option

@@ -41,7 +41,7 @@ def channel_faults(settings: "Settings") -> "list[Fault]":
     return faults
 
 
-@click.group()
+@click.group(short_help="Try the channels through which people are told.")
 def notify() -> None:
     """Tell people.
 

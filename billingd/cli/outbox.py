@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -12,6 +11,7 @@ import click
 
 from billingd.cli import output
 from billingd.cli.reach import ask_or_change, ask_or_read, settings_of
+from billingd.cli.selection import LIST_MAX, Chosen, find_at_daemon, find_in_store
 from billingd.cli.talk import Daemon, Declined
 from billingd.domain.attempts import State
 
@@ -24,48 +24,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 MOVABLE: Final = (State.DEAD, State.PENDING)
 """States that an operator can change."""
 
-LIST_MAX: Final = 1_000
-
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which actions a listing names."""
-
-    states: tuple[str, ...]
-    kind: str | None
-    subject: str | None
-    cause: str | None
-    limit: int
-
-    async def ask(self, daemon: Daemon) -> list[dict[str, Any]]:
-        """The daemon's listing."""
-        query = [("state", state) for state in self.states] + [("limit", str(self.limit))]
-        named = {"kind": self.kind, "subject": self.subject, "cause": self.cause}
-        query += [(name, value) for name, value in named.items() if value is not None]
-        actions: list[dict[str, Any]] = (await daemon.get("/outbox", key="actions", query=query))["actions"]
-        return actions
-
-    async def read(self, store: "Store") -> list[dict[str, Any]]:
-        """The store's listing."""
-        from billingd.admin import operations, status
-
-        selection = operations.Selection((), self.kind, self.subject, self.cause, self.states)
-        rows = await operations.selected(store, selection, limit=self.limit)
-        return [status.action_item(row) for row in rows]
-
-
 def filter_options(command: Command) -> Command:
-    """--kind, --subject, --cause and --limit."""
+    """--kind, --subject and --cause."""
     for option in (
-        click.option(
-            "--limit",
-            type=click.IntRange(1, LIST_MAX),
-            default=100,
-            show_default=True,
-            help="At most so many, the oldest first.",
-        ),
         click.option("--cause", metavar="TEXT", help="Only those whose last error contains this."),
         click.option("--subject", metavar="SUBJECT", help="Only those about this subject."),
         click.option("--kind", metavar="KIND", help="Only actions of this kind."),
@@ -96,6 +60,13 @@ def outbox() -> None:
     help="Only this state; may be given several times. Default: dead, pending and leased.",
 )
 @filter_options
+@click.option(
+    "--limit",
+    type=click.IntRange(1, LIST_MAX),
+    default=100,
+    show_default=True,
+    help="At most so many, the oldest first.",
+)
 @output.json_option
 @click.pass_obj
 def list_(
@@ -113,7 +84,7 @@ def list_(
     Example:
       billingd outbox list --state dead --kind report_usage --json
     """
-    chosen = Filter(states or (State.DEAD, State.PENDING, State.LEASED), kind, subject, cause, limit)
+    chosen = Chosen(states or (State.DEAD, State.PENDING, State.LEASED), kind, subject, cause, limit)
     actions = asyncio.run(ask_or_read(settings_of(config), chosen.ask, chosen.read, quiet=as_json))
     if as_json:
         output.document({"actions": actions})
@@ -206,9 +177,7 @@ def discard(config: Path | None, action_id: int, reason: str, dry_run: bool, as_
     show_default=True,
     help="pending: try those that wait for their next attempt at once.",
 )
-@click.option("--kind", metavar="KIND", help="Only actions of this kind.")
-@click.option("--subject", metavar="SUBJECT", help="Only those about this subject.")
-@click.option("--cause", metavar="TEXT", help="Only those whose last error contains this.")
+@filter_options
 @click.option("--limit", type=click.IntRange(1, LIST_MAX), help="At most so many, the oldest first.")
 @dry_run_option
 @output.json_option
@@ -233,15 +202,79 @@ def replay(
       billingd outbox replay 7 9 12
     """
     settings = settings_of(config)
-    chosen = _Replay(ids, state, kind, subject, cause, limit)
+    chosen = Chosen((state,), kind, subject, cause, limit, tuple(dict.fromkeys(ids)) or None)
     if dry_run:
-        actions = asyncio.run(ask_or_read(settings, chosen.ask_which, chosen.read_which, quiet=as_json))
-        replayed = [action["id"] for action in actions]
+        actions = asyncio.run(ask_or_read(settings, chosen.ask, chosen.read, quiet=as_json))
+        replayed = [int(action["id"]) for action in actions]
         if not as_json:
             _table(actions)
     else:
-        replayed = asyncio.run(ask_or_change(settings, chosen.ask, chosen.change, quiet=as_json))
+        replayed = asyncio.run(
+            ask_or_change(settings, chosen.replay_at_daemon, chosen.replay_in_store, quiet=as_json)
+        )
     if as_json:
         output.document({"replayed": replayed, "dry_run": dry_run})
     else:
         output.say(f"{len(replayed)} action(s) {'would be' if dry_run else 'will be'} tried again")
+    if left := [action_id for action_id in chosen.ids or () if action_id not in replayed]:
+        raise Declined(f"not {state}, or not of this selection: {', '.join(map(str, left))}")
+
+
+async def _find(settings: "Settings", action_id: int, *, quiet: bool) -> dict[str, Any]:
+    action = await ask_or_read(
+        settings,
+        lambda daemon: find_at_daemon(daemon, action_id),
+        lambda store: find_in_store(store, action_id),
+        quiet=quiet,
+    )
+    if action is None:
+        raise Declined(f"there is no action {action_id}; `billingd outbox list` shows those there are")
+    return action
+
+
+async def _movable(settings: "Settings", action_id: int, *, quiet: bool) -> dict[str, Any]:
+    """The action, when an operator can change it."""
+    action = await _find(settings, action_id, quiet=quiet)
+    if action["state"] not in MOVABLE:
+        raise Declined(f"there is no dead or pending action {action_id}: it is {action['state']}")
+    return action
+
+
+async def _retry(settings: "Settings", action_id: int, *, quiet: bool) -> None:
+    async def ask(daemon: Daemon) -> None:
+        await daemon.post(f"/outbox/{action_id}/retry", key="retried")
+
+    async def change(store: "Store") -> None:
+        from billingd.admin import operations
+
+        if not await operations.retry(store, action_id, now=datetime.now(UTC)):
+            raise Declined(f"there is no dead or pending action {action_id}")
+
+    await ask_or_change(settings, ask, change, quiet=quiet)
+
+
+async def _discard(settings: "Settings", action_id: int, reason: str, *, quiet: bool) -> None:
+    async def ask(daemon: Daemon) -> None:
+        await daemon.post(f"/outbox/{action_id}/discard", {"reason": reason}, key="discarded")
+
+    async def change(store: "Store") -> None:
+        from billingd.admin import operations
+
+        if not await operations.discard(store, action_id, reason=reason, now=datetime.now(UTC)):
+            raise Declined(f"there is no dead or pending action {action_id}")
+
+    await ask_or_change(settings, ask, change, quiet=quiet)
+
+
+def _table(actions: Sequence[Mapping[str, Any]]) -> None:
+    output.table(
+        ["ID", "STATE", "KIND", "SUBJECT", "ATTEMPT", "DUE", "LAST ERROR"],
+        (
+            [action[name] for name in ("id", "state", "kind", "subject", "attempt", "due_at", "error")]
+            for action in actions
+        ),
+    )
+
+
+def _line(action: Mapping[str, Any]) -> str:
+    return f"action {action['id']}, {action['state']}: {action['kind']} of {action['subject']}"

@@ -55,7 +55,7 @@ def driver_faults(settings: "Settings") -> "list[Fault]":
 async def opened(
     settings: "Settings", *, lock: bool = False, may_be_missing: bool = False, current: bool = True
 ) -> "AsyncIterator[Store]":
-    """The store, never made by looking for it, and with the schema this program knows unless `current` is off.
+    """The store, never made by a look at it; with the schema this program knows, unless `current` is off.
 
     Raises StoreMissing, StoreUnavailable, StoreBusy (held, or newer), SchemaBehind.
     """
@@ -67,6 +67,8 @@ async def opened(
     async with Store(settings.store.url) as store:
         if store.path is not None and not store.path.exists() and not may_be_missing:
             raise StoreMissing(f"there is no store at {store.path}")
+        if store.path is not None and not store.path.parent.is_dir():
+            raise StoreMissing(f"there is no directory {store.path.parent}; make it first")
         if lock:
             try:
                 store.lock()

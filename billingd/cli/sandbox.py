@@ -9,7 +9,11 @@ from billingd.domain.errors import BillingdError
 
 @click.command()
 @click.option(
-    "--listen", metavar="HOST:PORT", default="127.0.0.1:8010", show_default=True, help="Loopback; port 0: any."
+    "--listen",
+    metavar="HOST:PORT",
+    default="127.0.0.1:8010",
+    show_default=True,
+    help="Loopback; port 0: any.",
 )
 @click.option(
     "--webhook-url",
@@ -43,5 +47,7 @@ def sandbox(listen: str, webhook_url: str | None, webhook_secret: str | None) ->
     given = {"webhook_url": webhook_url, "webhook_secret": webhook_secret}
     try:
         asyncio.run(serve(listen, **{name: value for name, value in given.items() if value is not None}))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise BillingdError(f"cannot listen on {listen}: {error.strerror or error}") from error

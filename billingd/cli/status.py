@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from billingd.store.engine import Store
 
 
-@click.command()
+@click.command(short_help="Tell how things stand.")
 @click.option("--check", is_flag=True, help="Exit with 3 when there are dead letters or held items.")
 @output.json_option
 @click.pass_context

@@ -1,6 +1,7 @@
 """A client of the running daemon's admin listener, over TCP or a unix socket."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,9 +31,7 @@ class Daemon:
 
     listen: str
 
-    async def get(
-        self, path: str, *, key: str, query: Sequence[tuple[str, str]] = ()
-    ) -> dict[str, Any]:
+    async def get(self, path: str, *, key: str, query: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
         """Read a document, which has that key. Raises DaemonAway, Unreachable, Declined."""
         status, content = await self._ask("GET", path, query=query, body=None, seconds=ANSWER_SECONDS)
         return self._read(status, content, key)
@@ -69,7 +68,8 @@ class Daemon:
         except TimeoutError:
             raise DaemonAway(f"the daemon does not answer at {self.listen} in time") from None
         except (aiohttp.ClientError, OSError) as error:
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            number = getattr(error, "errno", None)
+            why = os.strerror(number) if number else str(error) or type(error).__name__
             raise DaemonAway(f"the daemon does not answer at {self.listen} ({why})") from None
 
     def _door(self) -> tuple[str, Any]:

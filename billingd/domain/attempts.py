@@ -119,4 +119,5 @@ def judge(
 
 def describe(error: BaseException) -> str:
     """The text an operator reads: its class too, since a bug's message alone says little."""
-    return f"{type(error).__name__}: {error}"[:2000]
+    text = f"{type(error).__name__}: {error}"[:2000]
+    return text.replace("\x00", "�").encode(errors="replace").decode()  # no database keeps these two

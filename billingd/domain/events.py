@@ -53,14 +53,17 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 def _text(value: Any, where: str, *, length_max: int) -> str:
-    if not isinstance(value, str) or not value or len(value) > length_max or "\x00" in value:
+    text = _optional(value, length_max=length_max)
+    if text is None:
         raise _reject(f"{where} must be a text of 1 to {length_max} characters")
-    return value
+    return text
 
 
 def _optional(value: Any, *, length_max: int = ID_LENGTH_MAX) -> str | None:
-    usable = isinstance(value, str) and value and len(value) <= length_max and "\x00" not in value
-    return value if usable else None
+    """The text, if it is one that both databases can keep: no NUL, no half of a surrogate pair."""
+    if not isinstance(value, str) or not 1 <= len(value) <= length_max:
+        return None
+    return None if any(c == "\x00" or "\ud800" <= c <= "\udfff" for c in value) else value
 
 
 def _state(payload: dict[str, Any]) -> str | None:
@@ -76,7 +79,7 @@ def parse_amplify(body: bytes) -> Event:
     if not isinstance(payload, dict):
         raise _reject("payload must be an object: the resource that changed")
     event_type = document.get("type")
-    if event_type not in EVENT_TYPES:
+    if not isinstance(event_type, str) or event_type not in EVENT_TYPES:
         raise _reject(f"type must be one of {', '.join(sorted(EVENT_TYPES))}")
     metadata = payload.get("metadata") if isinstance(payload.get("metadata"), dict) else {}
     about = document.get("metadata") if isinstance(document.get("metadata"), dict) else {}
@@ -148,7 +151,7 @@ def actions_for(event: Event) -> tuple[Action, ...]:
 
 
 def plan_action(name: str, plan_id: str | None, *, because: str) -> Action:
-    """Bring Recurly in line with a product plan. Its subject is the name: a quota's event knows no plan id."""
+    """Bring Recurly in line with a product plan. Its subject is the name: a quota's event knows no id."""
     return Action(
         PROVISION_PLAN, f"plan:{name}", f"{PROVISION_PLAN}:{name}:{because}", {"name": name, "id": plan_id}
     )

@@ -1,5 +1,6 @@
 """Windows of traffic: half-open stretches of UTC time, aligned to the epoch."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,6 +25,12 @@ class Window:
 def floor(moment: datetime, length: timedelta) -> datetime:
     """The latest start of a window of that length at or before `moment`."""
     return moment - (moment - EPOCH) % length
+
+
+def shared_edge(moment: datetime, one: timedelta, other: timedelta) -> datetime:
+    """The earliest moment at or after `moment` where windows of either length begin (whole seconds)."""
+    both = math.lcm(int(one.total_seconds()), int(other.total_seconds()))
+    return moment + (EPOCH - moment) % timedelta(seconds=both)
 
 
 def next_window(watermark: datetime, now: datetime, *, length: timedelta, settle: timedelta) -> Window | None:

@@ -97,7 +97,7 @@ class SubscriptionEnder:
             f"subscription-ended:{link.subscription_id}",
             f"{link.title} has ended",
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
-            f"was {'terminated' if self._on_cancel == 'terminate' else 'cancelled'} after its last usage.",
+            + _how(link, self._on_cancel),
         )
         async with self._store.write() as tx:
             await links.end(tx, link.subscription_id, now=now)
@@ -124,3 +124,13 @@ class SubscriptionEnder:
             over.add("canceled")
         state = (await self._billing.get_subscription(link.uuid)).state
         return link.uuid if state in over else None
+
+
+def _how(link: SubscriptionLink, on_cancel: str) -> str:
+    """What was done, and what is left to do: Recurly refunds what was paid, and an open invoice stays open."""
+    if link.approved_at is None:
+        return (
+            "was terminated. It was never approved: what was paid of its first invoice was refunded; "
+            "mark the invoice as failed at Recurly if it is still open."
+        )
+    return f"was {'terminated' if on_cancel == 'terminate' else 'cancelled'} after its last usage."

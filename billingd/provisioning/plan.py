@@ -270,6 +270,7 @@ class PlanProvisioner:
             f"held:{kind}:{plan.id}:{now.isoformat()}", f"Plan {plan.title} is held, not billed", reason
         )
         async with self._store.write() as tx:
+            await held.close(tx, subject=subject, resolution=f"now {kind}", now=now, but_kind=kind)
             await hold(tx, Hold(kind, subject, reason, again), notice, now=now)
 
     async def _release(self, name: str, why: str) -> None:

@@ -27,11 +27,14 @@ from billingd.store.links import PlanLink, SubscriptionLink
 
 log = structlog.get_logger()
 
+OVER: Final = frozenset({"archived", "migrated"})
+"""States of a subscription that Amplify no longer serves."""
+
 SOON: Final = timedelta(seconds=2)
 """How long to wait for another action that this one has asked for."""
 
-GUARD: Final = timedelta(seconds=61)
-"""Recurly takes one new subscription of an account a minute (recurly.md 4.6)."""
+SECOND: Final = timedelta(seconds=1)
+"""Recurly's clock counts whole seconds."""
 
 
 class Marketplace(Protocol):
@@ -105,12 +108,18 @@ class SubscriptionProvisioner:
         subscription = await self._marketplace.find_subscription(name)
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, subscription_id)
-        if subscription is None or subscription.id != subscription_id or _over(subscription):
+        if subscription is not None and subscription.id != subscription_id:
+            subscription = None  # the name is used again; ours was deleted
+        if subscription is None or _over(subscription):
+            if link is None:
+                link = await self._orphan(name, subscription_id, subscription)
             await self._begin_end(link, subscription_id, subscription, now)
             return None
         if link is not None and link.state in {"ending", "ended"}:
             log.info("subscription.over_already", subscription=subscription_id)
             return None
+        if subscription.approval not in {"pending", "approved"}:
+            return None  # Amplify has not asked yet (amplify.md 4.2); the event that asks will come
         if link is None:
             found = await self._link(subscription)
             if not isinstance(found, SubscriptionLink):
@@ -149,9 +158,8 @@ class SubscriptionProvisioner:
                 await outbox.insert(tx, [asked], now=self._clock.now())
             standing = await held.standing(tx, subject=subject)
             working = await outbox.unfinished_of(tx, subject)
-        if plan is not None and plan.state == "active":
-            return plan
-        if plan is not None:
+            dead = await outbox.select(tx, states=["dead"], subject=subject, limit=1)
+        if plan is not None and plan.state != "active":
             reason = (
                 f"Subscription {subscription.title} asks for plan {plan.title}, which is {plan.state} and "
                 "takes no new subscriptions. Reject it in the Marketplace, or move it to another plan."
@@ -163,8 +171,17 @@ class SubscriptionProvisioner:
                 f"{standing[0]['reason']}"
             )
             return await self._hold(subscription, "plan_held", reason)
+        if plan is not None:
+            return plan
         if working:
             return Wait(SOON, f"plan {subscription.plan_name} is being provisioned")
+        if dead:
+            reason = (
+                f"Subscription {subscription.title} asks for plan {subscription.plan_name}, which could not "
+                f"be provisioned: {dead[0]['error']}. Mend the cause, then retry action {dead[0]['id']}; "
+                "billingd looks again by itself."
+            )
+            return await self._hold(subscription, "plan_failed", reason)
         log.info("subscription.plan_not_ours", subscription=subscription.id, plan=subscription.plan_name)
         return None
 
@@ -242,12 +259,7 @@ class SubscriptionProvisioner:
         )
 
         async def send(key: str, *, retried: bool) -> str:
-            try:
-                return (await self._billing.create_subscription(new, key=key, retried=retried)).uuid
-            except Refused as error:
-                if "60 seconds" in str(error):
-                    raise NotDone(str(error), retry_after=GUARD) from error
-                raise
+            return (await self._billing.create_subscription(new, key=key, retried=retried)).uuid
 
         async def find() -> str | None:
             marked = [
@@ -267,12 +279,17 @@ class SubscriptionProvisioner:
             reason = f"Subscription {subscription.title}: Recurly refused to create it: {error}"
             await self._hold(subscription, "subscription_refused", reason)
             return None
+        except NotDone as error:
+            if error.retry_after is None:
+                raise
+            # Recurly takes one new subscription of an account a minute (recurly.md 4.6): a queue, no failure
+            return Wait(error.retry_after + SECOND, str(error))
         made = await self._billing.get_subscription(uuid)
         if not made.live:
             reason = (
                 f"Subscription {subscription.title}: Recurly's subscription {uuid}, marked for it, is "
-                f"{made.state}. Clear its PO number to have a new one made, or reject the subscription in "
-                "the Marketplace."
+                f"{made.state}, and nothing can be billed on it. Reject the subscription in the Marketplace; "
+                "the subscriber may then subscribe anew."
             )
             return await self._hold(subscription, "subscription_expired", reason)
         return await self._save_link(subscription, plan, account, made)
@@ -352,6 +369,73 @@ class SubscriptionProvisioner:
             f"Hello {{name}},\n\nyour subscription {subscription.title} is approved and ready to use.{where}",
         )
 
+    async def _orphan(
+        self, name: str, subscription_id: str, subscription: Subscription | None
+    ) -> SubscriptionLink | None:
+        """The link of a Recurly subscription that was made (or may have been) before its link was written.
+
+        Without it a subscription that ended in between would be billed for ever. One that was deleted does
+        not say any more which account to look in: then a person must.
+        """
+        codes = candidates(subscription) if subscription is not None else ()
+
+        async def find() -> str | None:
+            for code in codes:
+                if await self._billing.find_account(code) is None:
+                    continue
+                for one in await self._billing.list_subscriptions(code):
+                    if one.marker == subscription_id and one.live:
+                        return one.uuid
+            return None
+
+        intent = f"subscription:{subscription_id}"
+        if not codes and await self._once.unknown(intent):
+            await self._hold_orphan(name, subscription_id)
+            return None
+        uuid = await self._once.look(intent, find=find)
+        if uuid is None:
+            return None
+        made = await self._billing.get_subscription(uuid)
+        async with self._store.read() as tx:
+            plan = await links.find_plan_by_code(tx, made.plan_code)
+        if not made.live or plan is None:
+            return None
+        now = self._clock.now()
+        link = SubscriptionLink(
+            subscription_id=subscription_id,
+            name=name,
+            title=subscription.title if subscription is not None else name,
+            plan_id=plan.plan_id,
+            organization_id=(subscription.owner_org_id if subscription is not None else None) or "",
+            account_code=made.account_code,
+            uuid=uuid,
+            state="created",
+            resource_version=None,
+            usage_from=floor(min(made.activated_at or now, now), self._policy.window),
+            approved_at=None,
+            usage_until=None,
+            period_started_at=made.period_started_at,
+            period_ends_at=made.period_ends_at,
+        )
+        async with self._store.write() as tx:
+            await links.create_subscription(tx, link, now=now)
+        return link
+
+    async def _hold_orphan(self, name: str, subscription_id: str) -> None:
+        now = self._clock.now()
+        reason = (
+            f"Subscription {name} was deleted at Amplify while nobody knew whether Recurly had created it. "
+            f"Look there for a subscription with the PO number {subscription_id} and end it, if there is one."
+        )
+        notice = provider_notice(
+            f"held:subscription_orphaned:{subscription_id}", f"Subscription {name} may be left over", reason
+        )
+        item = Hold(
+            "subscription_orphaned", f"subscription:{subscription_id}:left", reason, None, subscription_id
+        )
+        async with self._store.write() as tx:
+            await hold(tx, item, notice, now=now)
+
     async def _begin_end(
         self,
         link: SubscriptionLink | None,
@@ -361,13 +445,17 @@ class SubscriptionProvisioner:
     ) -> None:
         """Usage counts up to the end that Amplify names, or up to now; ending at Recurly comes after it."""
         subject = f"subscription:{subscription_id}"
-        said = None if subscription is None or subscription.id != subscription_id else subscription.state_at
-        until = min(said, now) if said is not None else now
+        until = now
+        if subscription is not None and subscription.state in OVER and subscription.state_at is not None:
+            until = min(subscription.state_at, now)  # of any other state it is when access began
         async with self._store.write() as tx:
             await held.close(tx, subject=subject, resolution="the subscription is over at Amplify", now=now)
             if link is None:
                 log.info("subscription.over_before_link", subscription=subscription_id)
                 return
+            if subscription is not None and (subscription.approval == "approved" or subscription.state):
+                # approved before billingd wrote that down: it was served, so its first invoice stands
+                await links.activate(tx, subscription_id, now=now)
             if await links.begin_ending(tx, subscription_id, usage_until=until):
                 await outbox.insert(tx, [end_action(subscription_id)], now=now)
                 log.info("subscription.ending", subscription=subscription_id, usage_until=until.isoformat())
@@ -393,8 +481,4 @@ class SubscriptionProvisioner:
 
 def _over(subscription: Subscription) -> bool:
     """Whether Amplify no longer serves it."""
-    return (
-        subscription.deleting
-        or subscription.approval == "rejected"
-        or subscription.state in {"archived", "migrated"}
-    )
+    return subscription.deleting or subscription.approval == "rejected" or subscription.state in OVER

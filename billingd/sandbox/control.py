@@ -56,6 +56,13 @@ OPERATIONS: Final = (
     ),
     Operation(
         "POST",
+        "/control/products/{name}",
+        amplify.mark_product,
+        {"attributes": {"billingSystem": "recurly"}},
+        at="/control/products/weather",
+    ),
+    Operation(
+        "POST",
         "/control/plans",
         amplify.add_plan,
         _PLAN,
@@ -75,6 +82,7 @@ OPERATIONS: Final = (
         amplify.move_plan,
         {},
         "step: activate, deprecate, archive, delete",
+        at="/control/plans/weather-metered/activate",
     ),
     Operation(
         "POST",
@@ -96,13 +104,13 @@ OPERATIONS: Final = (
         amplify.move_subscription,
         {},
         "step: cancel, migrate (to plan), reject, approve, delete; reason, plan",
-        at="/control/subscriptions/weather-ada/cancel",
+        at="/control/subscriptions/weather-ada/approve",
     ),
     Operation(
         "POST",
         "/control/traffic",
         traffic.add_traffic,
-        {"subscription": "weather-ada", "units": 1200},
+        {"subscription": "weather-ada", "quota": "calls", "units": 1200},
         "subscription, quota, units, at, arrives (late traffic), status, force; or traffic [those]",
     ),
     Operation(

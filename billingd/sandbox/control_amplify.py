@@ -28,6 +28,17 @@ async def add_product(world: World, asked: Asked, _: dict[str, str]) -> Json:
     return product.shown("v1")
 
 
+async def mark_product(world: World, asked: Asked, path: dict[str, str]) -> Json:
+    """Changes a product's attributes; null removes one."""
+    product = world.tenant.resources.find("Product", path["name"])
+    if product is None:
+        fix = f'POST /control/products {{"name": "{path["name"]}"}} first'
+        raise Wrong("name", f"there is no product '{path['name']}'", fix, status=404)
+    attributes = _without_nulls({**product.body["attributes"], **asked.mapping("attributes")})
+    asked.done()
+    return world.tenant.replace(product, {**product.shown("v1"), "attributes": attributes}).shown("v1")
+
+
 async def add_plan(world: World, asked: Asked, _: dict[str, str]) -> Json:
     """Makes a draft plan with quotas and units, then activates it unless told otherwise."""
     name = asked.text("name")

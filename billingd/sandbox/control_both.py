@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from billingd.sandbox.amplify.hooks import Hook
 from billingd.sandbox.amplify.resources import Json
+from billingd.sandbox.amplify.terms import end_finished
 from billingd.sandbox.asked import Asked, Wrong
 from billingd.sandbox.control_amplify import subscription_of
 from billingd.sandbox.ledger import ledger
@@ -49,7 +50,7 @@ async def read_clock(world: World, asked: Asked, _: dict[str, str]) -> Json:
 
 
 async def move_clock(world: World, asked: Asked, _: dict[str, str]) -> Json:
-    """Moves the sandbox's time on; bills what falls due."""
+    """Moves the sandbox's time on; bills what falls due, ends what has run its terms."""
     if asked.has("advance") is asked.has("set"):
         raise Wrong("advance", "say either 'advance' or 'set'", 'send {"advance": "31d"}')
     if asked.has("advance"):
@@ -61,6 +62,7 @@ async def move_clock(world: World, asked: Asked, _: dict[str, str]) -> Json:
         asked.done()
         world.clock.set(to)
     world.site.run_due_bills()
+    end_finished(world.tenant)
     return {"now": world.clock.now().isoformat()}
 
 

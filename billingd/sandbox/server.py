@@ -50,7 +50,7 @@ def build(
     clock = clock or SandboxClock()
     tenant = Tenant(clock)
     webhooks = Webhooks(tenant)
-    world = World(clock, tenant, webhooks, Site(clock), Faults())
+    world = World(clock, tenant, webhooks, Site(clock), Faults(clock))
     if webhook_url:
         webhooks.add(Hook(webhook_url, {"Authorization": webhook_secret}))
     app = web.Application(
@@ -84,11 +84,11 @@ async def serve(listen: str, *, webhook_url: str = WEBHOOK_URL, webhook_secret: 
         await web.TCPSite(runner, host, port).start()
         bound = int(runner.addresses[0][1])
         base = f"http://{f'[{host}]' if ':' in host else host}:{bound}"
-        sys.stdout.write(configuration(world, base, webhook_url, webhook_secret))
-        sys.stdout.flush()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, world.stop.set)
+        sys.stdout.write(configuration(world, base, webhook_url, webhook_secret))
+        sys.stdout.flush()
         await world.stop.wait()
     finally:
         await runner.cleanup()
@@ -113,13 +113,20 @@ base_url = "{base}"
 listen = "{hook.hostname}:{hook.port or 80}"
 auth = "header:Authorization"
 
-# to rehearse without waiting for hours, and without root:
-# [store]
-# url = "sqlite+aiosqlite:///billingd-sandbox.db"
-# [traffic]
-# window = "1m"
-# settle = "5s"
-# schedule = "10s"
+[store]                     # in the folder that billingd is started from
+url = "sqlite+aiosqlite:///billingd-sandbox.db"
+
+[traffic]                   # to rehearse without waiting for hours
+window = "2s"
+settle = "1s"
+schedule = "1s"
+
+[outbox]
+backoff = "200ms"
+backoff_max = "2s"
+
+[notifications]             # read them with: curl {base}/control/mailbox
+provider = ["json://{base.removeprefix("http://")}/control/mailbox"]
 
 # the secrets, for the shell that starts billingd:
 # export BILLINGD_AMPLIFY__CLIENT_SECRET='{tenant.tokens.client_secret}'

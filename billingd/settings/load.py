@@ -50,11 +50,15 @@ class Fault:
 
 
 class ConfigurationError(BillingdError):
-    """The configuration cannot be used; every fault is named at once."""
+    """The configuration cannot be used; every fault is named at once.
 
-    def __init__(self, faults: list[Fault]) -> None:
+    `partial` is what the configuration says without the faulty keys, where that much can be told.
+    """
+
+    def __init__(self, faults: list[Fault], partial: "Settings | None" = None) -> None:
         super().__init__("\n".join(str(fault) for fault in faults))
         self.faults = faults
+        self.partial = partial
 
 
 class Settings(BaseSettings):
@@ -113,7 +117,7 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
     directory = env.get(ENV_PREFIX + "SECRETS_DIR") or (layers[0][1].get("secrets_dir") if layers else None)
     for where in (directory, env.get("CREDENTIALS_DIRECTORY")):
         if where:
-            layers.append((str(where), _secret_files(Path(str(where)), faults)))
+            layers += [(str(where), _secret_files(Path(str(where)), faults))]
     layers.append(("environment", _environment(env, faults)))
     origins: dict[str, str] = {}
     for origin, layer in layers:
@@ -122,11 +126,26 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
         settings = Settings(**merged)
     except ValidationError as error:
         faults += [_fault(item["loc"], item["msg"], item["type"]) for item in error.errors()]
-        raise ConfigurationError(faults) from None
+        partial = _without(merged, [item["loc"] for item in error.errors()])
+        raise ConfigurationError(faults, partial) from None
     faults += cross_check(settings)
     if faults:
-        raise ConfigurationError(faults)
+        raise ConfigurationError(faults, settings)
     return Loaded(settings, origins)
+
+
+def _without(merged: dict[str, Any], locations: list[tuple[int | str, ...]]) -> Settings | None:
+    """The settings without the faulty keys."""
+    for section, *rest in locations:
+        table = merged.get(str(section))
+        if rest and isinstance(table, dict):
+            table.pop(rest[0], None)
+        else:
+            merged.pop(str(section), None)
+    try:
+        return Settings(**merged)
+    except ValidationError:
+        return None
 
 
 def _default_path(env: Mapping[str, str]) -> Path | None:

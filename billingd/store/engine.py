@@ -1,10 +1,12 @@
 """The store's connection: one transaction at a time for writing on SQLite, many on PostgreSQL."""
 
 import asyncio
+import contextlib
 import fcntl
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -12,7 +14,7 @@ from typing import Any, Final, Self
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from billingd.domain.errors import Retryable, StoreBusy
+from billingd.domain.errors import BillingdError, Retryable, StoreBusy
 
 Tx = AsyncConnection
 """A transaction: whoever opened it commits by leaving its block; statements never do."""
@@ -26,6 +28,10 @@ class StoreUnavailable(Retryable):
     """The store cannot read or commit now: disk full, read-only, locked, or the server away."""
 
 
+class StoreDamaged(BillingdError):
+    """SQLite cannot read its file: it is damaged, or was never a store."""
+
+
 class Store:
     """The durable store. `write` and `read` are its only ways in; flows open them, statements run in them."""
 
@@ -36,11 +42,12 @@ class Store:
         if self.sqlite:
             self._writer = _sqlite(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
             self._reader = _sqlite(self.url, pool_size=READERS, begin="BEGIN")
+            self._group: GroupCommit | None = GroupCommit(self._writer)
         else:
             self._writer = self._reader = create_async_engine(
                 self.url, pool_size=POSTGRES_CONNECTIONS, max_overflow=0, pool_pre_ping=True
             )
-        self._writing = asyncio.Lock()
+            self._group = None
 
     @property
     def path(self) -> Path | None:
@@ -49,10 +56,12 @@ class Store:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Tx]:
-        """A transaction that commits when the block ends well. Raises StoreUnavailable when it cannot."""
-        if self.sqlite:
-            # first come, first served; SQLite's own wait is unfair
-            async with self._writing, _transaction(self._writer) as tx:
+        """A transaction that is committed, and on disk, when the block has ended well.
+
+        Raises StoreUnavailable when it cannot be.
+        """
+        if self._group is not None:
+            async with self._group.member() as tx:
                 yield tx
         else:
             async with _transaction(self._writer) as tx:
@@ -85,6 +94,8 @@ class Store:
 
     async def close(self) -> None:
         """Close every connection and let go of the lock."""
+        if self._group is not None:
+            await self._group.close()
         await self._writer.dispose()
         if self._reader is not self._writer:
             await self._reader.dispose()
@@ -101,18 +112,109 @@ class Store:
         await self.close()
 
 
+class GroupCommit:
+    """One writer at a time, and one sync to disk for all that wait together (SQLite syncs at each commit).
+
+    Blocks run one after the other, each in a savepoint of its own, in a transaction they share. The first
+    of a group queues its commit behind whoever waits already; a block returns when that commit is on disk.
+    A later block of a group sees what an earlier one wrote, and fails with it if the commit fails.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._turn = asyncio.Lock()  # first come, first served; SQLite's own wait is unfair
+        self._connection: AsyncConnection | None = None
+        self._committed: asyncio.Future[None] | None = None
+        self._committing: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def member(self) -> AsyncIterator[Tx]:
+        """A block in the group that is open now, or the first of a new one."""
+        async with self._turn:
+            connection, committed = await self._open()
+            try:
+                with _translated():
+                    async with connection.begin_nested():
+                        yield connection
+            except (StoreUnavailable, StoreDamaged) as error:
+                await self._fail(error)  # SQLite may have rolled all of the group back
+                raise
+        # Whoever is cancelled here has written: as after any commit, it must look before it tries again.
+        await asyncio.shield(committed)
+
+    async def close(self) -> None:
+        """Wait for the last commit."""
+        await asyncio.gather(*self._committing, return_exceptions=True)
+
+    async def _open(self) -> tuple[AsyncConnection, asyncio.Future[None]]:
+        if self._connection is not None and self._committed is not None:
+            return self._connection, self._committed
+        with _translated():
+            connection = await self._engine.connect().start()
+            try:
+                await connection.begin()
+            except BaseException:
+                await connection.close()
+                raise
+        self._connection = connection
+        self._committed = asyncio.get_running_loop().create_future()
+        self._committed.add_done_callback(lambda done: done.exception())  # a group of failures has no reader
+        task = asyncio.create_task(self._commit(connection, self._committed), name="store-commit")
+        self._committing.add(task)
+        task.add_done_callback(self._committing.discard)
+        return connection, self._committed
+
+    async def _fail(self, error: BillingdError) -> None:
+        """End the open group without a commit; all its blocks fail alike."""
+        connection, committed = self._connection, self._committed
+        self._connection = self._committed = None
+        if committed is not None:
+            committed.set_exception(error)
+        if connection is not None:
+            with contextlib.suppress(sa.exc.SQLAlchemyError):  # there is nothing left to lose
+                await connection.close()
+
+    async def _commit(self, connection: AsyncConnection, committed: asyncio.Future[None]) -> None:
+        """Commit the open group, once everybody who waited before has had a turn."""
+        async with self._turn:
+            if committed.done():
+                return  # it failed as a whole
+            self._connection = self._committed = None
+            try:
+                with _translated():
+                    try:
+                        await connection.commit()
+                    finally:
+                        await connection.close()  # rolls back what could not be committed
+            except Exception as error:
+                committed.set_exception(error)
+            else:
+                committed.set_result(None)
+
+
 @asynccontextmanager
 async def _transaction(engine: AsyncEngine, *, commit: bool = True) -> AsyncIterator[Tx]:
-    try:
+    with _translated():
         async with engine.connect() as connection, connection.begin() as transaction:
             yield connection
             if not commit:
                 await transaction.rollback()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What the driver says of a store that is away, as StoreUnavailable."""
+    try:
+        yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, OSError) as error:
         raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
     except sa.exc.DBAPIError as error:
         if error.connection_invalidated or _connection_lost(error):
             raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
+        if type(error.orig) is sqlite3.DatabaseError:
+            raise StoreDamaged(
+                f"the store is damaged, or is none ({_plain(error)}); put a backup in its place"
+            ) from error
         raise
 
 

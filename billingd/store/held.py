@@ -83,11 +83,13 @@ async def find(tx: Tx, held_id: int) -> Mapping[str, Any] | None:
     return None if row is None else dict(row)
 
 
-async def standing(tx: Tx, *, subject: str | None = None) -> list[dict[str, Any]]:
+async def standing(tx: Tx, *, subject: str | None = None, kind: str | None = None) -> list[dict[str, Any]]:
     """Everything held now, the oldest first."""
     statement = sa.select(held).where(held.c.closed_at.is_(None)).order_by(held.c.id)
     if subject is not None:
         statement = statement.where(held.c.subject == subject)
+    if kind is not None:
+        statement = statement.where(held.c.kind == kind)
     return [dict(row) for row in (await tx.execute(statement)).mappings()]
 
 

@@ -89,6 +89,17 @@ async def find_plans_by_name(tx: Tx, name: str) -> list[PlanLink]:
     return [PlanLink(*row) for row in await tx.execute(statement)]
 
 
+async def plans(tx: Tx) -> list[PlanLink]:
+    """Every plan that is or was linked."""
+    return [PlanLink(*row) for row in await tx.execute(sa.select(*_PLAN).order_by(plan_links.c.plan_id))]
+
+
+async def find_plan_by_code(tx: Tx, plan_code: str) -> PlanLink | None:
+    """The link of a Recurly plan."""
+    row = (await tx.execute(sa.select(*_PLAN).where(plan_links.c.plan_code == plan_code))).one_or_none()
+    return None if row is None else PlanLink(*row)
+
+
 async def plan_moved(tx: Tx, plan_id: str, state: str, *, now: datetime) -> None:
     """The plan is deprecated now, or removed."""
     await tx.execute(

@@ -47,12 +47,13 @@ async def insert(
 async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[Leased]:
     """Lease up to `limit` due actions, the oldest first, each the first unfinished one of its subject.
 
-    An action whose lease ran out is simply due again, so that no rescuer is needed.
+    An action whose lease ran out is simply due again, so that no rescuer is needed. On PostgreSQL an older
+    action may be committed after a younger one was claimed; then it waits for that one.
     """
-    older = outbox.alias("older")
-    blocked = sa.exists().where(
-        older.c.subject == outbox.c.subject, older.c.state.in_(UNFINISHED), older.c.id < outbox.c.id
-    )
+    other = outbox.alias("other")
+    older = sa.and_(other.c.state.in_(UNFINISHED), other.c.id < outbox.c.id)
+    under_way = sa.and_(other.c.state == State.LEASED, other.c.due_at > now, other.c.id != outbox.c.id)
+    blocked = sa.exists().where(other.c.subject == outbox.c.subject, sa.or_(older, under_way))
     due = (
         sa.select(outbox.c.id)
         .where(outbox.c.state.in_(UNFINISHED), outbox.c.due_at <= now, ~blocked)

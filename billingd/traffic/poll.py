@@ -10,7 +10,7 @@ import structlog
 from billingd.domain.attempts import Action
 from billingd.domain.notices import provider_notice
 from billingd.domain.usage import Reading, UsageRecord, book
-from billingd.domain.windows import Window, floor, settled_end
+from billingd.domain.windows import Window, floor, settled_end, shared_edge
 from billingd.loops import Clock
 from billingd.store import held, links, outbox, usage, watermarks
 from billingd.store.engine import Store, Tx
@@ -79,32 +79,43 @@ class TrafficPoller:
 
     async def _poll(self) -> None:
         mark = await self._begin()
+        while mark.length != self._length:  # stop at the edge where the new length comes into force
+            edge = shared_edge(mark.at, mark.length, self._length)
+            mark = await self._read_settled(mark, before=edge)
+            if mark.at < edge:
+                return
+            mark = await self._begin()
+        await self._read_settled(mark)
+
+    async def _read_settled(self, mark: Watermark, *, before: datetime | None = None) -> Watermark:
         now = self._clock.now()
         end = settled_end(mark.at, now, length=mark.length, settle=self._settle)
+        end = end if before is None else min(end, before)
         start = max(mark.regular_since, _ceil(mark.at - self._horizon, mark.length))
         step = mark.length * WINDOWS_MAX
         while start < end:
             upto = min(start + step, end)
             mark = await self._read(mark, start, upto, advance_to=max(mark.at, upto))
             start = upto
+        return mark
 
-    async def read_range(self, since: datetime, until: datetime) -> int:
-        """Read past windows again and book only differences (`traffic backfill`); return the units booked."""
+    async def read_range(self, since: datetime, until: datetime, *, subscription: str | None = None) -> int:
+        """Read past windows again, of one subscription or of all, and book only differences.
+
+        Returns the units booked (`traffic backfill`).
+        """
         async with self._reading:
-            return await self._backfill(since, until)
-
-    async def _backfill(self, since: datetime, until: datetime) -> int:
-        mark = await self._begin()
-        start = max(floor(since, mark.length), mark.regular_since)
-        stop = min(_ceil(until, mark.length), mark.at)
-        booked = 0
-        while start < stop:
-            upto = min(start + mark.length * WINDOWS_MAX, stop)
-            before = await self._recorded_units(start, upto)
-            mark = await self._read(mark, start, upto, advance_to=mark.at)
-            booked += await self._recorded_units(start, upto) - before
-            start = upto
-        return booked
+            mark = await self._begin()
+            start = max(floor(since, mark.length), mark.regular_since)
+            stop = min(_ceil(until, mark.length), mark.at)
+            booked = 0
+            while start < stop:
+                upto = min(start + mark.length * WINDOWS_MAX, stop)
+                before = await self._recorded_units(start, upto)
+                mark = await self._read(mark, start, upto, advance_to=mark.at, only=subscription)
+                booked += await self._recorded_units(start, upto) - before
+                start = upto
+            return booked
 
     async def _recorded_units(self, start: datetime, end: datetime) -> int:
         async with self._store.read() as tx:
@@ -121,7 +132,7 @@ class TrafficPoller:
             await watermarks.begin(tx, self._source.name, floor(now, self._length), self._length, now=now)
             mark = await watermarks.find(tx, self._source.name)
             assert mark is not None
-            if mark.length != self._length and floor(mark.at, self._length) == mark.at:
+            if mark.length != self._length and shared_edge(mark.at, mark.length, self._length) == mark.at:
                 await watermarks.change_length(tx, mark, self._length, now=now)
                 log.warning(
                     "traffic.window_changed", at=mark.at.isoformat(), seconds=self._length.total_seconds()
@@ -130,9 +141,18 @@ class TrafficPoller:
         return mark
 
     async def _read(
-        self, mark: Watermark, start: datetime, end: datetime, *, advance_to: datetime
+        self,
+        mark: Watermark,
+        start: datetime,
+        end: datetime,
+        *,
+        advance_to: datetime,
+        only: str | None = None,
     ) -> Watermark:
-        """Read [start, end) and keep what it says, in one transaction with the watermark."""
+        """Read [start, end) and keep what it says, in one transaction with the watermark.
+
+        `only` bounds what is kept to one subscription.
+        """
         async with self._store.read() as tx:
             linked = {one.subscription_id: one for one in await links.subscriptions(tx)}
             add_ons = await links.add_ons(tx)
@@ -152,7 +172,11 @@ class TrafficPoller:
         async with self._store.write() as tx:
             await watermarks.advance(tx, mark, advance_to, now=now)  # first: it locks out a second reader
             keeper = _Keeper(tx, linked, add_ons, now)
-            await keeper.keep(counted, await usage.sums(tx, start, end))
+            recorded = await usage.sums(tx, start, end)
+            if only is not None:
+                counted = {key: units for key, units in counted.items() if key[0] == only}
+                recorded = {key: known for key, known in recorded.items() if key[0] == only}
+            await keeper.keep(counted, recorded)
         if keeper.records or advance_to > mark.at:
             log.info(
                 "traffic.read",
@@ -186,6 +210,16 @@ def _ceil(moment: datetime, length: timedelta) -> datetime:
     """The earliest window edge at or after `moment`."""
     edge = floor(moment, length)
     return edge if edge == moment else edge + length
+
+
+def _reading_subject(key: Key) -> str:
+    subscription_id, quota_id, window = key
+    return f"reading:{subscription_id}:{quota_id}:{window.start.isoformat()}"
+
+
+def _after_end(link: SubscriptionLink, window: Window) -> bool:
+    """Whether nothing that was counted in that window may be billed any more without a person's word."""
+    return link.state == "ended" or (link.usage_until is not None and window.start >= link.usage_until)
 
 
 class _Keeper:
@@ -222,10 +256,11 @@ class _Keeper:
             records = book(
                 subscription_id, quota_id, window, read=units, recorded=known.units, revisions=known.revisions
             )
-            (late if link.state == "ended" else new).extend(records)
-        for key, known in recorded.items():
-            if counted.get(key, 0) < known.units:
-                await self._hold_shrunk(key, read=counted.get(key, 0), recorded=known.units)
+            (late if _after_end(link, window) else new).extend(records)
+        shrunk = [key for key, known in recorded.items() if counted.get(key, 0) < known.units]
+        for key in shrunk:
+            await self._hold_shrunk(key, read=counted.get(key, 0), recorded=recorded[key].units)
+        await self._mended(recorded.keys() - set(shrunk))
         await self._record(new)
         await self._hold_late(late)
 
@@ -243,12 +278,16 @@ class _Keeper:
         self.units += sum(record.units for _, record in placed)
 
     async def _hold_late(self, records: list[UsageRecord]) -> None:
-        """Usage that shows up after its subscription ended at Recurly: no invoice would ever carry it."""
+        """Usage that shows up after its subscription ended at Recurly, where no invoice would ever carry it,
+        or that was counted after its end at Amplify, where nothing should have been served.
+        """
         for id_, record in await usage.insert(self._tx, records, now=self._now, state="held"):
             link = self._linked[record.subscription_id]
+            when = "arrived after" if link.state == "ended" else "were counted after"
+            where = "Recurly" if link.state == "ended" else "Amplify"
             reason = (
                 f"{record.units} unit(s) of {self._add_ons[record.quota_id].title} in the window from "
-                f"{record.window.start.isoformat()} arrived after subscription {link.title} ended at Recurly."
+                f"{record.window.start.isoformat()} {when} subscription {link.title} ended at {where}."
             )
             await self._hold("usage_after_end", record, report_action(id_, record), reason)
 
@@ -273,13 +312,22 @@ class _Keeper:
         )
         item = Hold(
             "reading_shrank",
-            f"reading:{subscription_id}:{quota_id}:{window.start.isoformat()}",
+            _reading_subject(key),
             reason,
             subscription_id=subscription_id,
             add_on_code=self._add_ons[quota_id].add_on_code if quota_id in self._add_ons else None,
             units=recorded - read,
         )
         await self._tell(item)
+
+    async def _mended(self, agreeing: Collection[Key]) -> None:
+        """Readings that had shrunk and have grown back are held no longer."""
+        if not agreeing:
+            return
+        standing = {row["subject"] for row in await held.standing(self._tx, kind="reading_shrank")}
+        for key in agreeing:
+            if (subject := _reading_subject(key)) in standing:
+                await held.close(self._tx, subject=subject, resolution="the reading grew back", now=self._now)
 
     async def _tell(self, item: Hold) -> None:
         if await held.add(self._tx, item, now=self._now):

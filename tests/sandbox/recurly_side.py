@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import BasicAuth, ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
@@ -58,6 +58,16 @@ def stamp(at: datetime) -> str:
     return at.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+class Exchange(NamedTuple):
+    """A request and its answer."""
+
+    method: str
+    path: str
+    body: Any
+    status: int
+    text: str
+
+
 class RecurlySide:
     """The site, its clock and faults, and an authorised client."""
 
@@ -66,6 +76,7 @@ class RecurlySide:
         self.clock = clock
         self.faults = faults
         self.client = client
+        self.exchanges: list[Exchange] = []
 
     async def send(self, method: str, path: str, body: Any = None, **options: Any) -> ClientResponse:
         """A call whatever comes of it; `body` None sends none."""
@@ -80,6 +91,7 @@ class RecurlySide:
         """The JSON of an answer that must have `status`."""
         async with await self.send(method, path, body, **options) as answer:
             text = await answer.text()
+            self.exchanges.append(Exchange(method, path, body, answer.status, text))
             assert answer.status == status, text
             return json.loads(text) if text else None
 
@@ -123,6 +135,11 @@ class RecurlySide:
         told = {each["uuid"]: each for each in self.site.oracle()["subscriptions"]}
         found: Json = told[made["uuid"]]
         return found
+
+
+def path_of(made: Json, action: str = "") -> str:
+    """Where a subscription is, or one of its actions."""
+    return f"/subscriptions/uuid-{made['uuid']}{action}"
 
 
 def usage_path(made: Json, code: str = "calls") -> str:

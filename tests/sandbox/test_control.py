@@ -75,6 +75,16 @@ async def test_every_operation_is_documented_with_an_example(sandbox: Sandbox) -
     for each in listed:
         assert each["does"].endswith(".")
         assert each["example"].startswith(f"curl -sS -X {each['operation'].split()[0]} http://127.0.0.1:")
+        assert not {"{name}", "{step}"} & set(each["example"].split("/"))
+
+
+async def test_the_examples_work_in_the_order_they_are_listed(sandbox: Sandbox) -> None:
+    """Whoever pastes them one after the other sees each succeed."""
+    for each in control.OPERATIONS:
+        path = (each.at or each.path).removeprefix("/control")
+        await sandbox.control(each.method, path, each.example)
+    assert sandbox.world.tenant.traffic.metrics == 1
+    assert sandbox.world.stop.is_set()
 
 
 async def test_a_plan_is_made_whole(sandbox: Sandbox) -> None:
@@ -308,6 +318,25 @@ async def test_the_clock_moves_both_sides(sandbox: Sandbox) -> None:
     assert len(row["invoices"]) == 2
     await sandbox.control("POST", "/clock", {"set": "2026-02-16T12:00:00Z"})
     assert (await sandbox.control("GET", "/clock"))["now"] == "2026-02-16T12:00:00+00:00"
+
+
+async def test_a_subscription_ends_after_its_cycles(sandbox: Sandbox) -> None:
+    """Amplify archives it after so many terms, counted from the approval."""
+    await sandbox.subscribed(subscription={"cycles": 2})
+    for advance, state in (("58d", "active"), ("1d", "archived")):
+        await sandbox.control("POST", "/clock", {"advance": advance})
+        (row,) = (await sandbox.control("GET", "/ledger"))["subscriptions"]
+        assert row["state"] == state
+
+
+async def test_a_product_is_marked_later(sandbox: Sandbox) -> None:
+    """Attributes may come after the plans: a ResourceUpdated of the product."""
+    await sandbox.control("POST", "/products", {"name": "weather", "attributes": {"a": "b"}})
+    body = {"attributes": {"billingSystem": "recurly", "a": None}}
+    marked = await sandbox.control("POST", "/products/weather", body)
+    assert marked["attributes"] == {"billingSystem": "recurly"}
+    kept, _ = sandbox.world.tenant.journal.kept()
+    assert (kept[-1].type, kept[-1].payload["kind"]) == ("ResourceUpdated", "Product")
 
 
 async def test_outages_and_faults_strike_one_side(sandbox: Sandbox) -> None:

@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-
 from recurly_side import RecurlySide, add_on, plan, recurly_side, tier
 
 USD = {"currency": "USD", "unit_amount": 1}
@@ -164,7 +163,7 @@ async def test_the_open_tier_reads_back_as_999999999(far: RecurlySide) -> None:
     await far.make_plan(add_ons=[add_on(tier_type="tiered")])
     read = await far.call("GET", "/plans/code-basic/add_ons/code-calls")
     assert [each["ending_quantity"] for each in read["tiers"]] == [100, 999_999_999]
-    assert read["currencies"] == []
+    assert read["currencies"] is None
 
 
 async def test_a_plans_interval_cannot_be_changed(far: RecurlySide) -> None:

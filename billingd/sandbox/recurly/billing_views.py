@@ -81,8 +81,8 @@ def subscription_add_on(subscription: Subscription, attached: SubscriptionAddOn)
         "tier_type": attached.add_on.tier_type,
         "usage_calculation_type": attached.usage_calculation_type,
         "usage_timeframe": attached.add_on.usage_timeframe,
-        "tiers": _tiers(attached),
-        "percentage_tiers": [],
+        "tiers": _tiers(attached) or None,  # null, not empty: the schema has `minItems: 1`
+        "percentage_tiers": None,
         "usage_percentage": None,
         "created_at": time(attached.created_at),
         "updated_at": time(attached.updated_at),

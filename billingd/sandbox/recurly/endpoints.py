@@ -14,13 +14,12 @@ LIVE_STATES: Final = frozenset({"active", "canceled", "future"})
 
 def list_sites(call: Call) -> Reply:
     """The one site; its list is useful as a probe."""
-    choice(call, "state", "active", "inactive")
-    return reply(200, {"object": "list", "has_more": False, "next": None, "data": [views.site(call.state)]})
+    return listed(call, [call.state.record], lambda _: views.site(call.state), _in_state(call))
 
 
 def get_site(call: Call) -> Reply:
     """The one site."""
-    if call.names["site"] not in (call.state.id, "subdomain-sandbox"):
+    if call.names["site"] not in (call.state.record.id, "subdomain-sandbox"):
         raise not_found("Site", "id", call.names["site"])
     return reply(200, views.site(call.state))
 

@@ -77,8 +77,7 @@ class State:
         self.clock = clock
         self.settings = settings or Settings()
         self.identifiers = Identifiers()
-        self.id = self.identifiers.internal(self.identifiers.order())
-        self.created_at = self.now()
+        self.record = Record(**self.stamps())
         self.plans: dict[str, Plan] = {}
         self.plan_by_code: dict[str, Plan] = {}
         self.add_ons: dict[str, AddOn] = {}

@@ -48,7 +48,7 @@ def site(state: State) -> Json:
     """OAS: Site."""
     settings = state.settings
     return {
-        "id": state.id,
+        "id": state.record.id,
         "object": "site",
         "subdomain": "sandbox",
         "public_api_key": None,
@@ -60,9 +60,7 @@ def site(state: State) -> Json:
             "default_currency": "USD",
         },
         "features": ["credit_memos", "manual_invoicing", "only_bill_what_changed", "subscription_terms"],
-        "created_at": time(state.created_at),
-        "updated_at": time(state.created_at),
-        "deleted_at": None,
+        **stamps(state.record),
     }
 
 
@@ -157,7 +155,8 @@ def add_on(add_on: AddOn) -> Json:
         "default_quantity": 1 if given.get("default_quantity") is None else given["default_quantity"],
         "optional": bool(given.get("optional")),
         "tax_code": None,
-        "currencies": [_priced(currency, each) for currency, each in add_on.prices.items()],
+        # null, not empty: the schema has `minItems: 1`
+        "currencies": [_priced(currency, each) for currency, each in add_on.prices.items()] or None,
         "item": None,
         "tier_type": add_on.tier_type,
         "tiers": [

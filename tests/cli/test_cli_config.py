@@ -1,0 +1,119 @@
+"""`check-config`, `config show`, and what `run` refuses to start with."""
+
+from pathlib import Path
+
+import pytest
+from cli_bench import SECRETS, Bench, document
+
+SECRET_URL = "json://user:hidden-word@127.0.0.1:1/hidden-path"
+SECRET_STORE = "postgresql+asyncpg://billingd:hidden-word@db/billingd?password=hidden-too"
+
+
+def test_a_sound_configuration_says_where_it_was_read(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    (tmp_path / "recurly.api_key").write_text("hidden-file-key")
+    env = {"BILLINGD_SECRETS_DIR": str(tmp_path), "BILLINGD_RECURLY__API_KEY": "hidden-api-key"}
+    result = bench.run("check-config", env=env)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "configuration is sound",
+        f"file: {bench.config}",
+        "environment: amplify.client_secret, recurly.api_key, secrets_dir, webhooks.secret",
+    ]
+
+
+def test_secrets_in_files_are_named_with_their_directory(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / "recurly.api_key").write_text("hidden-file-key")
+    env = {"CREDENTIALS_DIRECTORY": str(credentials), "BILLINGD_RECURLY__API_KEY": None}
+    result = bench.run("check-config", env=env)
+    assert f"secrets: {credentials} (recurly.api_key)" in result.stdout.splitlines()
+
+
+def test_sampled_traffic_is_warned_about(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    result = bench.run("check-config", env={"BILLINGD_TRAFFIC__SOURCE": "search"})
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: traffic.source")
+
+
+def test_every_fault_is_printed_with_its_key(tmp_path: Path) -> None:
+    """Unknown keys, secrets in the file, impossible values: one line each, exit code 2."""
+    bench = Bench(tmp_path)
+    bench.configure(
+        "0.0.0.0:8081", '[recurly]\napi_key = "hidden-word"\nregoin = "us"\n[outbox]\nlease = "soon"\n'
+    )
+    result = bench.run("check-config")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    keys = [line.partition(": ")[0] for line in result.stderr.splitlines()]
+    assert sorted(keys) == ["admin.listen", "outbox.lease", "recurly.api_key", "recurly.regoin"]
+    assert "hidden" not in result.output
+
+
+def test_what_run_cannot_do_without_is_a_fault(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.config.write_text("")
+    for command in ("check-config", "run"):
+        result = bench.run(command, env=dict.fromkeys(SECRETS, ""))
+        assert result.exit_code == 2
+        keys = [line.partition(": ")[0] for line in result.stderr.splitlines()]
+        assert {"amplify.client_id", "amplify.client_secret", "recurly.api_key", "webhooks.secret"} <= set(
+            keys
+        )
+
+
+def test_a_channel_that_cannot_be_understood_is_a_fault_without_its_url(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.configure(
+        "127.0.0.1:1",
+        f'[notifications]\nprovider = ["{SECRET_URL}", "hidden-nonsense"]\nsubscriber = "mailto://hidden"\n',
+    )
+    result = bench.run("check-config")
+    assert result.exit_code == 2
+    assert [line.partition(": ")[0] for line in result.stderr.splitlines()] == [
+        "notifications.provider[1]",
+        "notifications.subscriber",
+    ]
+    assert "hidden" not in result.output
+
+
+def test_a_missing_file_is_a_fault(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.config.unlink()
+    result = bench.run("status")
+    assert result.exit_code == 2
+    assert result.stderr == f"{bench.config}: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("words", [("config", "show"), ("config", "show", "--json")])
+def test_config_show_never_prints_a_secret(words: tuple[str, ...], tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.configure(
+        "127.0.0.1:1",
+        f'[notifications]\nprovider = ["{SECRET_URL}"]\n'
+        'marketplace_url = "https://hidden-user:hidden-word@market.example/path"\n',
+    )
+    result = bench.run(*words, env={"BILLINGD_STORE__URL": SECRET_STORE})
+    assert result.exit_code == 0
+    assert "hidden" not in result.output
+    assert "postgresql+asyncpg://billingd:***@db/billingd?password=***" in result.stdout
+    assert "https://***@market.example/path" in result.stdout
+
+
+def test_config_show_names_each_values_origin(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    rows = {row["key"]: row for row in document(bench.run("config", "show", "--json"))["settings"]}
+    assert rows["recurly.api_key"] == {"key": "recurly.api_key", "value": "(set)", "origin": "environment"}
+    assert rows["store.url"]["origin"] == str(bench.config)
+    assert rows["outbox.lease"] == {"key": "outbox.lease", "value": "2m", "origin": "default"}
+    assert rows["secrets_dir"]["value"] is None
+
+
+def test_run_checks_the_variables_of_its_logs(tmp_path: Path) -> None:
+    env = {"BILLINGD_LOG_LEVEL": "loud", "BILLINGD_LOG_FORMAT": "xml"}
+    result = Bench(tmp_path).run("run", env=env)
+    assert result.exit_code == 2
+    assert [line.partition(": ")[0] for line in result.stderr.splitlines()] == list(env)

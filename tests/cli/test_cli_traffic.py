@@ -1,0 +1,101 @@
+"""`traffic`: strict times, and what needs the daemon."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from cli_bench import Bench, document
+
+from billingd.domain.errors import Retryable
+
+RANGE = ("--since", "2026-11-22T10:00:00+02:00", "--until", "2026-11-23T00:00:00Z")
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        "2026-11-22",
+        "2026-11-22T10:00:00",
+        "2026-11-22 10:00:00Z",
+        "2026-11-22T10:00Z",
+        "20261122T100000Z",
+        "2026-11-22T10:00:00+0200",
+        "2026-11-31T10:00:00Z",
+        "2026-11-22T25:00:00Z",
+        "0001-01-01T00:00:00+23:59",
+        "\u0662026-11-22T10:00:00Z",
+        "yesterday",
+    ],
+)
+def test_a_time_that_is_not_rfc_3339_is_refused(time: str, tmp_path: Path) -> None:
+    result = Bench(tmp_path).run("traffic", "backfill", "--since", time, "--until", "2026-12-01T00:00:00Z")
+    assert result.exit_code == 2
+    assert "'--since'" in result.stderr
+
+
+def test_a_range_that_ends_before_it_begins_is_refused(tmp_path: Path) -> None:
+    result = Bench(tmp_path).run("traffic", "backfill", "--since", RANGE[3], "--until", RANGE[3])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("words", [("poll",), ("backfill", *RANGE)])
+async def test_without_the_daemon_it_says_to_start_it(
+    words: tuple[str, ...], tmp_path: Path, sqlite_template: Path
+) -> None:
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    result = await bench.ask("traffic", *words)
+    assert result.exit_code == 4
+    assert result.stdout == ""
+    assert "start it with `billingd run`" in result.stderr
+
+
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+async def test_the_daemon_reads(over: str, tmp_path: Path, sqlite_template: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    async with bench.reached(over):
+        polled = document(await bench.ask("traffic", "poll", "--json"))
+        booked = document(await bench.ask("traffic", "backfill", *RANGE, "--json"))
+        shown = await bench.ask("traffic", "backfill", *RANGE, "--subscription", "sub-1")
+    assert polled == {"polled": True}
+    assert bench.poller.polls == 1
+    assert booked == {"booked_units": 42}
+    assert shown.stdout == "42 unit(s) booked\n"
+    assert bench.poller.ranges[0] == (
+        datetime(2026, 11, 22, 8, tzinfo=UTC),
+        datetime(2026, 11, 23, tzinfo=UTC),
+    )
+
+
+async def test_a_far_side_that_is_away_is_4_in_its_own_words(tmp_path: Path, sqlite_template: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    bench.poller.fault = Retryable("Amplify did not answer")
+    async with bench.reached("unix"):
+        result = await bench.ask("traffic", "poll")
+    assert result.exit_code == 4
+    assert result.stderr == "Error: Amplify did not answer\n"
+
+
+@pytest.mark.parametrize("over", ["unix", "store"])
+async def test_windows_are_shown(over: str, tmp_path: Path, sqlite_template: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    async with bench.reached(over):
+        found = document(await bench.ask("traffic", "windows", "--limit", "1", "--json"))
+        shown = await bench.ask("traffic", "windows")
+    assert found == {
+        "source": "metrics",
+        "watermark": "2026-03-02T12:00:00Z",
+        "windows": [
+            {
+                "window_start": "2026-03-02T11:00:00Z",
+                "window_end": "2026-03-02T12:00:00Z",
+                "records": 1,
+                "recorded_units": 12,
+                "reported_units": 0,
+            }
+        ],
+    }
+    assert len(shown.stdout.splitlines()) == 4
