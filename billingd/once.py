@@ -64,7 +64,7 @@ class Once:
             found = await find()
             if found is not None:
                 log.info("write.found", write=name, result=found)
-                return await self._done(name, found, keep, body=body)
+                return await self._found(name, found, keep, body=body, sent=intent is not None)
         return await self._send(name, body, intent, send, keep)
 
     async def unknown(self, name: str) -> bool:
@@ -140,18 +140,26 @@ class Once:
             if not step.again:
                 await self._refused(name)
             raise
-        return await self._done(name, result, keep, body=body)
-
-    async def _done(self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any]) -> str:
         async with self._store.write() as tx:
-            if await intents.find(tx, name) is None:  # found by looking first, never sent from here
+            return await self._done(tx, name, result, keep)
+
+    async def _found(
+        self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any], sent: bool
+    ) -> str:
+        """It was there already; write down that it is done, also when it was never sent from here."""
+        async with self._store.write() as tx:
+            if not sent:
                 now = self._clock.now()
                 digest = body_hash(body)
                 key = idempotency_key(name, 1, digest)
                 await intents.opened(tx, name, epoch=1, key=key, body_hash=digest, first_sent_at=now, now=now)
-            await intents.done(tx, name, result=result)
-            if keep is not None:
-                await keep(tx, result)
+            return await self._done(tx, name, result, keep)
+
+    @staticmethod
+    async def _done(tx: Tx, name: str, result: str, keep: Keeper | None) -> str:
+        await intents.done(tx, name, result=result)
+        if keep is not None:
+            await keep(tx, result)
         return result
 
     async def _burn(self, name: str) -> None:

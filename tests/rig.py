@@ -280,9 +280,7 @@ class Rig:
 
     async def traffic(self, name: str, units: int, **fields: Any) -> None:
         """Units served now, unless said otherwise."""
-        await self.play(
-            control_traffic.add_traffic, {"subscription": name, "units": units} | _plain(fields)
-        )
+        await self.play(control_traffic.add_traffic, {"subscription": name, "units": units} | _plain(fields))
 
     async def renew(self) -> None:
         """Every subscription's billing period ends now."""

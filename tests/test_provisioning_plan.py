@@ -34,9 +34,7 @@ async def rig(store_url: str) -> AsyncIterator[Rig]:
 def codes(rig: Rig) -> dict[str, list[str]]:
     """The active plans at Recurly with their add-ons."""
     return {
-        plan.code: sorted(plan.add_ons)
-        for plan in rig.world.site.plans.values()
-        if plan.deleted_at is None
+        plan.code: sorted(plan.add_ons) for plan in rig.world.site.plans.values() if plan.deleted_at is None
     }
 
 

@@ -120,7 +120,9 @@ async def test_without_an_account_one_is_created_if_so_configured(rig: Rig) -> N
     acme = await rig.subscribe(account=False)
     await rig.work()
     [billed] = rig.billed(acme)
-    assert billed["account"] == "amplify-team-" + resource(rig, "acme")["marketplace"]["resource"]["owner"]["id"]
+    assert (
+        billed["account"] == "amplify-team-" + resource(rig, "acme")["marketplace"]["resource"]["owner"]["id"]
+    )
     assert rig.world.site.account_by_code[billed["account"]].given["email"] == "acme@example.com"
 
 

@@ -53,8 +53,9 @@ async def run_demo(*, seconds: int | None, as_json: bool, store_url: str | None)
     if not problems:
         shutil.rmtree(directory, ignore_errors=True)
         return 0
-    for problem in problems:
-        story.tell("demo", problem)
+    if as_json:
+        for problem in problems:
+            story.tell("demo", problem)
     story.tell("demo", f"what was logged is kept in {directory}")
     return FAILED
 

@@ -21,7 +21,7 @@ SECONDS: Final = 45
 OUTAGE_SHARE: Final = 12
 OUTAGE_SECONDS_LEAST: Final = 1.5
 OUTAGE_SECONDS_MOST: Final = 8.0
-KILL_TRIES: Final = 4
+KILL_TRIES: Final = 3
 LATE_UNITS: Final = 777
 WINDOW: Final = timedelta(seconds=2)
 
@@ -192,8 +192,11 @@ class Play:
         for _ in range(KILL_TRIES):
             if await self._trouble.kill_after_commit(USAGE, "a usage record"):
                 return
-            self._story.tell("demo", "that kill came too late; once more")
-        raise DemoFailed(f"none of {KILL_TRIES} kills came between posting a usage record and recording it")
+            self._story.tell("demo", "no sign that this kill was between the two; once more")
+        self._faults.append(
+            f"After {KILL_TRIES} kills between posting a usage record and recording it, billingd never "
+            "looked for the record at Recurly and found it."
+        )
 
     async def _late_traffic(self) -> None:
         """Traffic of windows that billingd has read already, under prices that care about the order."""

@@ -1,6 +1,7 @@
 """What goes wrong in the demo, on purpose: outages, lost answers, and the daemon killed in the act."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ HOLD_SECONDS: Final = 2.5
 COMMIT_SECONDS: Final = 0.5
 """How long after that the call has surely taken effect."""
 CATCH_SECONDS: Final = 0.02
+QUIET_SECONDS: Final = 20.0
 EVIDENCE_SECONDS: Final = 30.0
 
 STRIKES: Final[tuple[tuple[str, str, int, Mapping[str, Any]], ...]] = (
@@ -112,7 +114,8 @@ class Trouble:
             status = await self._talk.admin("/status")
             return status if status and not status["traffic"]["unknown_outcomes"] else None
 
-        await self._talk.until("no call of unknown outcome", quiet)
+        with contextlib.suppress(InVain):
+            await self._talk.until("no call of unknown outcome", quiet, seconds=QUIET_SECONDS)
         id_ = await self._arm(path, "slow", 1, {"seconds": HOLD_SECONDS})
         if after is not None:
             await after()

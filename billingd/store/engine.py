@@ -184,8 +184,12 @@ class GroupCommit:
                 with _translated():
                     try:
                         await connection.commit()
+                    except BaseException:
+                        # SQLAlchemy takes a transaction whose commit failed for ended; SQLite may not
+                        await connection.invalidate()
+                        raise
                     finally:
-                        await connection.close()  # rolls back what could not be committed
+                        await connection.close()
             except Exception as error:
                 committed.set_exception(error)
             else:
@@ -216,6 +220,12 @@ def _translated() -> Iterator[None]:
                 f"the store is damaged, or is none ({_plain(error)}); put a backup in its place"
             ) from error
         raise
+    except Exception as error:
+        # SQLAlchemy hands on what asyncpg raises while it connects as it is: a server that starts, stops,
+        # or takes no more connections
+        if type(error).__module__.split(".")[0] != "asyncpg":
+            raise
+        raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
 
 
 def _plain(error: BaseException) -> str:

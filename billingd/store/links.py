@@ -137,12 +137,6 @@ async def add_ons(tx: Tx) -> dict[str, AddOnLink]:
     return {row.quota_id: AddOnLink(*row) for row in await tx.execute(sa.select(*_ADD_ON))}
 
 
-async def find_add_on(tx: Tx, quota_id: str) -> AddOnLink | None:
-    """The add-on of a quota."""
-    row = (await tx.execute(sa.select(*_ADD_ON).where(add_on_links.c.quota_id == quota_id))).one_or_none()
-    return None if row is None else AddOnLink(*row)
-
-
 async def create_subscription(tx: Tx, link: SubscriptionLink, *, now: datetime) -> None:
     """Link a subscription."""
     row = {name: getattr(link, name) for name in SubscriptionLink.__slots__}

@@ -11,7 +11,7 @@ from billingd.domain.usage import UsageRecord
 from billingd.domain.windows import Window
 from billingd.store.engine import Tx
 from billingd.store.rows import PARAMETERS_MAX, upsert
-from billingd.store.schema import unlinked_traffic, usage_records
+from billingd.store.schema import add_on_links, subscription_links, unlinked_traffic, usage_records
 
 Pair = tuple[str, str]
 """(subscription id, quota id)"""
@@ -19,13 +19,18 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A usage record with its place in the ledger; `state` recorded | reported | held."""
+    """A usage record with its place in the ledger, and where it belongs at Recurly.
+
+    `state` recorded | reported | held.
+    """
 
     id: int
     record: UsageRecord
     state: str
     usage_id: str | None
     recorded_at: datetime
+    subscription_uuid: str
+    add_on_code: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,13 @@ async def sums(tx: Tx, start: datetime, end: datetime) -> dict[tuple[str, str, W
 
 async def find(tx: Tx, record_id: int) -> Recorded:
     """A record by its id, which must exist."""
-    row = (await tx.execute(sa.select(usage_records).where(usage_records.c.id == record_id))).one()
+    statement = (
+        sa.select(usage_records, subscription_links.c.uuid, add_on_links.c.add_on_code)
+        .join(subscription_links, subscription_links.c.subscription_id == usage_records.c.subscription_id)
+        .join(add_on_links, add_on_links.c.quota_id == usage_records.c.quota_id)
+        .where(usage_records.c.id == record_id)
+    )
+    row = (await tx.execute(statement)).one()
     record = UsageRecord(
         row.subscription_id,
         row.quota_id,
@@ -103,7 +114,7 @@ async def find(tx: Tx, record_id: int) -> Recorded:
         row.usage_timestamp,
         row.merchant_tag,
     )
-    return Recorded(row.id, record, row.state, row.usage_id, row.recorded_at)
+    return Recorded(row.id, record, row.state, row.usage_id, row.recorded_at, row.uuid, row.add_on_code)
 
 
 async def reported(tx: Tx, record_id: int, *, usage_id: str, now: datetime) -> None:

@@ -12,7 +12,7 @@ from billingd.domain.notices import provider_notice
 from billingd.domain.usage import UsageRecord
 from billingd.loops import Clock
 from billingd.once import Once
-from billingd.store import held, links, outbox, usage
+from billingd.store import held, outbox, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 
@@ -63,16 +63,12 @@ class UsageReporter:
         """
         async with self._store.read() as tx:
             recorded = await usage.find(tx, action.args["record"])
-            link = await links.find_subscription(tx, recorded.record.subscription_id)
-            add_on = await links.find_add_on(tx, recorded.record.quota_id)
         if recorded.state != "recorded":
             return None
-        assert link is not None
-        assert add_on is not None
         record = recorded.record
         new = NewUsage(
-            subscription_uuid=link.uuid,
-            add_on_code=add_on.add_on_code,
+            subscription_uuid=recorded.subscription_uuid,
+            add_on_code=recorded.add_on_code,
             units=record.units,
             merchant_tag=record.merchant_tag,
             usage_timestamp=record.usage_timestamp,

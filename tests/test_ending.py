@@ -1,0 +1,200 @@
+"""The end of a subscription: the last usage is reported, then it is over at Recurly, and only then."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from rig import HOUR, LOOK_AGAIN, Json, Rig, a_rig
+
+from billingd.provisioning.ending import end_action
+from billingd.store import schema
+
+ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+async def rig(store_url: str) -> AsyncIterator[Rig]:
+    async with a_rig(store_url) as made:
+        await made.product()
+        await made.plan()
+        await made.work()
+        await made.subscribe()
+        await made.work()
+        made.channels.provider.clear()
+        yield made
+
+
+def billed(rig: Rig) -> Json:
+    """The only subscription at Recurly."""
+    [each] = rig.world.site.oracle()["subscriptions"]
+    return dict(each)
+
+
+def total(rig: Rig) -> float:
+    """All that is on its invoices."""
+    return sum(float(invoice["total"]) for invoice in billed(rig)["invoices"])
+
+
+@pytest.mark.parametrize("step", ["cancel", "delete", "reject"])
+async def test_the_last_usage_is_billed_before_the_end(rig: Rig, step: str) -> None:
+    """Archived, deleted or rejected: every unit up to the end is on the final invoice."""
+    rig.pass_(HOUR)
+    await rig.traffic("acme", 4)
+    rig.pass_(HOUR)
+    await rig.traffic("acme", 6)
+    await rig.move("acme", step)
+    await rig.work(HOUR)
+    assert billed(rig)["state"] == "active", "its last windows are not read yet"
+    [why] = await rig.waits("end_subscription")
+    assert "until all traffic" in why
+    await rig.settled()
+    assert billed(rig)["state"] == "expired"
+    assert rig.ledger()["totals"]["billed_units"] == 10
+    assert total(rig) == 10 + 10 * 0.5
+    assert sum("has ended" in told for told in rig.channels.provider) == 1
+    assert await rig.dead() == []
+    await rig.settled()
+    assert sum("has ended" in told for told in rig.channels.provider) == 1
+
+
+async def test_it_does_not_end_before_everything_is_reported(rig: Rig) -> None:
+    """All windows are read, but Recurly does not take usage: the end waits, and no unit is lost."""
+    await rig.traffic("acme", 4)
+    await rig.move("acme", "cancel")
+    rig.fault("outage", "POST", "/subscriptions/*/add_ons/*/usage", times=None, args={"status": 503})
+    await rig.work()
+    await rig.report()
+    await rig.work(LOOK_AGAIN)
+    assert billed(rig)["state"] == "active"
+    [why] = await rig.waits("end_subscription")
+    assert "1 usage record" in why
+    rig.world.faults.clear()
+    await rig.settled()
+    assert billed(rig)["state"] == "expired"
+    assert rig.ledger()["totals"]["billed_units"] == 4
+
+
+async def test_cancel_lets_it_run_to_the_bill_date(store_url: str) -> None:
+    """With `on_cancel = cancel` the usage is billed with the period."""
+    async with a_rig(store_url) as rig:
+        rig.on_cancel = "cancel"
+        rig.start()
+        await rig.product()
+        await rig.plan()
+        await rig.work()
+        acme = await rig.subscribe()
+        await rig.work()
+        await rig.traffic("acme", 4)
+        await rig.move("acme", "cancel")
+        await rig.settled()
+        assert billed(rig)["state"] == "canceled"
+        link = await rig.link(acme)
+        assert link is not None
+        assert link.state == "ended"
+        await rig.renew()
+        assert billed(rig)["state"] == "expired"
+        assert rig.ledger()["totals"]["billed_units"] == 4
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("on_cancel", ["terminate", "cancel"])
+async def test_one_that_is_over_at_recurly_already_is_enough(rig: Rig, on_cancel: str) -> None:
+    """Dunning or a person ended it: the link ends, nothing is sent."""
+    rig.on_cancel = on_cancel
+    rig.start()
+    rig.world.site.expire(billed(rig)["uuid"])
+    rig.world.calls.clear()
+    await rig.move("acme", "cancel")
+    await rig.settled()
+    assert not [path for path in rig.world.calls if path.startswith(("recurly DELETE", "recurly PUT"))]
+    assert await rig.dead() == []
+    [row] = await rig.rows(schema.subscription_links)
+    assert row["state"] == "ended"
+
+
+@ONE_DATABASE
+async def test_a_termination_without_an_answer_is_found(rig: Rig) -> None:
+    """The subscription expired although nobody said so."""
+    rig.fault("lost", "DELETE", "/subscriptions/*", times=2)
+    await rig.move("acme", "cancel")
+    await rig.settled()
+    assert billed(rig)["state"] == "expired"
+    assert await rig.dead() == []
+
+
+@ONE_DATABASE
+async def test_usage_that_arrives_after_the_end_is_held(rig: Rig) -> None:
+    """No invoice would ever carry it: it waits for a person, with its units."""
+    await rig.traffic("acme", 4)
+    await rig.traffic("acme", 3, arrives=rig.far.now() + 8 * HOUR)
+    await rig.move("acme", "cancel")
+    await rig.settled()
+    assert billed(rig)["state"] == "expired"
+    rig.pass_(8 * HOUR)
+    await rig.report()
+    assert set(await rig.held()) == {"usage_after_end"}
+    assert await rig.totals() == {"reported": 4, "held": 3}
+    assert rig.ledger()["totals"]["billed_units"] == 4
+
+
+@ONE_DATABASE
+async def test_migrated_ends_the_old_and_links_the_new(rig: Rig) -> None:
+    """The new subscription inherits its approval and is never pending; both are billed for their own."""
+    await rig.plan("gold")
+    await rig.work()
+    await rig.traffic("acme", 4)
+    rig.pass_(HOUR)
+    made = await rig.move("acme", "migrate", plan="gold")
+    await rig.work()
+    rig.pass_(HOUR)
+    await rig.traffic(made["name"], 5)
+    await rig.settled()
+    await rig.report()
+    states = {each["plan"]: each["state"] for each in rig.world.site.oracle()["subscriptions"]}
+    assert sorted(states.values()) == ["active", "expired"]
+    book = rig.ledger()
+    assert book["totals"]["reported_units"] == 9
+    assert book["agrees"]
+
+
+@ONE_DATABASE
+async def test_an_end_that_nobody_asked_for_does_nothing(rig: Rig) -> None:
+    """A stale or foreign action finds a link that is not ending, or none."""
+    [row] = await rig.rows(schema.subscription_links)
+    await rig.ask(end_action(row["subscription_id"]))
+    await rig.ask(end_action("nobody"))
+    await rig.settled()
+    assert billed(rig)["state"] == "active"
+
+
+@pytest.mark.parametrize(
+    ("store_url", "later"), [("sqlite", "soon"), ("postgres", "after the key")], indirect=["store_url"]
+)
+async def test_a_crash_at_any_step_of_the_end_loses_no_unit(store_url: str, later: str) -> None:
+    """The end is reached, everything is billed, nobody is told of two ends."""
+    async with a_rig(store_url) as rig:
+        await rig.product()
+        await rig.plan()
+        await rig.work()
+        step, died = 0, True
+        while died:
+            step += 1
+            name = f"crash-{step}"
+            subscription_id = await rig.subscribe(name)
+            await rig.work()
+            await rig.traffic(name, step)
+            await rig.move(name, "cancel")
+            await rig.work()
+            rig.pass_(2 * HOUR)
+            await rig.poll()
+            rig.steps.arm(step)
+            died = await rig.dies()
+            if later == "after the key":
+                rig.pass_(2 * HOUR)
+            rig.start()
+            await rig.settled()
+            [ended] = rig.billed(subscription_id)
+            assert ended["state"] == "expired"
+            assert sum(add_on["billed_units"] for add_on in ended["add_ons"].values()) == step
+        assert step > 10
+        assert rig.ledger()["agrees"]
+        assert await rig.dead() == []

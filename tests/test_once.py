@@ -1,0 +1,396 @@
+"""A write that takes effect once, whatever is lost, refused, replayed or killed; both databases."""
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from manual_clock import ManualClock
+
+from billingd.domain.errors import Misconfigured, NotDone, NotFound, Permanent, Refused, Retryable, Unknown
+from billingd.domain.sending import KEY_WINDOW
+from billingd.once import Once
+from billingd.store import intents, schema
+from billingd.store.engine import Store, Tx
+
+SETTLING = timedelta(seconds=60)
+SECOND = timedelta(seconds=1)
+FORGOTTEN = timedelta(hours=1)
+
+
+class FarSide:
+    """Recurly reduced to what the protocol leans on: keys are remembered for an hour, failures too.
+
+    `plan` says what the next requests meet; the default is a good answer.
+    """
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.plan: list[str] = []
+        self.made: list[str] = []
+        self.answers: dict[str, tuple[datetime, str | Exception]] = {}
+        self.sent: list[tuple[str, bool]] = []
+        self.looks = 0
+        self.blind: Exception | None = None
+
+    async def send(self, key: str, *, retried: bool) -> str:
+        self.sent.append((key, retried))
+        await asyncio.sleep(0)
+        fate = self.plan.pop(0) if self.plan else "ok"
+        if fate == "never arrives":
+            raise Unknown("timed out")
+        if fate == "try later":
+            raise NotDone("429")
+        if fate == "locked out":
+            raise Misconfigured("401")
+        stored = self.answers.get(key)
+        if stored is not None and self.clock.now() - stored[0] < FORGOTTEN:
+            answer = stored[1]
+            if isinstance(answer, Unknown):
+                raise Unknown("the stored 500", replayed=True)
+        else:
+            answer = self._perform(fate)
+            self.answers[key] = (self.clock.now(), answer)
+        if fate == "lost":
+            raise Unknown("no answer")
+        if isinstance(answer, Exception):
+            raise answer
+        await asyncio.sleep(0)
+        return answer
+
+    def _perform(self, fate: str) -> str | Exception:
+        failures: dict[str, Exception] = {
+            "refused": Refused("422"),
+            "no such thing": NotFound("404"),
+            "broken": Unknown("500"),
+            "bug": KeyError("error"),
+        }
+        if fate == "bug":
+            self.made.append(f"id-{len(self.made) + 1}")
+        if fate in failures:
+            return failures[fate]
+        self.made.append(f"id-{len(self.made) + 1}")
+        return self.made[-1]
+
+    async def find(self) -> str | None:
+        self.looks += 1
+        await asyncio.sleep(0)
+        if self.blind is not None:
+            raise self.blind
+        return self.made[0] if self.made else None
+
+
+class Bench:
+    """Once in front of a far side."""
+
+    def __init__(self, store: Store, clock: ManualClock) -> None:
+        self.store = store
+        self.clock = clock
+        self.far = FarSide(clock)
+        self.once = Once(store, clock, settling=SETTLING)
+        self.kept: list[str] = []
+
+    async def write(self, body: dict[str, Any] | None = None, **options: Any) -> str:
+        return await self.once.write("w", body or {"n": 1}, send=self.far.send, find=self.far.find, **options)
+
+    async def fails(self, error: type[Exception], body: dict[str, Any] | None = None) -> Any:
+        with pytest.raises(error) as caught:
+            await self.write(body)
+        return caught.value
+
+    async def intent(self) -> Any:
+        async with self.store.read() as tx:
+            return await intents.find(tx, "w")
+
+    def keys(self) -> list[str]:
+        return [key for key, _ in self.far.sent]
+
+
+@pytest.fixture
+def bench(store: Store, clock: ManualClock) -> Bench:
+    return Bench(store, clock)
+
+
+async def test_a_write_is_sent_once_and_remembered(bench: Bench) -> None:
+    """The second call returns the first one's id without a word to the far side."""
+    assert await bench.write() == "id-1"
+    assert await bench.write() == "id-1"
+    assert (len(bench.far.sent), bench.far.looks) == (1, 0)
+    assert (await bench.intent()).state == "done"
+
+
+async def test_the_intent_is_on_disk_before_the_request_leaves(bench: Bench) -> None:
+    """What the store says at the moment of sending: open, with this key and time."""
+    seen: list[Any] = []
+
+    async def send(key: str, *, retried: bool) -> str:
+        async with bench.store.read() as tx:
+            seen.append((await tx.execute(sa.select(schema.intents))).mappings().one())
+        return await bench.far.send(key, retried=retried)
+
+    await bench.once.write("w", {}, send=send, find=bench.far.find)
+    [row] = seen
+    assert (row["state"], row["idempotency_key"], row["first_sent_at"]) == (
+        "open",
+        bench.keys()[0],
+        bench.clock.now(),
+    )
+
+
+async def test_looking_first_finds_what_somebody_else_made(bench: Bench) -> None:
+    """Adopted: nothing is sent, and from then on it is known."""
+    bench.far.made.append("theirs")
+    assert await bench.write(look_first=True) == "theirs"
+    assert await bench.write() == "theirs"
+    assert (bench.far.sent, bench.far.looks) == ([], 1)
+
+
+async def test_lost_after_the_commit_it_is_found_not_resent(bench: Bench) -> None:
+    """The look comes before any second request."""
+    bench.far.plan = ["lost"]
+    await bench.fails(Unknown)
+    bench.clock.advance(SECOND)
+    assert await bench.write() == "id-1"
+    assert (len(bench.far.sent), bench.far.made) == (1, ["id-1"])
+
+
+async def test_lost_before_the_commit_the_same_key_is_sent_while_it_is_remembered(bench: Bench) -> None:
+    """Under the same key even a look-up that lags could make no second one."""
+    bench.far.plan = ["never arrives", "never arrives"]
+    await bench.fails(Unknown)
+    bench.clock.advance(KEY_WINDOW / 2)
+    await bench.fails(Unknown)
+    bench.clock.advance(KEY_WINDOW / 2 - SECOND)
+    assert await bench.write() == "id-1"
+    assert len(set(bench.keys())) == 1
+    assert [retried for _, retried in bench.far.sent] == [False, True, True]
+    assert (await bench.intent()).epoch == 1
+
+
+async def test_a_look_that_lags_is_covered_by_the_key(bench: Bench) -> None:
+    """Made, not yet listed, sent again: the far side returns the first answer."""
+    bench.far.plan = ["lost"]
+    await bench.fails(Unknown)
+    made, bench.far.made = bench.far.made, []
+    assert await bench.write() == "id-1"
+    assert made == ["id-1"]
+    assert bench.far.made == []
+
+
+async def test_after_the_key_is_forgotten_it_settles_and_takes_a_new_one(bench: Bench) -> None:
+    """The last request may still be running: not before the settling time after it, then epoch 2."""
+    bench.far.plan = ["never arrives", "never arrives"]
+    await bench.fails(Unknown)
+    bench.clock.advance(KEY_WINDOW - SECOND)
+    await bench.fails(Unknown)
+    bench.clock.advance(SECOND)
+    error = await bench.fails(Unknown)
+    assert error.retry_after == SETTLING - SECOND
+    assert len(bench.far.sent) == 2, "nothing was sent meanwhile"
+    bench.clock.advance(SETTLING - SECOND)
+    assert await bench.write() == "id-1"
+    assert len(set(bench.keys())) == 2
+    assert bench.far.sent[-1][1] is False
+    assert bench.far.looks == 3, "looked before each"
+
+
+async def test_a_stored_failure_burns_the_key(bench: Bench) -> None:
+    """The far side repeats its 500: the key can't help, so it is looked, settled, and sent anew at once."""
+    bench.far.plan = ["broken"]
+    await bench.fails(Unknown)
+    bench.clock.advance(SECOND)
+    await bench.fails(Unknown)
+    assert (await bench.intent()).burnt
+    error = await bench.fails(Unknown)
+    assert error.retry_after == SETTLING
+    bench.clock.advance(SETTLING)
+    assert await bench.write() == "id-1"
+    assert len(set(bench.keys())) == 2
+    assert (await bench.intent()).state == "done"
+
+
+@pytest.mark.parametrize(("fate", "error"), [("refused", Refused), ("no such thing", NotFound)])
+async def test_a_clear_refusal_is_remembered_and_the_next_try_takes_a_new_key(
+    bench: Bench, fate: str, error: type[Exception]
+) -> None:
+    """Repaired and tried again: under the old key the far side would repeat the refusal."""
+    bench.far.plan = [fate]
+    await bench.fails(error)
+    assert (await bench.intent()).state == "refused"
+    assert await bench.write() == "id-1"
+    assert len(set(bench.keys())) == 2
+    assert bench.far.looks == 0, "there is nothing to look for"
+
+
+@pytest.mark.parametrize(("fate", "error"), [("try later", NotDone), ("locked out", Misconfigured)])
+async def test_what_was_clearly_not_done_is_sent_anew(
+    bench: Bench, fate: str, error: type[Exception]
+) -> None:
+    """A rate limit or a wrong key is no unknown outcome."""
+    bench.far.plan = [fate]
+    await bench.fails(error)
+    assert (await bench.intent()).state == "refused"
+    assert await bench.write() == "id-1"
+
+
+@pytest.mark.parametrize("fate", ["try later", "locked out"])
+async def test_not_done_on_a_second_try_proves_nothing_of_the_first(bench: Bench, fate: str) -> None:
+    """The first request's outcome stays unknown, its key in use."""
+    bench.far.plan = ["lost", fate]
+    await bench.fails(Unknown)
+    made, bench.far.made = bench.far.made, []  # the look lags
+    await bench.fails(Retryable)
+    assert (await bench.intent()).state == "open"
+    bench.far.made = made
+    assert await bench.write() == "id-1"
+    assert len(bench.far.sent) == 2
+
+
+async def test_a_refusal_on_a_second_try_is_unknown_until_it_has_settled(bench: Bench) -> None:
+    """It may refuse because the first took effect: look, wait, look again; only then a new key, and belief."""
+    bench.far.plan = ["never arrives", "refused"]
+    await bench.fails(Unknown)
+    error = await bench.fails(Unknown)
+    assert error.retry_after == SETTLING
+    assert (await bench.intent()).burnt
+    bench.clock.advance(SETTLING)
+    bench.far.plan = ["refused"]
+    await bench.fails(Refused)
+    assert (await bench.intent()).state == "refused"
+    assert len(set(bench.keys())) == 2
+
+
+async def test_a_changed_body_never_travels_under_the_old_key(bench: Bench) -> None:
+    """While the outcome of the first is unknown nothing is sent; after it has settled, under a new key."""
+    bench.far.plan = ["never arrives"]
+    await bench.fails(Unknown, {"n": 1})
+    await bench.fails(Unknown, {"n": 2})
+    assert len(bench.far.sent) == 1
+    bench.clock.advance(SETTLING)
+    assert await bench.write({"n": 2}) == "id-1"
+    assert len(set(bench.keys())) == 2
+
+
+async def test_a_changed_body_of_something_made_already_finds_it(bench: Bench) -> None:
+    """The look comes first, whatever the body."""
+    bench.far.plan = ["lost"]
+    await bench.fails(Unknown, {"n": 1})
+    assert await bench.write({"n": 2}) == "id-1"
+    assert len(bench.far.sent) == 1
+
+
+@pytest.mark.parametrize("error", [Retryable("list is down"), Permanent("two of them")])
+async def test_a_look_that_fails_is_not_not_found(bench: Bench, error: Exception) -> None:
+    """Its error goes up, and nothing is sent."""
+    bench.far.plan = ["never arrives"]
+    await bench.fails(Unknown)
+    bench.far.blind = error
+    bench.clock.advance(2 * KEY_WINDOW)
+    await bench.fails(type(error))
+    assert len(bench.far.sent) == 1
+
+
+async def test_a_bug_in_reading_the_answer_leaves_the_outcome_unknown(bench: Bench) -> None:
+    """An exception nobody foresaw after the far side has done it: found by the next look."""
+    bench.far.plan = ["bug"]
+    await bench.fails(KeyError)
+    assert (await bench.intent()).state == "open"
+    assert await bench.write() == "id-1"
+    assert len(bench.far.sent) == 1
+
+
+async def test_what_follows_is_kept_in_the_transaction_that_says_done(bench: Bench) -> None:
+    """When keeping fails, the write is not done either; the next try finds it and keeps it."""
+
+    async def keep(tx: Tx, result: str) -> None:
+        bench.kept.append(result)
+        if len(bench.kept) == 1:
+            raise Retryable("full")
+
+    with pytest.raises(Retryable):
+        await bench.write(keep=keep)
+    assert (await bench.intent()).state == "open"
+    assert await bench.write(keep=keep) == "id-1"
+    assert bench.kept == ["id-1", "id-1"]
+    assert len(bench.far.sent) == 1
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("point", ["find", "send before", "send after", "opened", "done"])
+@pytest.mark.parametrize("later", [SECOND, 2 * FORGOTTEN], ids=["soon", "later"])
+async def test_cut_off_anywhere_and_resumed_it_takes_effect_once(
+    bench: Bench, point: str, later: timedelta
+) -> None:
+    """A task cancelled at any of its waits leaves something from which the next one ends right."""
+    far, waiting = bench.far, asyncio.Event()
+    send, find = far.send, far.find
+
+    async def stop() -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    async def sending(key: str, *, retried: bool) -> str:
+        if point == "send before":
+            await stop()
+        result = await send(key, retried=retried)
+        if point == "send after":
+            await stop()
+        return result
+
+    async def finding() -> str | None:
+        if point == "find":
+            await stop()
+        return await find()
+
+    async def keep(tx: Tx, result: str) -> None:
+        if point == "done":
+            await stop()
+
+    async def opened_or_not() -> str:
+        if point == "opened":
+            async with bench.store.write() as tx:
+                await intents.opened(
+                    tx, "w", epoch=1, key="k", body_hash="h", first_sent_at=bench.clock.at, now=bench.clock.at
+                )
+            await stop()
+        return await bench.once.write(
+            "w", {"n": 1}, send=sending, find=finding, keep=keep, look_first=point == "find"
+        )
+
+    task = asyncio.create_task(opened_or_not())
+    await waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    bench.clock.advance(later)
+    for _ in range(3):
+        try:
+            assert await bench.write() == "id-1"
+            break
+        except Unknown:
+            bench.clock.advance(SETTLING)
+    assert far.made == ["id-1"]
+    assert (await bench.intent()).state == "done"
+
+
+async def test_what_is_no_longer_wanted_is_looked_for_and_never_sent(bench: Bench) -> None:
+    """Its id when it took effect, None when it clearly did not, Unknown while it still may."""
+    look = bench.once.look
+    assert await look("w", find=bench.far.find) is None
+    assert not await bench.once.unknown("w")
+    bench.far.plan = ["never arrives"]
+    await bench.fails(Unknown)
+    assert await bench.once.unknown("w")
+    with pytest.raises(Unknown) as caught:
+        await look("w", find=bench.far.find)
+    assert caught.value.retry_after == SETTLING
+    bench.clock.advance(SETTLING)
+    assert await look("w", find=bench.far.find) is None
+    assert (await bench.intent()).state == "refused"
+    bench.far.plan = ["lost"]
+    await bench.fails(Unknown)
+    assert await look("w", find=bench.far.find) == "id-1"
+    bench.far.blind = Retryable("away")
+    assert await look("w", find=bench.far.find) == "id-1", "known by now"
+    assert len(bench.far.sent) == 2

@@ -1,0 +1,442 @@
+"""Poll: windows into usage records, exactly once, on both databases; the source is a fake."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from linked import HOUR, PLAN, TEN, Counted, add_on, link, subscription
+from manual_clock import ManualClock
+
+from billingd.domain.errors import Retryable
+from billingd.domain.windows import Window
+from billingd.store import held, links, schema, usage, watermarks
+from billingd.store.engine import Store, StoreUnavailable, Tx
+from billingd.store.watermarks import WatermarkMoved
+from billingd.traffic.poll import WINDOWS_MAX, TrafficPoller
+
+
+@pytest.fixture
+def source() -> Counted:
+    return Counted()
+
+
+def a_poller(store: Store, clock: ManualClock, source: Counted, **changes: Any) -> TrafficPoller:
+    terms = {"length": HOUR, "settle": 2 * HOUR, "horizon": timedelta(days=1)} | changes
+    return TrafficPoller(store, clock, source, wake_outbox=asyncio.Event(), **terms)
+
+
+async def rows(store: Store, table: sa.Table) -> list[dict[str, Any]]:
+    async with store.read() as tx:
+        return [dict(row) for row in (await tx.execute(sa.select(table))).mappings()]
+
+
+async def records(store: Store) -> list[tuple[int, int, int, str]]:
+    """(hours after ten, revision, units, state) of each usage record, in order."""
+    found = sorted(await rows(store, schema.usage_records), key=lambda row: int(row["id"]))
+    return [
+        ((row["window_start"] - TEN) // HOUR, row["revision"], row["units"], row["state"]) for row in found
+    ]
+
+
+async def held_now(store: Store) -> dict[str, Any]:
+    async with store.read() as tx:
+        return {row["kind"]: row for row in await held.standing(tx)}
+
+
+async def unlinked(store: Store) -> int:
+    async with store.read() as tx:
+        return await usage.unlinked_units(tx)
+
+
+async def test_a_window_is_read_when_it_has_settled_and_not_before(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """The first reading begins with the present window; each is read once `settle` after its end."""
+    poller = a_poller(store, clock, source)
+    clock.advance(timedelta(minutes=20))
+    await poller.run_once()
+    await link(store, subscription())
+    source.serve(5)
+    clock.at = TEN + 3 * HOUR - timedelta(seconds=1)
+    await poller.run_once()
+    assert (source.asked, await records(store)) == ([], [])
+    clock.at = TEN + 3 * HOUR
+    await poller.run_once()
+    assert await records(store) == [(0, 1, 5, "recorded")]
+    [mark] = await rows(store, schema.watermarks)
+    assert (mark["source"], mark["at"]) == ("metrics", TEN + HOUR)
+
+
+async def test_each_record_has_an_action_a_tag_and_a_time_inside_its_window(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """What Recurly will be told is fixed here; the outbox is woken."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    await link(store, subscription())
+    source.serve(5)
+    clock.advance(3 * HOUR)
+    await poller.run_once()
+    [record] = await rows(store, schema.usage_records)
+    [action] = await rows(store, schema.outbox)
+    assert record["usage_timestamp"] == TEN + HOUR - timedelta(seconds=1)
+    assert record["merchant_tag"].startswith("bd1:")
+    assert (action["kind"], action["subject"]) == ("report_usage", "usage:s1:q1")
+    assert action["key"] == f"report_usage:{record['merchant_tag']}"
+    assert action["args"] == {"record": record["id"]}
+    assert poller._wake_outbox.is_set()
+
+
+async def test_one_reading_spans_many_windows_and_subscriptions(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Calls to Amplify do not grow with windows or subscriptions, but their span is bounded."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    await link(store, *(subscription(f"s{n}") for n in range(1, 6)), add_ons=[add_on("q1"), add_on("q2")])
+    for hour in range(30):
+        for n in range(1, 6):
+            source.serve(1, hours=hour, subscription=f"s{n}", quota=f"q{1 + n % 2}")
+    clock.advance(32 * HOUR)
+    await poller.run_once()
+    assert [(asked["end"] - asked["start"]) / HOUR for asked in source.asked] == [WINDOWS_MAX, 6]
+    assert source.asked[0]["subscriptions"] == {f"s{n}" for n in range(1, 6)}
+    assert (source.asked[0]["organizations"], source.asked[0]["units"]) == ({"o1"}, {"calls"})
+    found = await records(store)
+    assert len(found) == 150
+    assert {revision for _, revision, _, _ in found} == {1}
+
+
+async def test_reading_again_books_only_what_arrived_late(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Trailing windows are read again up to the horizon; growth becomes the next revision."""
+    poller = a_poller(store, clock, source, horizon=2 * HOUR)
+    await poller.run_once()
+    await link(store, subscription())
+    source.serve(5)
+    clock.advance(3 * HOUR)
+    await poller.run_once()
+    await poller.run_once()
+    source.serve(8)
+    clock.advance(HOUR)
+    await poller.run_once()
+    assert await records(store) == [(0, 1, 5, "recorded"), (0, 2, 3, "recorded")]
+    clock.advance(3 * HOUR)
+    await poller.run_once()
+    source.serve(9)
+    clock.advance(HOUR)
+    await poller.run_once()
+    assert len(await records(store)) == 2, "past the horizon"
+    assert await poller.read_range(TEN, TEN + HOUR) == 1
+    assert await poller.read_range(TEN, TEN + HOUR) == 0
+    assert (await records(store))[2] == (0, 3, 1, "recorded")
+    tags = [row["merchant_tag"] for row in await rows(store, schema.usage_records)]
+    assert len(set(tags)) == 3
+
+
+async def test_a_reading_that_shrank_is_held_told_once_and_never_refunded(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Nothing is taken back; when the numbers agree again it is held no longer."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    await link(store, subscription())
+    source.serve(5)
+    clock.advance(3 * HOUR)
+    await poller.run_once()
+    for less in (3, 0):
+        source.serve(less)
+        clock.advance(HOUR)
+        await poller.run_once()
+    assert await records(store) == [(0, 1, 5, "recorded")]
+    hold = (await held_now(store))["reading_shrank"]
+    assert (hold["units"], hold["subscription_id"]) == (5, "s1")
+    actions = Counter(row["kind"] for row in await rows(store, schema.outbox))
+    assert actions == {"report_usage": 1, "notify_provider": 1}
+    source.serve(6)
+    clock.advance(HOUR)
+    await poller.run_once()
+    assert await held_now(store) == {}
+    assert await records(store) == [(0, 1, 5, "recorded"), (0, 2, 1, "recorded")]
+
+
+async def test_only_traffic_from_the_link_on_is_billed(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Windows before `usage_from` are counted as unlinked, also when `usage_from` cuts a window."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    await link(store, subscription(usage_from=TEN + HOUR / 2))
+    source.serve(5)
+    source.serve(7, hours=1)
+    clock.advance(4 * HOUR)
+    await poller.run_once()
+    assert await records(store) == [(1, 1, 7, "recorded")]
+    assert await unlinked(store) == 5
+
+
+async def test_traffic_of_nobody_is_counted_not_dropped(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Unknown subscription, unknown quota, a quota of another plan, no id at all; read twice, counted once."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    other = replace(PLAN, plan_id="p2", name="other", plan_code="amplify-plan-p2")
+    await link(store, subscription())
+    await link(store, plan=other, add_ons=[add_on("q2", "p2")])
+    source.serve(1, subscription="stranger")
+    source.serve(2, quota="stranger")
+    source.serve(4, quota="q2")
+    source.serve(8, subscription="", quota="")
+    clock.advance(3 * HOUR)
+    await poller.run_once()
+    clock.advance(HOUR)
+    await poller.run_once()
+    assert await unlinked(store) == 15
+    assert await records(store) == []
+
+
+async def test_with_nothing_linked_amplify_is_not_asked(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """There is no organisation to ask about; the watermark moves on all the same."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    clock.advance(5 * HOUR)
+    await poller.run_once()
+    assert source.asked == []
+    [mark] = await rows(store, schema.watermarks)
+    assert mark["at"] == TEN + 3 * HOUR
+
+
+async def test_more_than_nine_digits_are_split_over_several_records(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Recurly takes nine digits in one record; each part has a tag of its own."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    await link(store, subscription())
+    source.serve(2_000_000_005)
+    clock.advance(3 * HOUR)
+    await poller.run_once()
+    assert await records(store) == [
+        (0, 1, 999_999_999, "recorded"),
+        (0, 2, 999_999_999, "recorded"),
+        (0, 3, 7, "recorded"),
+    ]
+    assert len(await rows(store, schema.outbox)) == 3
+
+
+@pytest.mark.parametrize(
+    ("state", "hour", "expected"),
+    [
+        ("ending", 0, "recorded"),
+        ("ending", 1, "recorded"),  # the window in which it ended
+        ("ending", 2, "held"),
+        ("ended", 0, "held"),
+    ],
+)
+async def test_usage_after_the_end_is_held(
+    store: Store, clock: ManualClock, source: Counted, state: str, hour: int, expected: str
+) -> None:
+    """What shows up after the end is recorded and held with a reason, told once, and never reported."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    ending = subscription(state="ending", usage_until=TEN + 1.5 * HOUR)
+    await link(store, ending)
+    if state == "ended":
+        async with store.write() as tx:
+            await links.end(tx, "s1", now=TEN + 2 * HOUR)
+    source.serve(5, hours=hour)
+    clock.advance(6 * HOUR)
+    await poller.run_once()
+    clock.advance(HOUR)
+    await poller.run_once()
+    assert await records(store) == [(hour, 1, 5, expected)]
+    kinds = Counter(row["kind"] for row in await rows(store, schema.outbox))
+    if expected == "recorded":
+        assert (await held_now(store), kinds) == ({}, {"report_usage": 1})
+    else:
+        hold = (await held_now(store))["usage_after_end"]
+        assert (hold["units"], hold["subscription_id"], hold["add_on_code"]) == (5, "s1", "amplify-quota-q1")
+        assert hold["action"]["kind"] == "report_usage"
+        assert kinds == {"notify_provider": 1}
+
+
+class Failing(Store):
+    """A store that fails at the end of a transaction, before it commits."""
+
+    failing = False
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[Tx]:
+        async with super().write() as tx:
+            yield tx
+            if self.failing:
+                raise StoreUnavailable("gone")
+
+
+async def test_watermark_records_and_actions_are_one_transaction(
+    store_url: str, clock: ManualClock, source: Counted
+) -> None:
+    """A crash before the commit leaves none of them, and the next start all of them."""
+    async with Failing(store_url) as store:
+        poller = a_poller(store, clock, source)
+        await poller.run_once()
+        await link(store, subscription())
+        source.serve(5)
+        source.serve(3, subscription="stranger")
+        clock.advance(3 * HOUR)
+        await poller._begin()
+        store.failing = True
+        with pytest.raises(StoreUnavailable):
+            await poller._poll()
+        store.failing = False
+        [mark] = await rows(store, schema.watermarks)
+        assert mark["at"] == TEN
+        for table in (schema.usage_records, schema.outbox, schema.unlinked_traffic):
+            assert await rows(store, table) == []
+        await a_poller(store, clock, source).run_once()
+        assert await records(store) == [(0, 1, 5, "recorded")]
+
+
+async def test_a_source_that_fails_moves_nothing(store: Store, clock: ManualClock) -> None:
+    """The windows stay due."""
+
+    class Away(Counted):
+        async def read(self, **asked: Any) -> Any:
+            raise Retryable("away")
+
+    poller = a_poller(store, clock, Away())
+    await poller.run_once()
+    await link(store, subscription())
+    clock.advance(5 * HOUR)
+    with pytest.raises(Retryable):
+        await poller.run_once()
+    [mark] = await rows(store, schema.watermarks)
+    assert mark["at"] == TEN
+
+
+async def test_two_pollers_that_read_the_same_windows_book_them_once(
+    store_url: str, clock: ManualClock, source: Counted
+) -> None:
+    """Two processes on one store: the second to write finds the watermark moved, and books nothing."""
+    async with Store(store_url) as one, Store(store_url) as two:
+        first, second = a_poller(one, clock, source), a_poller(two, clock, source)
+        await first.run_once()
+        await link(one, subscription())
+        source.serve(5)
+        clock.advance(3 * HOUR)
+        source.before.clear()
+        tasks = [asyncio.create_task(poller.run_once()) for poller in (first, second)]
+        while len(source.asked) < 2:
+            await asyncio.sleep(0)
+        source.before.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} == {bool, WatermarkMoved}
+        assert await records(one) == [(0, 1, 5, "recorded")]
+
+        source.serve(6)
+        source.before.clear()
+        tasks = [asyncio.create_task(poller.read_range(TEN, TEN + HOUR)) for poller in (first, second)]
+        while len(source.asked) < 4:
+            await asyncio.sleep(0)
+        source.before.set()
+        await asyncio.gather(*tasks)
+        assert await records(one) == [(0, 1, 5, "recorded"), (0, 2, 1, "recorded")]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "changes_at"),
+    [
+        (HOUR, 2 * HOUR, TEN + 2 * HOUR),
+        (HOUR, HOUR / 4, TEN + HOUR),
+        (2 * HOUR, 3 * HOUR, TEN + 2 * HOUR),  # 12:00, where both begin
+    ],
+)
+async def test_a_new_window_length_comes_into_force_where_both_lengths_begin(
+    store: Store, clock: ManualClock, source: Counted, first: timedelta, then: timedelta, changes_at: datetime
+) -> None:
+    """Also when the reading would jump over that edge; no unit is read in two sizes, none is skipped."""
+    await a_poller(store, clock, source, length=first).run_once()
+    await link(store, subscription())
+    source.units = {("s1", "q1", TEN): 5}
+    clock.at = TEN + first + 2 * HOUR
+    await a_poller(store, clock, source, length=first).run_once()
+    source.units = {("s1", "q1", TEN): 5, ("s1", "q1", changes_at): 7}
+    clock.at = TEN + 15 * HOUR
+    poller = a_poller(store, clock, source, length=then)
+    await poller.run_once()
+    await poller.run_once()
+    [mark] = await rows(store, schema.watermarks)
+    assert (mark["window_seconds"], mark["regular_since"]) == (then.total_seconds(), changes_at)
+    assert mark["at"] == changes_at + (TEN + 13 * HOUR - changes_at) // then * then
+    found = await rows(store, schema.usage_records)
+    assert [(row["window_start"], row["window_end"], row["units"]) for row in found] == [
+        (TEN, TEN + first, 5),
+        (changes_at, changes_at + then, 7),
+    ]
+    assert await held_now(store) == {}
+
+
+async def test_a_changed_length_never_reads_a_window_of_the_old_one_again(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """A backfill reaches back no further than the change."""
+    await a_poller(store, clock, source).run_once()
+    await link(store, subscription())
+    source.serve(5)
+    clock.advance(4 * HOUR)
+    await a_poller(store, clock, source).run_once()
+    poller = a_poller(store, clock, source, length=2 * HOUR)
+    clock.advance(4 * HOUR)
+    await poller.run_once()
+    source.serve(50)
+    assert await poller.read_range(TEN - 5 * HOUR, TEN + 9 * HOUR) == 0
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    growth=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from(["s1", "s2"]), st.integers(1, 3_000_000_000)),
+        max_size=10,
+    )
+)
+async def test_what_is_recorded_equals_what_was_served_however_it_arrives(
+    store_url: str, growth: list[tuple[int, str, int]]
+) -> None:
+    """After any sequence of growing readings the ledger's sum is the last reading's, to the unit."""
+    clock, source = ManualClock(), Counted()
+    async with Store(store_url) as store:
+        async with store.write() as tx:
+            for table in reversed(schema.metadata.sorted_tables):
+                await tx.execute(table.delete())
+        poller = a_poller(store, clock, source)
+        await poller.run_once()
+        await link(store, subscription("s1"), subscription("s2"))
+        for hour, subscription_id, units in growth:
+            key = (subscription_id, "q1", TEN + hour * HOUR)
+            source.units[key] = source.units.get(key, 0) + units
+            clock.advance(HOUR)
+            await poller.run_once()
+        clock.advance(6 * HOUR)
+        await poller.run_once()
+        async with store.read() as tx:
+            sums = await usage.sums(tx, TEN, TEN + 9 * HOUR)
+            mark = await watermarks.find(tx, "metrics")
+        assert {key: one.units for key, one in sums.items()} == {
+            (sub, quota, Window(start, start + HOUR)): units
+            for (sub, quota, start), units in source.units.items()
+        }
+        assert mark is not None
+        assert await held_now(store) == {}
