@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
@@ -96,28 +95,13 @@ def show(config: Path | None, as_json: bool) -> None:
         "value": None if directory is None else str(directory),
         "origin": loaded.origins.get("secrets_dir", "default"),
     }
-    rows = [first] + [row | {"value": without_credentials(row["value"])} for row in shown(loaded)]
+    rows = [first, *shown(loaded)]
     if as_json:
         output.document({"settings": rows})
         return
     output.table(
         ["KEY", "VALUE", "FROM"], ([row["key"], _written(row["value"]), row["origin"]] for row in rows)
     )
-
-
-def without_credentials(value: Any) -> Any:
-    """A value as it is, but for what a URL says of who asks."""
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    if value.startswith(("sqlite", "postgresql")):
-        import sqlalchemy as sa
-
-        url = sa.make_url(value)
-        masked = url.update_query_dict({name: "***" for name in url.query if "password" in name})
-        return masked.render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
-    parts = urlsplit(value)
-    _user, at, host = parts.netloc.rpartition("@")
-    return parts._replace(netloc=f"***@{host}").geturl() if at else value
 
 
 def _written(value: Any) -> str:

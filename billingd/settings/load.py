@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
+import sqlalchemy as sa
 from pydantic import SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -283,4 +285,17 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "total_seconds"):
         return format_duration(value)
-    return value
+    return without_credentials(value)
+
+
+def without_credentials(value: Any) -> Any:
+    """A value as it is, but for what a URL says of who asks."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    if value.startswith(("sqlite", "postgresql")):
+        url = sa.make_url(value)
+        masked = url.update_query_dict({name: "***" for name in url.query if "password" in name})
+        return masked.render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
+    parts = urlsplit(value)
+    _user, at, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"***@{host}").geturl() if at else value

@@ -139,6 +139,16 @@ class GroupCommit:
             except (StoreUnavailable, StoreDamaged) as error:
                 await self._fail(error)  # SQLite may have rolled all of the group back
                 raise
+            except BaseException as error:
+                if not connection.invalidated:
+                    raise
+                # what SQLAlchemy does when a statement is cancelled: nobody in the group is kept
+                cut_off = StoreUnavailable("the store is not available: who shared a transaction was cut off")
+                await self._fail(cut_off)
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError from error
+                raise cut_off from error
         # Whoever is cancelled here has written: as after any commit, it must look before it tries again.
         await asyncio.shield(committed)
 
@@ -220,12 +230,6 @@ def _translated() -> Iterator[None]:
                 f"the store is damaged, or is none ({_plain(error)}); put a backup in its place"
             ) from error
         raise
-    except Exception as error:
-        # SQLAlchemy hands on what asyncpg raises while it connects as it is: a server that starts, stops,
-        # or takes no more connections
-        if type(error).__module__.split(".")[0] != "asyncpg":
-            raise
-        raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
 
 
 def _plain(error: BaseException) -> str:
@@ -235,9 +239,11 @@ def _plain(error: BaseException) -> str:
 
 
 def _connection_lost(error: sa.exc.DBAPIError) -> bool:
-    """PostgreSQL's classes 08 (connection), 25006 (read-only), 53 (no resources), 57P (shutting down)."""
+    """PostgreSQL's classes 08 (connection), 28 (not let in), 3D (no such database), 53 (no resources), 57P
+    (shutting down), and 25006 (read-only), 55000 (takes no connections).
+    """
     state = str(getattr(error.orig, "sqlstate", None) or "")
-    return state.startswith(("08", "53", "57P")) or state == "25006"
+    return state.startswith(("08", "28", "3D", "53", "57P")) or state in {"25006", "55000"}
 
 
 def _sqlite(url: sa.URL, *, pool_size: int, begin: str) -> AsyncEngine:

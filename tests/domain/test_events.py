@@ -1,0 +1,297 @@
+"""Webhook bytes -> Event -> Actions; whatever comes in, only Rejected goes out."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from billingd.domain.errors import Rejected
+from billingd.domain.events import (
+    PROVISION_PLAN,
+    PROVISION_SUBSCRIPTION,
+    Event,
+    actions_for,
+    parse_amplify,
+    parse_recurly,
+)
+
+
+def amplify(**changes: Any) -> bytes:
+    """An event of a subscription whose approval is pending, as in amplify.md 4.1."""
+    document: dict[str, Any] = {
+        "id": "5e5e0000-0000-4000-8000-000000000001",
+        "time": "2026-03-02T11:00:02.417+0000",
+        "version": "v1",
+        "product": "AmplifyCentral",
+        "correlationId": "6f6f",
+        "organization": {"id": "100000000000001"},
+        "type": "SubResourceUpdated",
+        "payload": {
+            "kind": "Subscription",
+            "name": "weather-pro-acme",
+            "metadata": {"id": "8ac9dd00", "resourceVersion": "3"},
+            "approval": {"state": "pending"},
+        },
+        "metadata": {"subresource": "approval"},
+    }
+    return json.dumps(document | changes).encode()
+
+
+def payload(**changes: Any) -> bytes:
+    return amplify(payload=json.loads(amplify())["payload"] | changes)
+
+
+def test_what_is_taken_from_an_event() -> None:
+    """The resource and what happened to it; of the payload only what says so."""
+    assert parse_amplify(amplify()) == Event(
+        source="amplify",
+        id="5e5e0000-0000-4000-8000-000000000001",
+        type="SubResourceUpdated",
+        kind="Subscription",
+        name="weather-pro-acme",
+        resource_id="8ac9dd00",
+        subresource="approval",
+        resource_version="3",
+        scope_name=None,
+        state=None,
+        deleting=False,
+        correlation_id="6f6f",
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "value"),
+    [
+        (payload(state="active"), "state", "active"),  # of a plan
+        (payload(state={"name": "archived"}), "state", "archived"),  # of a subscription
+        (payload(state=7), "state", None),
+        (payload(metadata={"id": "x", "state": "DELETING"}), "deleting", True),
+        (payload(metadata={"scope": {"kind": "ProductPlan", "name": "gold"}}), "scope_name", "gold"),
+        (payload(metadata={"scope": "gold"}), "scope_name", None),
+        (payload(metadata=None), "resource_id", None),
+        (payload(metadata={"id": 7}), "resource_id", None),
+        (payload(metadata={"id": "x" * 65}), "resource_id", None),
+        (payload(metadata={"id": "a\x00b"}), "resource_id", None),
+        (payload(metadata={"id": "\udc80"}), "resource_id", None),
+        (amplify(metadata=None), "subresource", None),
+        (amplify(metadata={"subresource": None}), "subresource", None),
+        (amplify(correlationId=["x"]), "correlation_id", None),
+        (amplify(id="x" * 100), "id", "x" * 100),
+        (payload(name="💶" * 100), "name", "💶" * 100),
+        (b"\xef\xbb\xbf" + amplify(), "kind", "Subscription"),
+        (amplify().decode().encode("utf-16"), "kind", "Subscription"),
+    ],
+)
+def test_what_may_be_missing_or_odd(body: bytes, field: str, value: Any) -> None:
+    """A part that is no use is left out; the event stays an event."""
+    assert getattr(parse_amplify(body), field) == value
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "not_json"),
+        (b"\xff", "not_json"),
+        (b"{", "not_json"),
+        (b"[" * 100_000, "not_json"),
+        (b"9" * 10_000, "not_json"),
+        (b"[]", "not_an_event"),
+        (b'"x"', "not_an_event"),
+        (b"null", "not_an_event"),
+        (amplify(id=None), "not_an_event"),
+        (amplify(id=""), "not_an_event"),
+        (amplify(id=1), "not_an_event"),
+        (amplify(id="x" * 101), "not_an_event"),
+        (amplify(id="\x00"), "not_an_event"),
+        (amplify(id="\ud800"), "not_an_event"),
+        (amplify(type=None), "not_an_event"),
+        (amplify(type="ResourceEaten"), "not_an_event"),
+        (amplify(type=[]), "not_an_event"),
+        (amplify(type={}), "not_an_event"),
+        (amplify(payload=None), "not_an_event"),
+        (amplify(payload="x"), "not_an_event"),
+        (payload(kind=None), "not_an_event"),
+        (payload(name=""), "not_an_event"),
+        (payload(name="n" * 101), "not_an_event"),
+        (payload(name={"a": 1}), "not_an_event"),
+    ],
+)
+def test_what_is_no_event(body: bytes, code: str) -> None:
+    """400, with a code for machines and a sentence for people."""
+    with pytest.raises(Rejected) as caught:
+        parse_amplify(body)
+    assert (caught.value.status, caught.value.code) == (400, code)
+    assert str(caught.value)
+
+
+RECURLY = {"id": "r1", "object_type": "invoice", "event_type": "paid", "uuid": "u1", "site_id": "s"}
+
+
+def test_a_notification_of_recurly() -> None:
+    """Known by the header that stays the same across retries, else by its bytes."""
+    body = json.dumps(RECURLY).encode()
+    event = parse_recurly(body, "n1")
+    assert (event.source, event.id, event.kind, event.type, event.name, event.resource_id) == (
+        "recurly",
+        "n1",
+        "invoice",
+        "paid",
+        "u1",
+        "r1",
+    )
+    assert parse_recurly(body, None).id == parse_recurly(body, "").id != parse_recurly(body + b" ", None).id
+    assert parse_recurly(body, "x" * 101).id == parse_recurly(body, None).id
+    assert parse_recurly(json.dumps(RECURLY | {"uuid": None}).encode(), None).name == "r1"
+    assert actions_for(event) == ()
+
+
+@pytest.mark.parametrize("change", [{"event_type": None}, {"object_type": 7}, {"uuid": None, "id": None}])
+def test_what_is_no_notification(change: dict[str, Any]) -> None:
+    """400 as well."""
+    with pytest.raises(Rejected) as caught:
+        parse_recurly(json.dumps(RECURLY | change).encode(), "n1")
+    assert caught.value.status == 400
+
+
+PLAN = [(PROVISION_PLAN, "plan:weather-pro-acme")]
+SUBSCRIPTION = [(PROVISION_SUBSCRIPTION, "subscription:8ac9dd00")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "type_", "subresource", "state", "asked"),
+    [
+        ("ProductPlan", "SubResourceUpdated", "state", "active", PLAN),
+        ("ProductPlan", "SubResourceUpdated", "state", "deprecated", PLAN),
+        ("ProductPlan", "SubResourceUpdated", "state", "archived", PLAN),
+        ("ProductPlan", "ResourceUpdated", None, "active", PLAN),
+        ("ProductPlan", "ResourceCreated", None, "draft", []),
+        ("ProductPlan", "ResourceUpdated", None, "draft", []),
+        ("ProductPlan", "ResourceDeleted", None, "draft", PLAN),
+        ("ProductPlan", "ResourceDeleted", None, None, PLAN),
+        ("Subscription", "ResourceCreated", None, None, []),
+        ("Subscription", "ResourceUpdated", None, None, []),
+        ("Subscription", "SubResourceUpdated", "status", None, []),
+        ("Subscription", "SubResourceUpdated", "marketplace", None, []),
+        ("Subscription", "SubResourceUpdated", "approval", None, SUBSCRIPTION),
+        ("Subscription", "SubResourceUpdated", "state", {"name": "archived"}, SUBSCRIPTION),
+        ("Subscription", "ResourceDeleted", None, None, SUBSCRIPTION),
+        ("Product", "ResourceUpdated", None, None, []),
+        ("Quota", "ResourceCreated", None, None, []),
+        ("AssetRequest", "SubResourceUpdated", "approval", None, []),
+    ],
+)
+def test_what_each_event_asks_for(
+    kind: str, type_: str, subresource: str | None, state: Any, asked: list[tuple[str, str]]
+) -> None:
+    """The table of amplify.md 4.2."""
+    body = amplify(
+        type=type_,
+        metadata={} if subresource is None else {"subresource": subresource},
+        payload=json.loads(amplify())["payload"] | {"kind": kind, "state": state},
+    )
+    assert [(action.kind, action.subject) for action in actions_for(parse_amplify(body))] == asked
+
+
+def test_a_quota_asks_for_its_plan() -> None:
+    """An active plan may gain one; the quota's event knows only the plan's name."""
+    metadata = {"id": "q", "scope": {"kind": "ProductPlan", "name": "gold"}}
+    [action] = actions_for(parse_amplify(payload(kind="Quota", metadata=metadata)))
+    assert (action.kind, action.subject, action.args) == (
+        PROVISION_PLAN,
+        "plan:gold",
+        {"name": "gold", "id": None},
+    )
+
+
+def test_a_subscription_that_is_being_deleted_asks_whatever_the_event() -> None:
+    """With a finalizer a delete shows as an update first (amplify.md 2.7)."""
+    body = amplify(
+        type="ResourceUpdated",
+        metadata={},
+        payload={"kind": "Subscription", "name": "n", "metadata": {"id": "s", "state": "DELETING"}},
+    )
+    assert len(actions_for(parse_amplify(body))) == 1
+
+
+def test_each_event_asks_under_a_key_of_its_own() -> None:
+    """A later event of the same resource is not taken for the earlier one; the same event is."""
+    first, again, later = (parse_amplify(amplify(id=id_)) for id_ in ("a", "a", "b"))
+    assert actions_for(first) == actions_for(again)
+    assert actions_for(first)[0].key != actions_for(later)[0].key
+
+
+def _fits(event: Event) -> None:
+    """What the tables hold of it, in both databases."""
+    for text, most in (
+        (event.id, 100),
+        (event.type, 100),
+        (event.kind, 100),
+        (event.name, 100),
+        (event.resource_id, 64),
+        (event.subresource, 64),
+        (event.correlation_id, 100),
+    ):
+        if text is not None:
+            assert 0 < len(text) <= most
+            assert "\x00" not in text
+            text.encode()
+    for action in actions_for(event):
+        assert len(action.subject) <= 200
+        assert len(action.key) <= 300
+        json.dumps(action.args).encode()
+
+
+def _parses(body: bytes, notification_id: str | None = None) -> None:
+    for parse in (parse_amplify, lambda raw: parse_recurly(raw, notification_id)):
+        try:
+            event = parse(body)
+        except Rejected as error:
+            assert error.status == 400
+        else:
+            _fits(event)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["\ud800", "\x00"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.binary(max_size=200), st.none() | st.text(max_size=120))
+def test_any_bytes_at_all(body: bytes, notification_id: str | None) -> None:
+    """Rejected or a fitting event, never anything else."""
+    _parses(body, notification_id)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "id": ANY_JSON,
+            "type": ANY_JSON | st.just("ResourceUpdated"),
+            "metadata": ANY_JSON,
+            "correlationId": ANY_JSON,
+            "event_type": ANY_JSON,
+            "object_type": ANY_JSON,
+            "uuid": ANY_JSON,
+            "payload": ANY_JSON
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    "kind": st.sampled_from(["ProductPlan", "Quota", "Subscription"]) | ANY_JSON,
+                    "name": ANY_JSON | st.just("n"),
+                    "state": ANY_JSON,
+                    "metadata": ANY_JSON
+                    | st.fixed_dictionaries({}, optional={"id": ANY_JSON, "scope": ANY_JSON, "state": ANY_JSON}),
+                },
+            ),
+        },
+    )
+)
+def test_any_json_in_the_place_of_any_field(document: dict[str, Any]) -> None:
+    """Nothing in an event can break more than itself."""
+    _parses(json.dumps(document).encode())
+    _parses(json.dumps(json.loads(amplify()) | document).encode())

@@ -1,0 +1,109 @@
+"""Windows: aligned to the epoch, half-open, without gap or overlap."""
+
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from billingd.domain.windows import EPOCH, Window, floor, next_window, settled_end, shared_edge, windows
+
+HOUR = timedelta(hours=1)
+TEN = datetime(2026, 3, 2, 10, tzinfo=UTC)
+SETTLE = 2 * HOUR
+
+moments = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1)).map(lambda at: at.replace(tzinfo=UTC))  # noqa: DTZ001
+lengths = st.integers(1, 7 * 86_400).map(lambda seconds: timedelta(seconds=seconds))
+
+
+@pytest.mark.parametrize(
+    ("moment", "length", "start"),
+    [
+        (TEN, HOUR, TEN),
+        (TEN + timedelta(microseconds=1), HOUR, TEN),
+        (TEN - timedelta(microseconds=1), HOUR, TEN - HOUR),
+        (TEN, timedelta(days=1), TEN.replace(hour=0)),
+        (TEN, timedelta(seconds=7), datetime(2026, 3, 2, 9, 59, 57, tzinfo=UTC)),
+        (TEN.astimezone(), HOUR, TEN),
+    ],
+)
+def test_where_a_window_begins(moment: datetime, length: timedelta, start: datetime) -> None:
+    """Counted from the epoch in UTC, whatever the machine's zone."""
+    assert floor(moment, length) == start
+
+
+@given(moments, lengths)
+def test_every_moment_lies_in_one_window(moment: datetime, length: timedelta) -> None:
+    """The one that begins at its floor, which is an edge."""
+    start = floor(moment, length)
+    assert start <= moment < start + length
+    assert (start - EPOCH) % length == timedelta(0)
+    assert floor(start, length) == start
+
+
+@pytest.mark.parametrize(
+    ("now", "end"),
+    [
+        (TEN, TEN),
+        (TEN + SETTLE, TEN),
+        (TEN + 3 * HOUR - timedelta(microseconds=1), TEN),
+        (TEN + 3 * HOUR, TEN + HOUR),
+        (TEN + 4 * HOUR - timedelta(seconds=1), TEN + HOUR),
+        (TEN + 102 * HOUR, TEN + 100 * HOUR),
+        (TEN - 50 * HOUR, TEN),  # the clock went back
+    ],
+)
+def test_what_has_settled(now: datetime, end: datetime) -> None:
+    """A window may be read when it ended `settle` ago; the watermark never goes back."""
+    assert settled_end(TEN, now, length=HOUR, settle=SETTLE) == end
+    window = next_window(TEN, now, length=HOUR, settle=SETTLE)
+    assert window == (Window(TEN, TEN + HOUR) if end > TEN else None)
+
+
+@given(moments, st.timedeltas(timedelta(0), timedelta(days=400)), lengths, st.timedeltas(timedelta(0), timedelta(days=5)))
+def test_the_settled_end_is_the_last_edge_that_has_settled(
+    start: datetime, passed: timedelta, length: timedelta, settle: timedelta
+) -> None:
+    """Reachable in whole windows, settled, and the next one is not."""
+    watermark, now = floor(start, length), start + passed
+    end = settled_end(watermark, now, length=length, settle=settle)
+    assert (end - watermark) % length == timedelta(0)
+    assert end == watermark or end + settle <= now
+    assert end + length + settle > now
+
+
+@given(moments, lengths, st.integers(0, 50))
+def test_windows_leave_no_gap_and_no_overlap(start: datetime, length: timedelta, count: int) -> None:
+    """Each begins where the one before it ends."""
+    begun = floor(start, length)
+    found = list(windows(begun, begun + count * length, length=length))
+    assert len(found) == count
+    assert all(window.length == length for window in found)
+    assert all(one.end == other.start for one, other in pairwise(found))
+    assert [window.start for window in found[:1]] == [begun][:count]
+
+
+@pytest.mark.parametrize(
+    ("moment", "one", "other", "edge"),
+    [
+        (TEN, HOUR, HOUR, TEN),
+        (TEN + HOUR, 2 * HOUR, HOUR, TEN + 2 * HOUR),
+        (TEN, HOUR, HOUR / 4, TEN),
+        (TEN, 2 * HOUR, 3 * HOUR, TEN + 2 * HOUR),
+        (TEN, HOUR, 24 * HOUR, TEN + 14 * HOUR),
+    ],
+)
+def test_where_two_lengths_both_begin(
+    moment: datetime, one: timedelta, other: timedelta, edge: datetime
+) -> None:
+    """A changed length comes into force there, so that nothing is read in two sizes."""
+    assert shared_edge(moment, one, other) == shared_edge(moment, other, one) == edge
+
+
+@given(moments, lengths, lengths)
+def test_a_shared_edge_is_an_edge_of_both(moment: datetime, one: timedelta, other: timedelta) -> None:
+    """And it is not behind us."""
+    edge = shared_edge(moment, one, other)
+    assert moment <= edge
+    assert floor(edge, one) == floor(edge, other) == edge
