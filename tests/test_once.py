@@ -248,7 +248,7 @@ async def test_not_done_on_a_second_try_proves_nothing_of_the_first(bench: Bench
 
 
 async def test_a_refusal_on_a_second_try_is_unknown_until_it_has_settled(bench: Bench) -> None:
-    """It may refuse because the first took effect: look, wait, look again; only then a new key, and belief."""
+    """It may refuse because the first took effect: look, wait, look again; only then a new key."""
     bench.far.plan = ["never arrives", "refused"]
     await bench.fails(Unknown)
     error = await bench.fails(Unknown)

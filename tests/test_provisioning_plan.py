@@ -169,7 +169,7 @@ async def test_other_prices_at_recurly_are_held_and_released_when_they_agree(rig
 
 
 async def test_an_inexpressible_plan_is_held_until_it_is_mended(rig: Rig) -> None:
-    """Nothing reaches Recurly; the sentence names plan, quota and tier; a new plan of the name releases it."""
+    """Nothing reaches Recurly; the sentence names plan and quota; a new plan of the name releases it."""
     await rig.plan(pricing=INEXPRESSIBLE)
     await rig.work()
     held = await rig.held()

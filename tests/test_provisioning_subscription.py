@@ -502,7 +502,7 @@ async def test_a_creation_without_an_answer_makes_one(rig: Rig, kind: str, times
     """Whether it was made or not, once or again: the marker is looked for before each try."""
     rig.fault(kind, "POST", "/subscriptions", times=times)
     acme = await rig.subscribe()
-    await rig.work(HOUR, rounds=20)
+    await rig.work(2 * HOUR)
     assert len(rig.billed(acme)) == 1
     assert rig.approval("acme") == "approved"
     assert await rig.dead() == []
@@ -515,7 +515,7 @@ async def test_a_quota_added_while_the_answer_is_lost_does_not_stop_the_creation
     acme = await rig.subscribe()
     await rig.work()
     await rig.play(control_amplify.add_quota, {"name": "more", "pricing": PER_UNIT}, name="metered")
-    await rig.work(HOUR, rounds=20)
+    await rig.work(2 * HOUR)
     [billed] = rig.billed(acme)
     assert len(billed["add_ons"]) == 2
     assert await rig.dead() == []

@@ -187,7 +187,7 @@ async def test_only_traffic_from_the_link_on_is_billed(
 async def test_traffic_of_nobody_is_counted_not_dropped(
     store: Store, clock: ManualClock, source: Counted
 ) -> None:
-    """Unknown subscription, unknown quota, a quota of another plan, no id at all; read twice, counted once."""
+    """Unknown subscription, unknown quota, another plan's quota, no id at all; read twice, counted once."""
     poller = a_poller(store, clock, source)
     await poller.run_once()
     other = replace(PLAN, plan_id="p2", name="other", plan_code="amplify-plan-p2")
@@ -338,7 +338,7 @@ async def test_two_pollers_that_read_the_same_windows_book_them_once(
         clock.advance(3 * HOUR)
         source.before.clear()
         tasks = [asyncio.create_task(poller.run_once()) for poller in (first, second)]
-        while len(source.asked) < 2:
+        while len(source.asked) < 2:  # noqa: ASYNC110 - both are at the source
             await asyncio.sleep(0)
         source.before.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -347,11 +347,11 @@ async def test_two_pollers_that_read_the_same_windows_book_them_once(
 
         source.serve(6)
         source.before.clear()
-        tasks = [asyncio.create_task(poller.read_range(TEN, TEN + HOUR)) for poller in (first, second)]
-        while len(source.asked) < 4:
+        again = [asyncio.create_task(poller.read_range(TEN, TEN + HOUR)) for poller in (first, second)]
+        while len(source.asked) < 4:  # noqa: ASYNC110
             await asyncio.sleep(0)
         source.before.set()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*again)
         assert await records(one) == [(0, 1, 5, "recorded"), (0, 2, 1, "recorded")]
 
 

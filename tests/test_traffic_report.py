@@ -106,7 +106,7 @@ async def test_whatever_goes_wrong_on_the_way_each_unit_is_billed_once(rig: Rig,
     if kind not in {"lost", "fin", "cut", "garbage", "not_json", "ignore_idempotency_key"}:
         rig.fault(kind, "GET", USAGE, times=1)
     await rig.report()
-    await rig.work(3 * HOUR, rounds=30)
+    await rig.work(3 * HOUR)
     assert rig.world.faults.counts[kind] >= 1
     assert list(rig.tags().values()) == [1]
     assert rig.ledger()["totals"]["reported_units"] == 7
@@ -127,7 +127,7 @@ async def test_an_ignored_key_is_caught_by_the_look_up(rig: Rig) -> None:
 
 @ONE_DATABASE
 async def test_a_stored_failure_is_left_behind(rig: Rig) -> None:
-    """The same key would repeat a 500 for an hour: after the settling time the record goes under a new one."""
+    """The same key would repeat a 500 for an hour: after the settling time a new one is taken."""
     await rig.traffic("acme", 7)
     rig.fault("500", "POST", USAGE)
     await rig.report()

@@ -1,4 +1,4 @@
-"""The webhook listener on a real socket: every answer of contract.md section 4, and what is on disk by then."""
+"""The webhook listener on a real socket: every answer of contract.md section 4, and what is kept by then."""
 
 import asyncio
 import base64
@@ -31,7 +31,9 @@ SQLITE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 """For answers that the store has no part in."""
 
 
-def event(number: int = 1, kind: str = "ProductPlan", type_: str = "SubResourceUpdated", **payload: Any) -> Any:
+def event(
+    number: int = 1, kind: Any = "ProductPlan", type_: str = "SubResourceUpdated", **payload: Any
+) -> Any:
     """An Amplify event."""
     metadata = {"id": "p1", "resourceVersion": "7"} | payload.pop("metadata", {})
     return {
@@ -124,9 +126,7 @@ async def test_an_event_is_accepted_once_on_every_path(hook: Listening) -> None:
         for again in AMPLIFY_PATHS:
             status, answer, _ = await hook.send(again, body)
             assert (status, answer) == (202, {"event": f"e{number}", "duplicate": True, "actions": 0})
-    status, answer, _ = await hook.send(
-        PATHS[3], NOTIFICATION, headers={"recurly-notification-id": "n1"}
-    )
+    status, answer, _ = await hook.send(PATHS[3], NOTIFICATION, headers={"recurly-notification-id": "n1"})
     assert (status, answer) == (202, {"event": "n1", "duplicate": False, "actions": 0})
     assert await hook.kept() == (4, 3)
     assert (hook.tally.accepted, hook.tally.duplicates, hook.tally.rejected) == (4, 9, 0)
@@ -134,7 +134,7 @@ async def test_an_event_is_accepted_once_on_every_path(hook: Listening) -> None:
 
 
 async def test_what_is_kept_of_an_event(hook: Listening) -> None:
-    """The event by source and id, its actions with the event's id: the thread from a delivery to its effects."""
+    """The event by source and id, its actions with the event's id: from a delivery to its effects."""
     await hook.send(body=event())
     [row] = await hook.rows(schema.events)
     [action] = await hook.rows(schema.outbox)
@@ -451,12 +451,20 @@ AUTHENTICATIONS: list[tuple[str, str, list[dict[str, str]], list[dict[str, str]]
             {"X-Authorization": "one"},
         ],
     ),
-    (HEADER, "Bearer one", [{"Authorization": "Bearer one"}, {"Authorization": "one"}], [{"Authorization": "Bearer"}]),
+    (
+        HEADER,
+        "Bearer one",
+        [{"Authorization": "Bearer one"}, {"Authorization": "one"}],
+        [{"Authorization": "Bearer"}],
+    ),
     ("header:x-api-key", "one", [{"X-Api-Key": "one"}], [{"Authorization": "one"}, {"x-api-key": "tw"}]),
     (
         "basic",
         "amplify:one",
-        [{"Authorization": f"Basic {basic('amplify:one')}"}, {"Authorization": f"basic {basic('amplify:one')}"}],
+        [
+            {"Authorization": f"Basic {basic('amplify:one')}"},
+            {"Authorization": f"basic {basic('amplify:one')}"},
+        ],
         [
             {},
             {"Authorization": "Basic"},
@@ -480,7 +488,7 @@ async def test_the_secret_in_a_header(
     good: list[dict[str, str]],
     bad: list[dict[str, str]],
 ) -> None:
-    """Each value that is valid is taken on every path; missing, wrong or empty ones are a 401 and leave nothing."""
+    """What is valid is taken on every path; what is missing, wrong or empty is a 401 and leaves nothing."""
     async with listening(store, clock, auth, secrets) as hook:
         nothing: dict[str, Any] = {"Authorization": None}
         for headers in bad:
@@ -513,15 +521,19 @@ def test_a_scheme_word_alone_is_no_secret(secrets: str) -> None:
         Authenticator(HEADER, secrets)
 
 
-def signature(body: bytes, clock: ManualClock, *secrets: str, age: timedelta = timedelta(0), ms: bool = True) -> str:
+def signature(
+    body: bytes, clock: ManualClock, *secrets: str, age: timedelta = timedelta(0), ms: bool = True
+) -> str:
     stamp = str(int((clock.now() - age).timestamp() * (1000 if ms else 1)))
-    signed = [hmac.new(key.encode(), stamp.encode() + b"." + body, hashlib.sha256).hexdigest() for key in secrets]
+    signed = [
+        hmac.new(key.encode(), stamp.encode() + b"." + body, hashlib.sha256).hexdigest() for key in secrets
+    ]
     return ",".join([stamp, *signed])
 
 
 @SQLITE
 async def test_recurlys_signature(store: Store, clock: ManualClock) -> None:
-    """Right, rotated and in either unit it is taken; wrong, old, early, of another body or garbled it is not."""
+    """Right, rotated and in either unit it is taken; wrong, old, early or of another body it is not."""
     body = json.dumps(NOTIFICATION).encode()
     minute = timedelta(minutes=1)
     right = signature(body, clock, "one")
@@ -553,7 +565,9 @@ async def test_recurlys_signature(store: Store, clock: ManualClock) -> None:
             status, _, _ = await hook.send(PATHS[3], body, headers=nothing | {"recurly-signature": header})
             assert status == 401, header
         assert await hook.kept() == (0, 0)
-        status, _, _ = await hook.send(PATHS[3], body, headers={"Authorization": "one", "recurly-signature": "x"})
+        status, _, _ = await hook.send(
+            PATHS[3], body, headers={"Authorization": "one", "recurly-signature": "x"}
+        )
         assert status == 401, "a wrong signature is not made up for"
         for header in good:
             status, _, _ = await hook.send(PATHS[3], body, headers=nothing | {"recurly-signature": header})

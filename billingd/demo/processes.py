@@ -127,6 +127,7 @@ class Stage:
         self.api_key = ""
         self.sandbox_url = ""
         self.kills = 0
+        self._foreign_store = store_url is not None
         self._store_url = store_url or f"sqlite+aiosqlite:///{directory / 'billingd.db'}"
         self._sandbox = Child(
             "sandbox",
@@ -160,6 +161,8 @@ class Stage:
         text = _toml(self._configured(configuration))
         (self.directory / "billingd.toml").write_text(text, encoding="utf-8")
         self.daemon = self._daemon(exported | {"BILLINGD_STORE__URL": self._store_url})
+        if self._foreign_store:
+            await self._refuse_a_store_in_use()
 
     def check(self) -> None:
         """Raises DemoFailed when either process has ended by itself."""
@@ -175,6 +178,19 @@ class Stage:
         """End both, whatever state they are in."""
         for child in (self.daemon, self._sandbox):
             await child.kill()
+
+    async def _refuse_a_store_in_use(self) -> None:
+        """A daemon on it would do in the sandbox what was meant for the real far sides."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "billingd", "db", "current", "--json"),
+            env=_environment() | {"BILLINGD_STORE__URL": self._store_url},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # what keeps it from being read, the daemon tells too
+        )
+        out, _ = await process.communicate()
+        if process.returncode == 0 and json.loads(out)["current"] is not None:
+            raise DemoFailed("the store is in use; the demo needs an empty one of its own")
 
     def _hook(self) -> list[str]:
         return ["--webhook-url", self.webhook_url, "--webhook-secret", self.webhook_secret]

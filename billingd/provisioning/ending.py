@@ -127,7 +127,7 @@ class SubscriptionEnder:
 
 
 def _how(link: SubscriptionLink, on_cancel: str) -> str:
-    """What was done, and what is left to do: Recurly refunds what was paid, and an open invoice stays open."""
+    """What was done, and is left to do: Recurly refunds what was paid, and an open invoice stays open."""
     if link.approved_at is None:
         return (
             "was terminated. It was never approved: what was paid of its first invoice was refunded; "

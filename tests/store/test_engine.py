@@ -17,7 +17,9 @@ from billingd.store.engine import Store, StoreUnavailable
 SQLITE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 
 
-async def add(store: Store, clock: ManualClock, key: str, then: Callable[[], Awaitable[Any]] | None = None) -> None:
+async def add(
+    store: Store, clock: ManualClock, key: str, then: Callable[[], Awaitable[Any]] | None = None
+) -> None:
     async with store.write() as tx:
         await outbox.insert(tx, [Action("kind", key, key, {})], now=clock.now())
         if then is not None:
@@ -94,7 +96,9 @@ async def test_a_block_that_is_cancelled_harms_nobody(store: Store, clock: Manua
 
 @pytest.mark.parametrize("waits", range(1, 12))
 @SQLITE
-async def test_a_statement_that_is_cancelled_harms_nobody(store: Store, clock: ManualClock, waits: int) -> None:
+async def test_a_statement_that_is_cancelled_harms_nobody(
+    store: Store, clock: ManualClock, waits: int
+) -> None:
     """Cut off at any of its waits, even in the middle of a statement: whoever returned is kept."""
     tasks = [asyncio.create_task(add(store, clock, str(n))) for n in range(4)]
     for _ in range(waits):

@@ -9,7 +9,9 @@ from billingd.store import held
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 
-PLAN = Hold("plan_differs", "plan:p", "10 there, 11 here", Action("provision_plan", "plan:p", "k", {"name": "p"}))
+PLAN = Hold(
+    "plan_differs", "plan:p", "10 there, 11 here", Action("provision_plan", "plan:p", "k", {"name": "p"})
+)
 USAGE = Hold("usage_refused", "usage:t", "422", None, "s1", "amplify-quota-q1", 12, "1.20", "USD")
 
 
@@ -31,7 +33,9 @@ async def test_all_that_is_at_stake_is_kept(store: Store) -> None:
         found = await held.find(tx, row["id"])
         assert await held.find(tx, 999) is None
     assert found == row
-    assert [row[name] for name in ("subscription_id", "add_on_code", "units", "amount", "currency", "action")] == [
+    assert [
+        row[name] for name in ("subscription_id", "add_on_code", "units", "amount", "currency", "action")
+    ] == [
         "s1",
         "amplify-quota-q1",
         12,

@@ -22,7 +22,7 @@ async def opened(tx: Tx, epoch: int = 1, first: int = 0, now: int = 0) -> None:
 
 
 async def test_an_intent_is_what_was_written_last(store: Store) -> None:
-    """Sent, sent again under the same key, then under a new one: one row, its first time kept by the caller."""
+    """Sent, sent again under the same key, then under a new one: one row; the caller keeps its first time."""
     async with store.write() as tx:
         assert await intents.find(tx, "w") is None
         await opened(tx)

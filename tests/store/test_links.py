@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 from linked import PLAN, TEN, add_on, link, subscription
 
-from billingd.store import links
+from billingd.store import links, schema
 from billingd.store.engine import Store
 
 LATER = TEN + timedelta(days=1)
@@ -37,7 +37,7 @@ async def test_linking_again_brings_the_link_up_to_date(store: Store) -> None:
     async with store.read() as tx:
         assert await links.find_plan(tx, "p1") == replace(changed, resource_version="7")
         assert [one.title for one in await links.add_ons_of(tx, "p1")] == ["Calls", "q2"]
-        linked_at = (await tx.execute(sa.select(links.plan_links.c.linked_at))).scalar_one()
+        linked_at = (await tx.execute(sa.select(schema.plan_links.c.linked_at))).scalar_one()
         assert linked_at == TEN
 
 

@@ -201,16 +201,14 @@ async def test_possible_rows_are_taken(store: Store) -> None:
 async def test_impossible_rows_are_refused_by_name(
     store: Store, name: str, table: sa.Table, row: Row, change: Row
 ) -> None:
-    """CHECK, NOT NULL and foreign keys; the error names the constraint (SQLite does not name foreign keys)."""
+    """CHECK, NOT NULL and foreign keys; the error names which (SQLite does not name foreign keys)."""
     with pytest.raises(sa.exc.IntegrityError) as caught:
         await put(store, table, row | change)
     if not (store.sqlite and name.startswith("fk_")):
         assert name in str(caught.value.orig)
 
 
-@pytest.mark.parametrize(
-    ("name", "table", "row", "change"), TWICE, ids=[name for name, _, _, _ in TWICE]
-)
+@pytest.mark.parametrize(("name", "table", "row", "change"), TWICE, ids=[name for name, _, _, _ in TWICE])
 async def test_nothing_is_there_twice(
     store: Store, name: str, table: sa.Table, row: Row, change: Row
 ) -> None:
@@ -347,7 +345,7 @@ sys.stdin.read()
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 async def test_a_second_process_cannot_take_the_store(store: Store, store_url: str) -> None:
     """While it lives it is refused; killed without a word, the next one takes over at once."""
-    other = subprocess.Popen(
+    other = subprocess.Popen(  # noqa: ASYNC220 - nothing else waits meanwhile
         [sys.executable, "-c", HOLD, store_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert other.stdin is not None

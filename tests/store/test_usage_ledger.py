@@ -15,7 +15,13 @@ WINDOW = Window(TEN, TEN + HOUR)
 
 
 def booked(
-    units: int, *, subscription_id: str = "s1", quota: str = "q1", hours: int = 0, recorded: int = 0, revisions: int = 0
+    units: int,
+    *,
+    subscription_id: str = "s1",
+    quota: str = "q1",
+    hours: int = 0,
+    recorded: int = 0,
+    revisions: int = 0,
 ) -> list[UsageRecord]:
     window = Window(TEN + hours * HOUR, TEN + (hours + 1) * HOUR)
     return list(book(subscription_id, quota, window, read=units, recorded=recorded, revisions=revisions))
@@ -115,7 +121,9 @@ async def test_windows_are_shown_newest_first(ledger: Store) -> None:
         await usage.reported(tx, one, usage_id="u1", now=TEN)
         shown = await usage.by_window(tx, limit=2)
         assert await usage.by_window(tx, limit=1) == shown[:1]
-    assert [(row["window_start"], row["records"], row["recorded_units"], row["reported_units"]) for row in shown] == [
+    assert [
+        (row["window_start"], row["records"], row["recorded_units"], row["reported_units"]) for row in shown
+    ] == [
         (TEN + HOUR, 1, 9, 0),
         (TEN, 2, 11, 5),
     ]

@@ -54,9 +54,9 @@ async def test_a_new_length_counts_from_where_it_came_into_force(store: Store) -
         async with store.write() as tx:
             await watermarks.advance(tx, BEGUN, TEN + HOUR, now=TEN)
     assert await find(store) == Watermark("metrics", TEN, timedelta(minutes=15), TEN)
+    seen = Watermark("metrics", TEN + HOUR, HOUR, TEN)
     with pytest.raises(WatermarkMoved):
         async with store.write() as tx:
-            seen = Watermark("metrics", TEN + HOUR, HOUR, TEN)
             await watermarks.change_length(tx, seen, HOUR, now=TEN)
 
 
