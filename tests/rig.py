@@ -66,13 +66,21 @@ class Steps:
 
     def step(self, name: str) -> None:
         self.taken.append(name)
-        if self.dead or len(self.taken) == self.die_at:
-            self.dead = True  # whatever else this process does fails as well
-            raise Crash(name)
+        if len(self.taken) == self.die_at:
+            self.dead = True
+        self.alive()
+
+    def alive(self) -> None:
+        """Whatever else a dead process does fails as well."""
+        if self.dead:
+            raise Crash(self.taken[-1])
 
 
 class Dying:
-    """An adapter whose every call is a step: before it, and after it when it writes."""
+    """An adapter whose every write is two steps: just before it, and just after.
+
+    Reads are none: to die at one is to die after the step before it. Whoever is dead reads no more, either.
+    """
 
     def __init__(self, adapter: object, steps: Steps) -> None:
         self._adapter = adapter
@@ -84,10 +92,12 @@ class Dying:
             return call
 
         async def stepped(*args: Any, **kwargs: Any) -> Any:
+            if not name.startswith(WRITES):
+                self._steps.alive()
+                return await call(*args, **kwargs)
             self._steps.step(f"before {name}")
             result = await call(*args, **kwargs)
-            if name.startswith(WRITES):
-                self._steps.step(f"after {name}")
+            self._steps.step(f"after {name}")
             return result
 
         return stepped

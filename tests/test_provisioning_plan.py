@@ -365,7 +365,7 @@ async def test_a_crash_at_any_step_is_mended_by_the_next_start(store_url: str, l
         step = 1
         while await once(f"crash-{step}", step):
             step += 1
-        assert step > 20
+        assert step > 16
         assert await rig.dead() == []
 
 

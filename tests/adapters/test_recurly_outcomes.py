@@ -332,7 +332,7 @@ async def test_a_retry_that_is_no_replay_is_noticed() -> None:
         assert w.recurly.idempotency_trusted
         with structlog.testing.capture_logs() as logs:
             await w.recurly.create_usage(new_usage(), key="k1", retried=True)
-        assert [entry["event"] for entry in logs] == ["recurly.idempotency_key_ignored"]
+        assert [entry["event"] for entry in logs] == ["recurly.retry_not_replayed"]
         assert not w.recurly.idempotency_trusted
 
 

@@ -70,7 +70,7 @@ class Calls:
         answer = await self._call(operation, work, outcomes.write_error)
         if answer.good and retried and not answer.replayed:
             self.idempotency_trusted = False
-            log.warning("recurly.idempotency_key_ignored", operation=operation)
+            log.info("recurly.retry_not_replayed", operation=operation)  # most likely the first to arrive
         return answer
 
     async def find(self, operation: str, work: Callable[[Client], T]) -> T | None:
