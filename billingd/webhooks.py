@@ -129,7 +129,11 @@ class WebhookListener:
     def application(self) -> web.Application:
         """The routes, each answering errors as JSON."""
         # aiohttp refuses what reaches the size it is given, we what exceeds ours
-        application = web.Application(client_max_size=self._body_bytes_max + 1, middlewares=[self._answer])
+        application = web.Application(
+            client_max_size=self._body_bytes_max + 1,
+            middlewares=[self._answer],
+            handler_args={"auto_decompress": False},  # a body is as large as it was sent
+        )
         for path in AMPLIFY_PATHS:
             application.router.add_post(path, self._amplify)
         application.router.add_post("/webhooks/recurly", self._recurly)
@@ -191,6 +195,8 @@ class WebhookListener:
         """The body, never more of it than allowed, and only when it claims to be JSON."""
         if request.content_type != "application/json":
             raise Rejected("the content type must be application/json", status=415, code="not_json_content")
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower() != "identity":
+            raise Rejected("the body must not be compressed", status=415, code="encoded")
         too_large = Rejected(
             f"the body is larger than {self._body_bytes_max} bytes (webhooks.body_bytes_max)",
             status=413,

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from linked import HOUR, TEN, link, subscription
 from manual_clock import ManualClock
 
 from billingd.admin.metrics import Metrics
 from billingd.admin.server import AdminListener, Parts
 from billingd.domain.attempts import Action, State, Verdict
+from billingd.domain.usage import book
+from billingd.domain.windows import Window
 from billingd.loops import Progress
-from billingd.store import held, outbox
+from billingd.store import held, outbox, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 
@@ -285,3 +288,26 @@ async def test_errors_are_json(rig: Rig) -> None:
     async with rig.client.put("/status", json={}) as answer:
         assert answer.status == 405
         assert (await answer.json())["error"]["code"] == "method_not_allowed"
+
+
+async def test_the_units_of_a_discarded_report_are_held_and_can_be_released(rig: Rig) -> None:
+    """Giving up on a report forgets nothing: its units show as held, until it is tried again."""
+    now = rig.clock.now()
+    await link(rig.store, subscription(), now=now)
+    [record] = book("s1", "q1", Window(TEN, TEN + HOUR), read=5, recorded=0, revisions=0)
+    async with rig.store.write() as tx:
+        [(record_id, _)] = await usage.insert(tx, [record], now=now)
+        await outbox.insert(tx, [Action("report_usage", "usage:s1:q1", "r", {"record": record_id})], now=now)
+        [row] = await outbox.select(tx)
+    assert (await rig.post(f"/outbox/{row['id']}/discard", {"reason": "billed by hand"}))[0] == 200
+    [item] = (await rig.get("/held"))[1]["held"]
+    assert (item["kind"], item["units"], item["subscription"]) == ("usage_discarded", 5, "s1")
+    assert "billed by hand" in item["reason"]
+    assert (await rig.get("/status"))[1]["traffic"]["unreported_units"] == 5
+    async with rig.store.read() as tx:
+        assert await usage.unreported_of(tx, "s1") == 0  # it no longer keeps its subscription from ending
+    assert (await rig.post(f"/held/{item['id']}/release"))[0] == 200
+    [again] = (await rig.get("/outbox?state=pending"))[1]["actions"]
+    assert (again["kind"], again["args"]) == ("report_usage", {"record": record_id})
+    async with rig.store.read() as tx:
+        assert await usage.unreported_of(tx, "s1") == 1

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from rig import HOUR, LOOK_AGAIN, PER_UNIT, Json, Rig, a_rig
 
+from billingd.admin.operations import release
 from billingd.domain.attempts import Action
 from billingd.domain.events import plan_action
 from billingd.sandbox import control_amplify
 from billingd.store import schema
+from billingd.store.held import standing
 
 INEXPRESSIBLE: Json = {
     "type": "volume",
@@ -374,3 +376,26 @@ async def test_actions_of_a_kind_nobody_knows_stay(rig: Rig) -> None:
     await rig.ask(Action("provision_galaxy", "plan:metered", "k", {}))
     await rig.work()
     assert await rig.unfinished() == ["k"]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_a_plan_that_recurly_refuses_is_held_in_its_words_and_made_once_it_is_mended(
+    store_url: str,
+) -> None:
+    """A currency the site lacks, say: no dead letter that nobody hears of, but a hold and a notice."""
+    async with a_rig(store_url) as rig:
+        rig.world.site.configure(currencies=frozenset({"EUR"}))
+        await rig.product()
+        await rig.plan()
+        await rig.work()
+        held = await rig.held()
+        assert set(held) == {"plan_refused"}
+        assert "USD" in held["plan_refused"] or "currenc" in held["plan_refused"].lower()
+        assert await rig.dead() == []
+        rig.world.site.configure(currencies=frozenset({"USD"}))
+        async with rig.store.read() as tx:
+            [item] = await standing(tx)
+        assert await release(rig.store, item["id"], now=rig.far.now())
+        await rig.work(HOUR)
+        assert await rig.held() == {}
+        assert await links(rig) == {"metered": "active"}

@@ -239,7 +239,8 @@ async def test_what_a_person_approved_before_is_linked_and_counts_from_the_link(
     link = await rig.link(acme)
     assert link is not None
     assert (link.state, link.usage_from) == ("active", rig.far.now())
-    assert rig.world.calls["amplify PUT /apis/catalog/{version}/subscriptions/{name}/approval"] == 0
+    assert "before create_subscription" in rig.steps.taken
+    assert "before decide" not in rig.steps.taken
     rig.pass_(HOUR)
     await rig.traffic("acme", 5)
     await rig.report()
@@ -291,16 +292,16 @@ async def test_a_subscription_to_a_plan_that_failed_is_held_not_forgotten(store_
     """The plan became a dead letter: whoever waits for it is shown, and goes on after the retry."""
     async with a_rig(store_url) as rig:
         await rig.product()
-        rig.world.site.configure(currencies=frozenset({"EUR"}))  # Recurly refuses the plan
+        broken = rig.fault("500", "POST", "/plans", times=None)
         await rig.plan()
         acme = await rig.subscribe()
-        await rig.work(HOUR / 2)
+        await rig.work(24 * HOUR, rounds=60)
         [error, *_] = await rig.dead()  # each event of the plan failed alike
         held = await rig.held()
         assert set(held) == {"plan_failed"}
         assert error in held["plan_failed"]
         assert rig.billed(acme) == []
-        rig.world.site.configure(currencies=frozenset({"USD"}))
+        rig.world.faults.remove(broken)
         async with rig.store.write() as tx:
             ids = [row["id"] for row in await outbox.select(tx, states=["dead"])]
             await outbox.retry(tx, ids, now=rig.far.now())
@@ -514,3 +515,19 @@ async def test_a_quota_added_while_the_answer_is_lost_does_not_stop_the_creation
     [billed] = rig.billed(acme)
     assert len(billed["add_ons"]) == 2
     assert await rig.dead() == []
+
+
+@ONE_DATABASE
+async def test_a_pending_subscription_to_a_plan_deprecated_before_it_was_linked_is_held(
+    store_url: str,
+) -> None:
+    """Nobody may be left waiting in silence for a plan that will never be linked."""
+    async with a_rig(store_url) as rig:
+        await rig.product()
+        await rig.plan()
+        rig.unheard.clear()
+        acme = await rig.subscribe()
+        await rig.move_plan("metered", "deprecate")
+        await rig.work(HOUR / 2)
+        assert set(await rig.held()) == {"plan_not_offered"}
+        assert rig.billed(acme) == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import hmac
 import json
@@ -379,6 +380,16 @@ async def test_other_content_types_are_a_415(hook: Listening) -> None:
             assert (status, answer["error"]["code"]) == (415, "not_json_content")
     status, _, _ = await hook.send(body=event(), headers={"Content-Type": "application/json; charset=utf-8"})
     assert status == 202
+
+
+@SQLITE
+async def test_a_compressed_body_is_a_415(hook: Listening) -> None:
+    """Whether it is sound or not: nothing is unfolded to find out."""
+    for data in (gzip.compress(json.dumps(event()).encode()), b"no gzip at all"):
+        for path in PATHS:
+            status, answer, _ = await hook.send(path, data, headers={"Content-Encoding": "gzip"})
+            assert (status, answer["error"]["code"]) == (415, "encoded")
+    assert await hook.kept() == (0, 0)
 
 
 @SQLITE

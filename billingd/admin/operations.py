@@ -7,6 +7,7 @@ from typing import Any, Final
 from billingd.domain.attempts import Action, State
 from billingd.store import held, outbox, usage
 from billingd.store.engine import Store
+from billingd.store.held import Hold
 
 IDS_MAX: Final = 10_000
 """Ids in one statement: both databases bound its parameters."""
@@ -53,9 +54,29 @@ async def retry(store: Store, action_id: int, *, now: datetime) -> bool:
 
 
 async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -> bool:
-    """Give one dead or pending action up for good; False when it is neither."""
+    """Give one dead or pending action up for good; False when it is neither.
+
+    The usage record of a discarded report is held: its units are neither reported nor forgotten.
+    """
     async with store.write() as tx:
-        return await outbox.discard(tx, action_id, reason=reason, now=now)
+        row = await outbox.find(tx, action_id)
+        if row is None or not await outbox.discard(tx, action_id, reason=reason, now=now):
+            return False
+        record_id = row["args"].get("record")
+        if record_id is not None and await usage.hold(tx, record_id):
+            recorded = await usage.find(tx, record_id)
+            why = f"{recorded.record.units} unit(s) are not reported: an operator discarded it: {reason}"
+            item = Hold(
+                "usage_discarded",
+                f"usage:{recorded.record.merchant_tag}",
+                why,
+                Action(row["kind"], row["subject"], "", row["args"]),
+                subscription_id=recorded.record.subscription_id,
+                add_on_code=recorded.add_on_code,
+                units=recorded.record.units,
+            )
+            await held.add(tx, item, now=now)
+        return True
 
 
 async def release(store: Store, held_id: int, *, now: datetime) -> bool:

@@ -33,12 +33,6 @@ def shared_edge(moment: datetime, one: timedelta, other: timedelta) -> datetime:
     return moment + (EPOCH - moment) % timedelta(seconds=both)
 
 
-def next_window(watermark: datetime, now: datetime, *, length: timedelta, settle: timedelta) -> Window | None:
-    """The window after the watermark, or None while it has not settled (ended `settle` ago)."""
-    window = Window(watermark, watermark + length)
-    return window if window.end + settle <= now else None
-
-
 def settled_end(watermark: datetime, now: datetime, *, length: timedelta, settle: timedelta) -> datetime:
     """The end of the last settled window after `watermark`, or `watermark` itself when none has settled."""
     if now - settle <= watermark:

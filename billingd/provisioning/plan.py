@@ -11,7 +11,7 @@ from billingd.domain.agreement import add_on_differences, differences
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledAddOn, BilledPlan
 from billingd.domain.catalog import Product, ProductPlan, Quota
-from billingd.domain.errors import NotFound, Permanent
+from billingd.domain.errors import NotFound, Permanent, Refused
 from billingd.domain.events import PROVISION_PLAN, subscription_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.pricing import AddOnSpec, Inexpressible, MeasuredUnitSpec, NotOurs, PlanSpec, translate
@@ -114,9 +114,14 @@ class PlanProvisioner:
         return None
 
     async def _ensure(self, plan: ProductPlan, product: Product, spec: PlanSpec) -> None:
-        for unit in {add_on.measured_unit.name: add_on.measured_unit for add_on in spec.add_ons}.values():
-            await self._ensure_unit(unit)
-        wrong = await self._ensure_plan(spec)
+        try:
+            for unit in {one.measured_unit.name: one.measured_unit for one in spec.add_ons}.values():
+                await self._ensure_unit(unit)
+            wrong = await self._ensure_plan(spec)
+        except Refused as error:
+            reason = f'Plan "{plan.title}": Recurly refused it: {error}'
+            await self._hold(plan, "plan_refused", (reason,))
+            return
         if wrong:
             await self._hold(plan, "plan_differs", wrong)
             return

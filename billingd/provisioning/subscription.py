@@ -7,9 +7,9 @@ from typing import Final, Literal, Protocol
 
 import structlog
 
-from billingd.domain.attempts import Action, Leased, Wait
+from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import Account, BilledSubscription, NewSubscription
-from billingd.domain.catalog import Person, Product, Subscription
+from billingd.domain.catalog import Person, Product, ProductPlan, Subscription
 from billingd.domain.errors import NotDone, Permanent, Refused
 from billingd.domain.events import plan_action, subscription_action
 from billingd.domain.notices import provider_notice, subscriber_notice
@@ -42,6 +42,7 @@ class Marketplace(Protocol):
 
     async def find_subscription(self, name: str) -> Subscription | None: ...
     async def find_product(self, name: str) -> Product | None: ...
+    async def find_product_plan(self, name: str) -> ProductPlan | None: ...
     async def find_person(self, user_id: str) -> Person | None: ...
     async def set_attributes(
         self, kind: Literal["subscriptions"], name: str, attributes: Mapping[str, str]
@@ -157,7 +158,7 @@ class SubscriptionProvisioner:
             if plan is None:
                 await outbox.insert(tx, [asked], now=self._clock.now())
             standing = await held.standing(tx, subject=subject)
-            working = await outbox.unfinished_of(tx, subject)
+            working = await outbox.select(tx, states=UNFINISHED, subject=subject, limit=1)
             dead = await outbox.select(tx, states=["dead"], subject=subject, limit=1)
         if plan is not None and plan.state != "active":
             reason = (
@@ -174,7 +175,8 @@ class SubscriptionProvisioner:
         if plan is not None:
             return plan
         if working:
-            return Wait(SOON, f"plan {subscription.plan_name} is being provisioned")
+            soon = SOON if working[0]["attempt"] <= 1 else self._policy.look_again
+            return Wait(soon, f"plan {subscription.plan_name} is being provisioned")
         if dead:
             reason = (
                 f"Subscription {subscription.title} asks for plan {subscription.plan_name}, which could not "
@@ -182,6 +184,13 @@ class SubscriptionProvisioner:
                 "billingd looks again by itself."
             )
             return await self._hold(subscription, "plan_failed", reason)
+        there = await self._marketplace.find_product_plan(subscription.plan_name)
+        if there is not None and there.state == "deprecated" and subscription.approval == "pending":
+            reason = (
+                f"Subscription {subscription.title} asks for plan {there.title}, which was deprecated before "
+                "it was ever linked. Reject it in the Marketplace, or move it to another plan."
+            )
+            return await self._hold(subscription, "plan_not_offered", reason)
         log.info("subscription.plan_not_ours", subscription=subscription.id, plan=subscription.plan_name)
         return None
 

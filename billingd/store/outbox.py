@@ -206,16 +206,6 @@ async def oldest_pending(tx: Tx) -> datetime | None:
     return made_at
 
 
-async def unfinished_of(tx: Tx, subject: str) -> int:
-    """How many actions of a subject are not finished."""
-    statement = (
-        sa.select(sa.func.count())
-        .select_from(outbox)
-        .where(outbox.c.subject == subject, outbox.c.state.in_(UNFINISHED))
-    )
-    return int((await tx.execute(statement)).scalar_one())
-
-
 async def forget(tx: Tx, *, before: datetime) -> int:
     """Drop done and discarded actions settled before a moment."""
     gone = await tx.execute(

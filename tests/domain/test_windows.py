@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billingd.domain.windows import EPOCH, Window, floor, next_window, settled_end, shared_edge, windows
+from billingd.domain.windows import EPOCH, floor, settled_end, shared_edge, windows
 
 HOUR = timedelta(hours=1)
 TEN = datetime(2026, 3, 2, 10, tzinfo=UTC)
@@ -57,8 +57,6 @@ def test_every_moment_lies_in_one_window(moment: datetime, length: timedelta) ->
 def test_what_has_settled(now: datetime, end: datetime) -> None:
     """A window may be read when it ended `settle` ago; the watermark never goes back."""
     assert settled_end(TEN, now, length=HOUR, settle=SETTLE) == end
-    window = next_window(TEN, now, length=HOUR, settle=SETTLE)
-    assert window == (Window(TEN, TEN + HOUR) if end > TEN else None)
 
 
 @given(
