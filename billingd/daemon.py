@@ -145,6 +145,7 @@ async def build(settings: Settings, store: Store, clock: Clock) -> AsyncIterator
                 marketplace_url=settings.notifications.marketplace_url,
                 window=settings.traffic.window,
                 look_again=look_again,
+                organization_id=settings.amplify.organization_id,
             ),
         )
         ender = SubscriptionEnder(
@@ -272,6 +273,7 @@ def _loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
             patience=patience,
         )
 
+    away: set[str] = set()
     loops = {
         "outbox": loop("outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake),
         "traffic": loop(
@@ -286,7 +288,7 @@ def _loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
             lambda: _forget(daemon.store, clock.now() - settings.store.keep_done),
             every(RETENTION_EVERY),
         ),
-        "probe": loop("probe", lambda: _probe(daemon), every(PROBE_EVERY)),
+        "probe": loop("probe", lambda: _probe(daemon, away), every(PROBE_EVERY)),
     }
     if (seconds := systemd.watchdog_seconds()) is not None:
         loops["watchdog"] = loop(
@@ -307,13 +309,19 @@ def _until_next(schedule: str, clock: Clock) -> Callable[[], Awaitable[timedelta
     return idle
 
 
-async def _probe(daemon: Daemon) -> bool:
-    """See whether both far sides answer, so that readiness speaks of now."""
-    for side in (daemon.amplify, daemon.recurly):
+async def _probe(daemon: Daemon, away: set[str]) -> bool:
+    """See whether both far sides answer, so that readiness speaks of now; log the change, either way."""
+    for name, reach in (("amplify", daemon.amplify.reach), ("recurly", daemon.recurly.reach)):
         try:
-            await side.reach()
+            await reach()
         except BillingdError as error:
-            log.debug("probe.failed", error=str(error))  # /readyz tells it from the adapter's last_error
+            if name not in away:
+                log.warning("far_side.not_reached", side=name, error=str(error))
+            away.add(name)
+        else:
+            if name in away:
+                log.info("far_side.reached_again", side=name)
+            away.discard(name)
     return False
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from billingd.domain.errors import BillingdError, NotFound, Refused, Unknown
+from billingd.domain.errors import BillingdError, NotFound, Refused, Retryable, Unknown
 from billingd.domain.sending import Intent, Settle, after_not_found, body_hash, idempotency_key
 from billingd.loops import Clock
 from billingd.store import intents
@@ -114,15 +114,18 @@ class Once:
         key = idempotency_key(name, step.epoch, digest)
         first_sent_at = intent.first_sent_at if intent is not None and step.again else now
         async with self._store.write() as tx:
-            await intents.opened(
+            ours = await intents.opened(
                 tx,
                 name,
+                intent,
                 epoch=step.epoch,
                 key=key,
                 body_hash=digest,
                 first_sent_at=first_sent_at,
-                now=now,
+                now=max(now, first_sent_at),  # the clock may have been set back
             )
+        if not ours:
+            raise Retryable(f"{name}: another worker is writing it; nothing was sent from here")
         try:
             result = await send(key, retried=step.again)
         except Unknown as error:
@@ -152,7 +155,9 @@ class Once:
                 now = self._clock.now()
                 digest = body_hash(body)
                 key = idempotency_key(name, 1, digest)
-                await intents.opened(tx, name, epoch=1, key=key, body_hash=digest, first_sent_at=now, now=now)
+                await intents.opened(
+                    tx, name, None, epoch=1, key=key, body_hash=digest, first_sent_at=now, now=now
+                )
             return await self._done(tx, name, result, keep)
 
     @staticmethod

@@ -19,7 +19,7 @@ from billingd.domain.errors import Rejected
 from billingd.domain.events import Event, actions_for, parse_amplify, parse_recurly
 from billingd.loops import Clock
 from billingd.store import events, links, outbox
-from billingd.store.engine import Store, StoreUnavailable
+from billingd.store.engine import Store, StoreDamaged, StoreUnavailable
 
 log = structlog.get_logger()
 
@@ -148,7 +148,7 @@ class WebhookListener:
             return await handler(request)
         except Rejected as error:
             return self._refuse(request, error.status, error.code, str(error))
-        except StoreUnavailable as error:
+        except (StoreUnavailable, StoreDamaged) as error:
             self._tally.add("unavailable")
             log.error("webhook.not_stored", error=str(error))
             return _error(

@@ -260,6 +260,23 @@ async def test_releasing_a_held_item_tries_its_action_again(rig: Rig) -> None:
     assert (action["kind"], action["args"]) == ("provision_plan", {"name": "x"})
 
 
+async def test_releasing_what_waits_by_itself_only_ends_the_wait(rig: Rig) -> None:
+    """However often it is released, there is one action that looks again, and it is due now."""
+    waits = Action("provision_plan", "plan:x", "k1", {"name": "x"})
+    later = rig.clock.now() + timedelta(hours=1)
+    async with rig.store.write() as tx:
+        await outbox.insert(tx, [waits], now=later)
+    for _ in range(2):
+        async with rig.store.write() as tx:
+            again = Action("provision_plan", "plan:x", "", {"name": "x"})
+            await held.add(tx, Hold("plan_held", "plan:x", "held", again), now=rig.clock.now())
+        [listed] = (await rig.get("/held"))[1]["held"]
+        assert (await rig.post(f"/held/{listed['id']}/release"))[0] == 200
+    [action] = (await rig.get("/outbox?state=pending"))[1]["actions"]
+    assert action["key"] == "k1"
+    assert datetime.fromisoformat(action["due_at"]) == rig.clock.now()
+
+
 async def test_poll_and_backfill_reach_the_poller(rig: Rig) -> None:
     """Times arrive aware, the subscription too."""
     assert await rig.post("/traffic/poll") == (200, {"polled": True})

@@ -350,9 +350,8 @@ async def test_cut_off_anywhere_and_resumed_it_takes_effect_once(
     async def opened_or_not() -> str:
         if point == "opened":
             async with bench.store.write() as tx:
-                await intents.opened(
-                    tx, "w", epoch=1, key="k", body_hash="h", first_sent_at=bench.clock.at, now=bench.clock.at
-                )
+                at = bench.clock.at
+                await intents.opened(tx, "w", None, epoch=1, key="k", body_hash="h", first_sent_at=at, now=at)
             await stop()
         return await bench.once.write(
             "w", {"n": 1}, send=sending, find=finding, keep=keep, look_first=point == "find"
@@ -394,3 +393,41 @@ async def test_what_is_no_longer_wanted_is_looked_for_and_never_sent(bench: Benc
     bench.far.blind = Retryable("away")
     assert await look("w", find=bench.far.find) == "id-1", "known by now"
     assert len(bench.far.sent) == 2
+
+
+async def test_who_was_overtaken_sends_nothing(store: Store, clock: ManualClock) -> None:
+    """A worker looks, stalls past its lease, and goes on after another one has made the write."""
+    once, far = Once(store, clock, settling=SETTLING), FarSide(clock)
+    looking, go_on = asyncio.Event(), asyncio.Event()
+
+    async def stalled() -> str | None:
+        looking.set()
+        await go_on.wait()
+        return None
+
+    async def nothing() -> str | None:
+        return None
+
+    late = asyncio.create_task(once.write("w", {"v": 1}, send=far.send, find=stalled, look_first=True))
+    await looking.wait()
+    made = await once.write("w", {"v": 2}, send=far.send, find=nothing, look_first=True)
+    go_on.set()
+    with pytest.raises(Retryable):
+        await late
+    assert far.made == [made]
+    assert await once.write("w", {"v": 1}, send=far.send, find=nothing, look_first=True) == made
+
+
+async def test_a_clock_that_is_set_back_stops_no_write(store: Store, clock: ManualClock) -> None:
+    """The time of the last try may not lie before that of the first."""
+    once, far = Once(store, clock, settling=SETTLING), FarSide(clock)
+    far.plan = ["never arrives"]
+
+    async def find() -> str | None:
+        return None
+
+    with pytest.raises(Unknown):
+        await once.write("w", {"v": 1}, send=far.send, find=find)
+    clock.advance(-FORGOTTEN)
+    assert await once.write("w", {"v": 1}, send=far.send, find=find) == "id-1"
+    assert len({key for key, _ in far.sent}) == 1

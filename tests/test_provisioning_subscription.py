@@ -531,3 +531,74 @@ async def test_a_pending_subscription_to_a_plan_deprecated_before_it_was_linked_
         await rig.work(HOUR / 2)
         assert set(await rig.held()) == {"plan_not_offered"}
         assert rig.billed(acme) == []
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_an_account_that_appears_meanwhile_makes_no_second_subscription(rig: Rig) -> None:
+    """The answer is lost, then the user gets an account of their own: the first one is found, at the old."""
+    acme = await rig.subscribe(account=False)
+    org = rig.account(resource(rig, "acme"), "org")
+    rig.fault("lost", "POST", "/subscriptions")
+    await rig.hear()
+    while not rig.billed(acme):
+        await rig.drain()
+        rig.pass_(timedelta(seconds=2))
+    rig.account(resource(rig, "acme"))
+    await rig.work(2 * HOUR)
+    assert len(rig.billed(acme)) == 1
+    link = await rig.link(acme)
+    assert link is not None
+    assert (link.state, link.account_code) == ("active", org)
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_a_stored_wait_is_not_waited_for_by_the_hour(rig: Rig) -> None:
+    """A second try met the guard; its key would repeat that for an hour, so a new one is taken soon."""
+    await rig.plan("other")
+    await rig.work()
+    first = await rig.subscribe(account=False)
+    rig.account(resource(rig, "acme"), "org")
+    rig.fault("html_502", "POST", "/subscriptions")  # never done, but nobody can know
+    await rig.hear()
+    await rig.drain()
+    second = await rig.subscribe("second", plan="other", account=False)
+    await rig.hear()
+    await rig.drain()
+    assert len(rig.billed(second)) == 1
+    began = rig.far.now()
+    while not rig.billed(first) and rig.far.now() - began < HOUR:
+        rig.pass_(timedelta(seconds=20))
+        await rig.drain()
+    assert rig.far.now() - began < HOUR / 4
+    await rig.work(HOUR)
+    assert (len(rig.billed(first)), len(rig.billed(second))) == (1, 1)
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_an_owner_without_an_organisation_is_counted_at_the_providers(rig: Rig) -> None:
+    """Metrics are asked by organisation: a subscription that names none would never be counted."""
+    rig.policy = {"organization_id": rig.world.tenant.organization_id}
+    rig.start()
+    acme = await rig.subscribe()
+    del resource(rig, "acme")["marketplace"]["resource"]["owner"]["organization"]
+    await rig.work()
+    link = await rig.link(acme)
+    assert link is not None
+    assert (link.state, link.organization_id) == ("active", rig.world.tenant.organization_id)
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_one_that_expired_before_it_was_linked_is_not_made_again(rig: Rig) -> None:
+    """The answer was lost and Recurly ended it since: its marker is found, and a person told."""
+    acme = await rig.subscribe()
+    rig.fault("lost", "POST", "/subscriptions")
+    await rig.hear()
+    while not rig.billed(acme):
+        await rig.drain()
+        rig.pass_(timedelta(seconds=2))
+    rig.world.site.expire(rig.billed(acme)[0]["uuid"])
+    rig.pass_(2 * HOUR)  # Recurly has forgotten the key
+    await rig.work(2 * HOUR)
+    assert len(rig.billed(acme)) == 1
+    assert set(await rig.held()) == {"subscription_expired"}
+    assert rig.approval("acme") == "pending"

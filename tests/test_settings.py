@@ -151,11 +151,24 @@ def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
         ('[outbox]\nbackoff = "11m"', "outbox.backoff"),
         ('[traffic]\nbillable = "success"', "traffic.billable"),
         ('[webhooks]\nlisten = "0.0.0.0:80"\nauth = "none"', "webhooks.auth"),
+        ('[webhooks]\nlisten = "127.0.0.1:8081"', "webhooks.listen"),
     ],
 )
 def test_pairs_that_make_no_sense_are_named(text: str, key: str, tmp_path: Path) -> None:
     """Each value alone is well formed; together they are not."""
     assert set(faults(text, tmp_path)) == {key}
+
+
+def test_a_pair_that_makes_no_sense_is_named_beside_other_faults(tmp_path: Path) -> None:
+    text = '[amplify]\nregion = "mars"\n[traffic]\nbillable = "success"'
+    assert set(faults(text, tmp_path)) == {"amplify.region", "traffic.billable"}
+
+
+def test_a_variable_that_cannot_be_read_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    environment = {"BILLINGD_NOTIFICATIONS__PROVIDER": "json://host/", "BILLINGD_OUTBOX__WORKERS": "0"}
+    found = faults("", tmp_path, environment)
+    assert set(found) == {"BILLINGD_NOTIFICATIONS__PROVIDER", "outbox.workers"}
+    assert "json://host/" in found["BILLINGD_NOTIFICATIONS__PROVIDER"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from linked import HOUR, PLAN, TEN, Counted, add_on, link, subscription
 from manual_clock import ManualClock
 
 from billingd.domain.errors import Retryable
-from billingd.domain.windows import Window
+from billingd.domain.usage import Reading
+from billingd.domain.windows import Window, floor
 from billingd.store import held, links, schema, usage, watermarks
 from billingd.store.engine import Store, StoreUnavailable, Tx
 from billingd.store.watermarks import WatermarkMoved
@@ -440,3 +441,75 @@ async def test_what_is_recorded_equals_what_was_served_however_it_arrives(
         }
         assert mark is not None
         assert await held_now(store) == {}
+
+
+class Hours(Counted):
+    """A source of any name and window length, over one truth of hours."""
+
+    def __init__(self, name: str, truth: Counted) -> None:
+        super().__init__()
+        self.name, self.units = name, truth.units
+
+    async def read(self, **asked: Any) -> tuple[Reading, ...]:
+        found = Counter[tuple[str, str, datetime]]()
+        for (subscription_id, quota_id, at), units in self.units.items():
+            if asked["start"] <= at < asked["end"]:
+                found[subscription_id, quota_id, floor(at, asked["length"])] += units
+        return tuple(Reading(*key, units) for key, units in found.items())
+
+
+async def test_another_source_goes_on_where_the_first_one_was(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """What had not settled yet when `traffic.source` was changed is read by the new one."""
+    await link(store, subscription())
+    await a_poller(store, clock, Hours("metrics", source)).run_once()
+    for hour in range(10):
+        source.serve(1, hours=hour)
+    clock.at = TEN + 5 * HOUR
+    await a_poller(store, clock, Hours("metrics", source)).run_once()
+    for at in (5 * HOUR, 12 * HOUR):
+        clock.at = TEN + at
+        await a_poller(store, clock, Hours("summary", source)).run_once()
+    assert [(hour, units) for hour, _, units, _ in await records(store)] == [(n, 1) for n in range(10)]
+    assert await held_now(store) == {}
+
+
+async def test_back_at_the_first_source_no_window_is_read_in_another_size(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Days by one source, then hours by the other, which was left behind: every unit once."""
+    midnight = TEN - 10 * HOUR
+    clock.at = midnight
+    await link(store, subscription(usage_from=midnight))
+    hourly, daily = Hours("metrics", source), Hours("summary", source)
+    await a_poller(store, clock, hourly).run_once()
+    await a_poller(store, clock, daily, length=24 * HOUR).run_once()
+    for hour in range(10):
+        source.serve(1, hours=hour)
+    clock.at = midnight + 30 * HOUR
+    await a_poller(store, clock, daily, length=24 * HOUR).run_once()
+    await a_poller(store, clock, hourly).run_once()
+    assert [units for _, _, units, _ in await records(store)] == [10]
+
+
+async def test_what_ends_while_amplify_answers_is_judged_by_its_end(
+    store: Store, clock: ManualClock, source: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units from after the end are a person's to decide, however the end and the reading overlap."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    await link(store, subscription())
+    source.serve(5, hours=3)
+    answer = source.read
+
+    async def read(**asked: Any) -> tuple[Reading, ...]:
+        async with store.write() as tx:
+            assert await links.begin_ending(tx, "s1", usage_until=TEN + 2 * HOUR)
+        return await answer(**asked)
+
+    monkeypatch.setattr(source, "read", read)
+    clock.at = TEN + 6 * HOUR
+    await poller.run_once()
+    assert await records(store) == [(3, 1, 5, "held")]
+    assert set(await held_now(store)) == {"usage_after_end"}

@@ -22,7 +22,7 @@ from manual_clock import ManualClock
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from billingd.store import links, migrate, schema
-from billingd.store.engine import Store
+from billingd.store.engine import Store, StoreDamaged, Tx
 from billingd.webhooks import AMPLIFY_PATHS, Authenticator, Tally, WebhookListener
 
 SECRET = "correct-horse"
@@ -620,3 +620,15 @@ async def test_events_of_our_own_writes_lead_to_nothing_and_no_other_does_so(hoo
     for body, actions in cases:
         _, answer, _ = await hook.send(body=body)
         assert answer["actions"] == actions, body
+
+
+async def test_a_damaged_store_is_a_503(hook: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot commit either; nothing else may be answered."""
+
+    def damaged() -> Tx:
+        raise StoreDamaged("the store is damaged")
+
+    monkeypatch.setattr(hook.store, "write", damaged)
+    status, answer, headers = await hook.send(body=event())
+    assert (status, answer["error"]["code"]) == (503, "store_unavailable")
+    assert int(headers["Retry-After"]) > 0

@@ -89,6 +89,13 @@ async def release(store: Store, held_id: int, *, now: datetime) -> bool:
         if (again := item["action"]) is not None:
             if (record_id := again["args"].get("record")) is not None:
                 await usage.release(tx, record_id)
+            # What looks again by itself is only made to look now.
+            rows = await outbox.select(
+                tx, states=[State.PENDING], kind=again["kind"], subject=again["subject"]
+            )
+            if waiting := [row["id"] for row in rows if row["args"] == again["args"]]:
+                await outbox.retry(tx, waiting, now=now)
+                return True
             key = f"{again['kind']}:released:{held_id}"
             await outbox.insert(tx, [Action(again["kind"], again["subject"], key, again["args"])], now=now)
         return True

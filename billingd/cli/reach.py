@@ -48,7 +48,21 @@ def driver_faults(settings: "Settings") -> "list[Fault]":
 
     if settings.store.url.startswith("postgresql") and find_spec("asyncpg") is None:
         return [Fault("store.url", "needs the PostgreSQL driver: pip install 'billingd[postgres]'")]
+    if settings.store.url.startswith("postgresql") and (unknown := _unknown_to_driver(settings.store.url)):
+        names = ", ".join(unknown)
+        return [Fault("store.url", f"has {names}, which asyncpg does not know (for TLS: ssl=require)")]
     return []
+
+
+def _unknown_to_driver(url: str) -> list[str]:
+    """The names after the question mark that the driver would stumble over."""
+    import inspect
+
+    import asyncpg
+    import sqlalchemy as sa
+
+    known = {*inspect.signature(asyncpg.connect).parameters, "prepared_statement_cache_size"}
+    return sorted(set(sa.make_url(url).query) - known)
 
 
 @asynccontextmanager

@@ -89,6 +89,10 @@ def shown(amount: Decimal) -> str:
     return str(amount)
 
 
+def _decimals(count: int) -> str:
+    return f"{count} decimal{'' if count == 1 else 's'}"
+
+
 def amount_fault(what: str, amount: Decimal, limit: Limit) -> str | None:
     """Why Recurly cannot take this amount, or None: 0 to 1,000,000, at most `limit.decimals` decimals."""
     if not amount.is_finite():
@@ -99,7 +103,7 @@ def amount_fault(what: str, amount: Decimal, limit: Limit) -> str | None:
         return f"{what} is {shown(amount)}, above Recurly's limit of {AMOUNT_MAX}. Lower it."
     if (count := decimals(amount)) > limit.decimals:
         return (
-            f"{what} is {shown(amount)} with {count} decimal{'' if count == 1 else 's'}; {limit.because}. "
-            f"Round it to {limit.decimals}."
+            f"{what} is {shown(amount)} with {_decimals(count)}; {limit.because}. "
+            f"Round it to {_decimals(limit.decimals) if limit.decimals else 'a whole number'}."
         )
     return None

@@ -65,9 +65,10 @@ def translate_terms(plan: ProductPlan) -> Terms | tuple[str, ...]:
         return Terms(unit, length, plan.cycles, auto_renew=plan.cycles is None)
     term_unit, factor = TERMS[plan.term.type]
     periods, rest = divmod(plan.term.length * factor, length)
+    counted = plan.term.type.removesuffix("s") if plan.term.length == 1 else plan.term.type
     if term_unit != unit or rest:
         return (
-            f"a term of {plan.term.length} {plan.term.type} is not a whole number of billing periods, "
+            f"a term of {plan.term.length} {counted} is not a whole number of billing periods, "
             f"as the plan is billed {plan.interval}. Choose a term that is.",
         )
     if plan.cycles is None:

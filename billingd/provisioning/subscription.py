@@ -10,7 +10,7 @@ import structlog
 from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import Account, BilledSubscription, NewSubscription
 from billingd.domain.catalog import Person, Product, ProductPlan, Subscription
-from billingd.domain.errors import NotDone, Permanent, Refused
+from billingd.domain.errors import NotDone, NotFound, Permanent, Refused
 from billingd.domain.events import plan_action, subscription_action
 from billingd.domain.notices import provider_notice, subscriber_notice
 from billingd.domain.windows import floor
@@ -68,13 +68,17 @@ class Billing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the configuration decides. `window` is the length of a traffic window."""
+    """What the configuration decides. `window` is the length of a traffic window.
+
+    `organization_id` is the provider's own: a subscription that names no owner's is counted there.
+    """
 
     accounts_missing: str
     collection_method: str
     marketplace_url: str
     window: timedelta
     look_again: timedelta
+    organization_id: str = ""
 
 
 class SubscriptionProvisioner:
@@ -271,12 +275,13 @@ class SubscriptionProvisioner:
             return (await self._billing.create_subscription(new, key=key, retried=retried)).uuid
 
         async def find() -> str | None:
-            marked = [
-                one for one in await self._billing.list_subscriptions(account) if one.marker == new.marker
-            ]
+            # an earlier attempt may have been for another account, the only one that existed then
+            places = dict.fromkeys([account, *candidates(subscription)])
+            marked = [one for code in places for one in await self._listed(code) if one.marker == new.marker]
             if len([one for one in marked if one.live]) > 1:
                 raise Permanent(
-                    f"account {account} has {len(marked)} subscriptions marked {new.marker}; end all but one"
+                    f"{len(marked)} subscriptions of {', '.join(places)} are marked {new.marker}; "
+                    "end all but one"
                 )
             return next((one.uuid for one in sorted(marked, key=lambda one: not one.live)), None)
 
@@ -301,10 +306,17 @@ class SubscriptionProvisioner:
                 "the subscriber may then subscribe anew."
             )
             return await self._hold(subscription, "subscription_expired", reason)
-        return await self._save_link(subscription, plan, account, made)
+        return await self._save_link(subscription, plan, made)
+
+    async def _listed(self, account: str) -> tuple[BilledSubscription, ...]:
+        """An account's subscriptions; none of an account that does not exist."""
+        try:
+            return await self._billing.list_subscriptions(account)
+        except NotFound:
+            return ()
 
     async def _save_link(
-        self, subscription: Subscription, plan: PlanLink, account: str, made: BilledSubscription
+        self, subscription: Subscription, plan: PlanLink, made: BilledSubscription
     ) -> SubscriptionLink:
         """Write the link, then the attributes at Amplify.
 
@@ -320,8 +332,8 @@ class SubscriptionProvisioner:
             name=subscription.name,
             title=subscription.title,
             plan_id=plan.plan_id,
-            organization_id=subscription.owner_org_id or "",
-            account_code=account,
+            organization_id=subscription.owner_org_id or self._policy.organization_id,
+            account_code=made.account_code,
             uuid=made.uuid,
             state="created",
             resource_version=None,
@@ -415,7 +427,8 @@ class SubscriptionProvisioner:
             name=name,
             title=subscription.title if subscription is not None else name,
             plan_id=plan.plan_id,
-            organization_id=(subscription.owner_org_id if subscription is not None else None) or "",
+            organization_id=(subscription.owner_org_id if subscription is not None else None)
+            or self._policy.organization_id,
             account_code=made.account_code,
             uuid=uuid,
             state="created",

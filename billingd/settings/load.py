@@ -113,8 +113,11 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
     faults: list[Fault] = []
     path = config or _default_path(env)
     layers: list[tuple[str, dict[str, Any]]] = []
+    readable = True
     if path is not None:
-        layers.append((str(path), _toml(path, faults)))
+        document = _toml(path, faults)
+        readable = document is not None
+        layers.append((str(path), document or {}))
     merged: dict[str, Any] = {}
     directory = env.get(ENV_PREFIX + "SECRETS_DIR") or (layers[0][1].get("secrets_dir") if layers else None)
     for where in (directory, env.get("CREDENTIALS_DIRECTORY")):
@@ -129,10 +132,13 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
     except ValidationError as error:
         faults += [_fault(item["loc"], item["msg"], item["type"]) for item in error.errors()]
         partial = _without(merged, [item["loc"] for item in error.errors()])
-        raise ConfigurationError(faults, partial) from None
+        named = {fault.key for fault in faults}
+        if partial is not None:
+            faults += [fault for fault in cross_check(partial) if fault.key not in named]
+        raise ConfigurationError(faults, partial if readable else None) from None
     faults += cross_check(settings)
     if faults:
-        raise ConfigurationError(faults, settings)
+        raise ConfigurationError(faults, settings if readable else None)
     return Loaded(settings, origins)
 
 
@@ -156,15 +162,16 @@ def _default_path(env: Mapping[str, str]) -> Path | None:
     return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
 
 
-def _toml(path: Path, faults: list[Fault]) -> dict[str, Any]:
+def _toml(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
+    """The file's tables without the secrets it should not hold; None when it cannot be read."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         faults.append(Fault(str(path), f"cannot be read: {error.strerror}"))
-        return {}
+        return None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         faults.append(Fault(str(path), f"is not TOML: {error}"))
-        return {}
+        return None
     for section, key in SECRETS:
         if isinstance(document.get(section), dict) and key in document[section]:
             del document[section][key]
@@ -205,14 +212,21 @@ def _environment(env: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
         if name.startswith(ENV_PREFIX) and nested and section not in known:
             faults.append(Fault(name, "is not a known setting; `billingd config show` lists them all"))
     source = EnvSettingsSource(Settings)
-    source.env_vars = {
-        name.lower(): value for name, value in env.items() if name.upper().startswith(ENV_PREFIX)
-    }
-    try:
-        return dict(source())
-    except SettingsError as error:
-        faults.append(Fault("environment", f"{error}; a list is written as JSON"))
-        return {}
+    readable: dict[str, str | None] = {}
+    for name, value in env.items():
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        source.env_vars = {name.lower(): value}
+        try:
+            source()
+        except SettingsError:
+            faults.append(
+                Fault(name, """cannot be read; a list is written as JSON, as in '["json://host/"]'""")
+            )
+        else:
+            readable[name.lower()] = value
+    source.env_vars = readable
+    return dict(source())
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any], origin: str, origins: dict[str, str]) -> None:
@@ -247,6 +261,8 @@ def cross_check(settings: Settings) -> list[Fault]:
                 'cannot be "success" with traffic.source "metrics", which counts only totals',
             )
         )
+    if settings.webhooks.listen == settings.admin.listen and host_port(settings.webhooks.listen)[1]:
+        faults.append(Fault("webhooks.listen", "is where admin.listen is too; each needs a port of its own"))
     host = host_port(settings.webhooks.listen)[0]
     if settings.webhooks.auth == "none" and not is_loopback(host):
         faults.append(Fault("webhooks.auth", f'"none" is for loopback only, and webhooks.listen is {host}'))

@@ -239,11 +239,13 @@ def _plain(error: BaseException) -> str:
 
 
 def _connection_lost(error: sa.exc.DBAPIError) -> bool:
-    """PostgreSQL's classes 08 (connection), 28 (not let in), 3D (no such database), 53 (no resources), 57P
-    (shutting down), and 25006 (read-only), 55000 (takes no connections).
+    """PostgreSQL's classes 08 (connection), 28 (not let in), 3D (no such database), 40 (rolled back, as in a
+    deadlock), 53 (no resources), 57 (shutting down, timed out), 58 (its disk), and 25006 (read-only), 55000
+    (takes no connections), 55P03 (locked).
     """
     state = str(getattr(error.orig, "sqlstate", None) or "")
-    return state.startswith(("08", "28", "3D", "53", "57P")) or state in {"25006", "55000"}
+    lost = state.startswith(("08", "28", "3D", "40", "53", "57", "58"))
+    return lost or state in {"25006", "55000", "55P03"}
 
 
 def _sqlite(url: sa.URL, *, pool_size: int, begin: str) -> AsyncEngine:

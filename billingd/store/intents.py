@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from billingd.domain.sending import Intent
 from billingd.store.engine import Tx
-from billingd.store.rows import upsert
+from billingd.store.rows import insert_new
 from billingd.store.schema import intents
 
 
@@ -28,9 +28,20 @@ async def find(tx: Tx, name: str) -> Intent | None:
 
 
 async def opened(
-    tx: Tx, name: str, *, epoch: int, key: str, body_hash: str, first_sent_at: datetime, now: datetime
-) -> None:
-    """About to be sent: from here on its outcome is unknown until one is known."""
+    tx: Tx,
+    name: str,
+    seen: Intent | None,
+    *,
+    epoch: int,
+    key: str,
+    body_hash: str,
+    first_sent_at: datetime,
+    now: datetime,
+) -> bool:
+    """About to be sent: from here on its outcome is unknown until one is known.
+
+    False, and nothing changes, when it is no longer as it was `seen`: somebody else got hold of it.
+    """
     row = {
         "name": name,
         "epoch": epoch,
@@ -42,7 +53,19 @@ async def opened(
         "last_sent_at": now,
         "result": None,
     }
-    await upsert(tx, intents, row)
+    if seen is None:
+        return await insert_new(tx, intents, [row]) == 1
+    moved = await tx.execute(
+        sa.update(intents)
+        .where(
+            intents.c.name == name,
+            intents.c.state == seen.state,
+            intents.c.epoch == seen.epoch,
+            intents.c.last_sent_at == seen.last_sent_at,
+        )
+        .values(**row)
+    )
+    return moved.rowcount == 1
 
 
 async def done(tx: Tx, name: str, *, result: str) -> None:

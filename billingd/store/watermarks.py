@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from billingd.domain.errors import Retryable
 from billingd.store.engine import Tx
-from billingd.store.rows import insert_new
+from billingd.store.rows import insert_new, upsert
 from billingd.store.schema import watermarks
 
 
@@ -38,6 +38,27 @@ async def begin(tx: Tx, source: str, at: datetime, length: timedelta, *, now: da
     seconds = int(length.total_seconds())
     row = {"source": source, "at": at, "window_seconds": seconds, "regular_since": at, "read_at": now}
     await insert_new(tx, watermarks, [row])
+
+
+async def furthest(tx: Tx) -> Watermark | None:
+    """The watermark that is ahead of all others, whatever its source."""
+    statement = sa.select(watermarks).order_by(watermarks.c.at.desc(), watermarks.c.source).limit(1)
+    row = (await tx.execute(statement)).one_or_none()
+    if row is None:
+        return None
+    return Watermark(row.source, row.at, timedelta(seconds=row.window_seconds), row.regular_since)
+
+
+async def take_over(tx: Tx, source: str, mark: Watermark, *, now: datetime) -> None:
+    """Let a source go on from where another one is, in its windows."""
+    row = {
+        "source": source,
+        "at": mark.at,
+        "window_seconds": int(mark.length.total_seconds()),
+        "regular_since": mark.regular_since,
+        "read_at": now,
+    }
+    await upsert(tx, watermarks, row)
 
 
 async def advance(tx: Tx, seen: Watermark, to: datetime, *, now: datetime) -> None:

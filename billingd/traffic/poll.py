@@ -125,10 +125,15 @@ class TrafficPoller:
         """The watermark; on the first start it begins with the current window.
 
         A changed `traffic.window` comes into force at the first edge that both lengths share, so that no
-        window is ever read in two sizes.
+        window is ever read in two sizes. A changed `traffic.source` goes on where the other one is, so that
+        no window is left out, or read in another size.
         """
         now = self._clock.now()
         async with self._store.write() as tx:
+            mark = await watermarks.find(tx, self._source.name)
+            ahead = await watermarks.furthest(tx)
+            if ahead is not None and (mark is None or mark.at < ahead.at):
+                await watermarks.take_over(tx, self._source.name, ahead, now=now)
             await watermarks.begin(tx, self._source.name, floor(now, self._length), self._length, now=now)
             mark = await watermarks.find(tx, self._source.name)
             assert mark is not None
@@ -171,6 +176,7 @@ class TrafficPoller:
         now = self._clock.now()
         async with self._store.write() as tx:
             await watermarks.advance(tx, mark, advance_to, now=now)  # first: it locks out a second reader
+            linked = {one.subscription_id: one for one in await links.subscriptions(tx)}  # some ended since
             keeper = _Keeper(tx, linked, add_ons, now)
             recorded = await usage.sums(tx, start, end)
             if only is not None:

@@ -325,3 +325,14 @@ async def test_search_without_hits() -> None:
     answers: list[Any] = [0, {}, [{"result": 0}], [{"result": {}}]]
     for answer in answers:
         assert await read(traffic_source("search", Far(answer), "total")) == []
+
+
+@pytest.mark.parametrize("odd", ["x" * 65, "a\x00b", "a\ud800"])
+async def test_what_can_be_no_id_is_nobodys(odd: str) -> None:
+    """No database could keep it: it is counted as unattributed, and holds up no other row."""
+    usage = [{"time": 1772438400000, "total": 3}]
+    rows = [{"subscriptionId": each, "quotaId": "8ac9cc00", "usage": usage} for each in (odd, "8ac9dd00")]
+    assert await read(traffic_source("metrics", Far(rows), "total")) == [
+        ("", "8ac9cc00", 0, 3),
+        ("8ac9dd00", "8ac9cc00", 0, 3),
+    ]

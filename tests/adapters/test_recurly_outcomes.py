@@ -107,6 +107,11 @@ CASES: dict[str, tuple[Action, type[BillingdError], type[BillingdError]]] = {
     "422 declined": (error(422, "transaction", "Declined"), Refused, Retryable),
     "422 immutable": (error(422, "immutable_subscription"), Refused, Retryable),
     "422 a change in progress": (error(422, "simultaneous_request"), NotDone, Retryable),
+    "422 too soon, replayed": (
+        error(422, "validation", "please wait 60 seconds before …", Idempotency_Prior="true"),
+        Unknown,
+        Retryable,
+    ),
     "422 too soon": (error(422, "validation", "please wait 60 seconds before …"), NotDone, Retryable),
     "429": (error(429, "rate_limited", X_RateLimit_Reset=RESET), NotDone, Retryable),
     "429 HTML": (reply(429, PAGE, HTML, Retry_After="40"), NotDone, Retryable),

@@ -80,12 +80,33 @@ def test_a_channel_that_cannot_be_understood_is_a_fault_without_its_url(tmp_path
     assert "hidden" not in result.output
 
 
+def test_what_the_postgresql_driver_does_not_know_is_a_fault(tmp_path: Path) -> None:
+    """libpq's words in the URL would else end in the driver's own TypeError."""
+    url = "postgresql+asyncpg://billingd:hidden@db/billingd?{}"
+    bench = Bench(tmp_path)
+    for command in (("check-config",), ("db", "current")):
+        result = bench.run(*command, env={"BILLINGD_STORE__URL": url.format("sslmode=require&host=/run")})
+        assert result.exit_code == 2
+        assert result.stderr.startswith("store.url: has sslmode, which asyncpg does not know")
+        assert "hidden" not in result.output
+    assert bench.run("check-config", env={"BILLINGD_STORE__URL": url.format("ssl=require")}).exit_code == 0
+
+
 def test_a_missing_file_is_a_fault(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.config.unlink()
     result = bench.run("status")
     assert result.exit_code == 2
     assert result.stderr == f"{bench.config}: cannot be read: No such file or directory\n"
+
+
+def test_what_a_file_that_cannot_be_read_may_hold_is_not_called_missing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.config.write_text("[amplify")
+    result = bench.run("check-config", env=dict.fromkeys(SECRETS, ""))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{bench.config}: is not TOML")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("words", [("config", "show"), ("config", "show", "--json")])

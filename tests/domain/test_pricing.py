@@ -373,13 +373,13 @@ def test_price_of_usage(currency: str, amount: str, base: bool, usage: bool, mod
 def test_three_decimals_of_a_dinar_say_why() -> None:
     assert reason(PerUnit(Decimal("0.005")), currency="KWD") == (
         'Plan "Weather Pro", quota "API calls": the unit price is 0.005 with 3 decimals; '
-        "Recurly charges at most 2, so totals in KWD, which has 3, would be cut. Round it to 2."
+        "Recurly charges at most 2, so totals in KWD, which has 3, would be cut. Round it to 2 decimals."
     )
 
 
 def test_yen_have_no_decimals() -> None:
     assert reason(currency="JPY", price=Decimal("10.5")) == (
-        'Plan "Weather Pro": the base price is 10.5 with 1 decimal; JPY has none. Round it to 0.'
+        'Plan "Weather Pro": the base price is 10.5 with 1 decimal; JPY has none. Round it to a whole number.'
     )
 
 
@@ -485,7 +485,8 @@ def test_terms(
 )
 def test_terms_that_hold_no_whole_number_of_periods(interval: str, term: tuple[str, int]) -> None:
     said = reason(interval=interval, term=Term(*term), renewal="automatic")
-    assert f"a term of {term[1]} {term[0]} is not a whole number of billing periods" in said
+    counted = f"1 {term[0].removesuffix('s')}" if term[1] == 1 else f"{term[1]} {term[0]}"
+    assert f"a term of {counted} is not a whole number of billing periods" in said
 
 
 @pytest.mark.parametrize(

@@ -180,3 +180,23 @@ def test_a_store_in_memory_is_refused(url: str) -> None:
     """It would acknowledge what it cannot keep."""
     with pytest.raises(ValueError, match="not durable"):
         Store(url)
+
+
+@pytest.mark.parametrize("store_url", ["postgres"], indirect=True)
+async def test_a_deadlock_is_tried_again(store: Store, clock: ManualClock) -> None:
+    """PostgreSQL rolls one of the two back: nothing happened, so it is no bug to end the process over."""
+    await add(store, clock, "a")
+    await add(store, clock, "b")
+    both = asyncio.Barrier(2)
+
+    async def lock(*names: str) -> None:
+        async with store.write() as tx:
+            for name in names:
+                moved = sa.update(schema.outbox).where(schema.outbox.c.key == name).values(error="x")
+                await tx.execute(moved)
+                if name == names[0]:
+                    await both.wait()
+
+    outcomes = await asyncio.gather(lock("a", "b"), lock("b", "a"), return_exceptions=True)
+    [error] = [each for each in outcomes if each is not None]
+    assert isinstance(error, StoreUnavailable)

@@ -10,15 +10,17 @@ from billingd.store.engine import Store, Tx
 
 
 async def opened(tx: Tx, epoch: int = 1, first: int = 0, now: int = 0) -> None:
-    await intents.opened(
+    ours = await intents.opened(
         tx,
         "w",
+        await intents.find(tx, "w"),
         epoch=epoch,
         key=f"k{epoch}",
         body_hash="h",
         first_sent_at=TEN + first * HOUR,
         now=TEN + now * HOUR,
     )
+    assert ours
 
 
 async def test_an_intent_is_what_was_written_last(store: Store) -> None:
@@ -66,9 +68,23 @@ async def test_names_are_apart(store: Store) -> None:
     async with store.write() as tx:
         await opened(tx)
         await intents.opened(
-            tx, "v", epoch=1, key="kv", body_hash="h", first_sent_at=TEN, now=TEN + timedelta(seconds=1)
+            tx, "v", None, epoch=1, key="kv", body_hash="h", first_sent_at=TEN, now=TEN + timedelta(seconds=1)
         )
         await intents.done(tx, "v", result="r")
         found = await intents.find(tx, "w")
     assert found is not None
     assert found.state == "open"
+
+
+async def test_only_what_is_still_as_it_was_seen_is_opened(store: Store) -> None:
+    """Somebody else sent it meanwhile: what is known of that stays."""
+    async with store.write() as tx:
+        await opened(tx)
+        seen = await intents.find(tx, "w")
+        await intents.done(tx, "w", result="r")
+        for stale in (None, seen):
+            assert not await intents.opened(
+                tx, "w", stale, epoch=1, key="k1", body_hash="other", first_sent_at=TEN, now=TEN + HOUR
+            )
+        found = await intents.find(tx, "w")
+    assert found == Intent("w", 1, "done", TEN, TEN, False, "r", "h")

@@ -1,5 +1,6 @@
 """Requests and answers as values, and what each kind of answer means. No I/O (amplify.md 2.2, 2.8, 7)."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -70,9 +71,11 @@ def true_status(reply: Reply) -> Reply:
 
 def lost(call: Call, error: BaseException) -> BillingdError:
     """What a failed exchange means: nothing was sent, or (for a write) nobody knows (style.md 2.11)."""
-    # Only a failed connection says more than its name without quoting what was sent.
+    # Only a failed connection says more than its name or number without quoting what was sent.
     connecting = isinstance(error, aiohttp.ClientConnectorError)
-    shown = str(error) if connecting else type(error).__name__
+    name = type(error).__name__
+    broken = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else name
+    shown = str(error) if connecting else broken
     message = f"Amplify gave no answer to {call.what}: {shown}"
     if not call.writes:
         return Retryable(message)

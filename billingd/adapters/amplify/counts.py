@@ -12,6 +12,9 @@ from billingd.domain.errors import Permanent
 from billingd.domain.usage import Reading
 
 CALLS_AT_ONCE_MAX: Final = 4
+ID_LENGTH_MAX: Final = 64
+COUNT_MAX: Final = 10**15
+"""More than any gateway serves in a window; thousands of such rows still add up to what a database keeps."""
 
 Billable = Literal["total", "success"]
 Key = tuple[str, str, datetime]
@@ -42,8 +45,11 @@ def id_of(row: Json, field: str) -> str:
 
 
 def known(text: str) -> str:
-    """Gateways write "unknown" where they cannot tell the consumer (amplify.md 6.4)."""
-    return "" if text == "unknown" else text
+    """Gateways write "unknown" where they cannot tell the consumer (amplify.md 6.4).
+
+    What can be no id of Amplify's is as good: no database could keep it, and it is linked to nothing.
+    """
+    return "" if text == "unknown" or len(text) > ID_LENGTH_MAX or not text.isprintable() else text
 
 
 def count_of(row: Json, field: str) -> int:
@@ -55,7 +61,7 @@ def whole(value: Json, what: str) -> int:
     if (
         not isinstance(value, bool)
         and isinstance(value, int | Decimal)
-        and value >= 0
+        and 0 <= value <= COUNT_MAX
         and value == int(value)
     ):
         return int(value)

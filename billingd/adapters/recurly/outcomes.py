@@ -80,9 +80,12 @@ def write_error(operation: str, answer: Answer[T], now: datetime) -> BillingdErr
     if status == 429:
         return NotDone(text, retry_after=retry_after(answer, now=now))
     if status is not None and 400 <= status < 500 and status not in AMBIGUOUS_4XX and refusal is not None:
+        gap = any(words in refusal.words.lower() for words in SUBSCRIPTION_GAP_WORDS)
+        if (gap or refusal.code in TRY_LATER) and answer.replayed:  # under this key it says "later" for ever
+            return Unknown(text, retry_after=retry_after(answer, now=now), replayed=not answer.cut)
         if refusal.code in TRY_LATER:
             return NotDone(text, retry_after=retry_after(answer, now=now))
-        if any(words in refusal.words.lower() for words in SUBSCRIPTION_GAP_WORDS):
+        if gap:
             return NotDone(text, retry_after=SUBSCRIPTION_GAP)
         if status == 404:
             return NotFound(text)
