@@ -34,7 +34,7 @@ format: $(READY) ## put every file into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## the figures of the README, measured here and now
+bench: $(READY) ## the whole chain at size: time, calls, memory
 	$(BIN)/python tests/bench.py
 
 wheel: $(READY) ## build the wheel into dist/

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rig import HOUR, LEASE, LOOK_AGAIN, PER_UNIT, Json, Rig, a_rig
 
+from billingd.domain.errors import Unknown
 from billingd.domain.events import subscription_action
 from billingd.sandbox import control_amplify
 from billingd.store import outbox, schema
@@ -345,6 +346,38 @@ async def test_rejected_between_creation_and_approval_it_ends_with_a_full_refund
     assert sum(float(invoice["total"]) for invoice in billed["invoices"]) == 0
     assert not any("was approved" in told for told in rig.channels.provider)
     assert "never approved" in rig.channels.provider[-1]
+
+
+async def test_approved_and_deleted_before_anybody_wrote_it_down_is_not_refunded(rig: Rig) -> None:
+    """That it was to be approved is on disk before the approval: what may have been served stands."""
+    rig.policy = {"collection_method": "automatic"}
+    rig.start()
+    acme = await rig.subscribe()
+    decide = rig.amplify._adapter.decide
+
+    async def delete_meanwhile(*args: Any, **kwargs: Any) -> Any:
+        await decide(*args, **kwargs)
+        await rig.move("acme", "delete")
+        raise Unknown("the answer was lost")
+
+    rig.amplify._adapter.decide = delete_meanwhile
+    await rig.settled()
+    [billed] = rig.billed(acme)
+    assert billed["state"] == "expired"
+    assert [invoice["total"] for invoice in billed["invoices"] if float(invoice["total"]) > 0] == ["10.00"]
+    assert sum(float(invoice["total"]) for invoice in billed["invoices"]) == 10
+
+
+async def test_usage_counts_up_to_the_end_that_amplify_names(rig: Rig) -> None:
+    """The event may come late; what counts is when Amplify ended it."""
+    await rig.subscribe()
+    await rig.settled()
+    await rig.move("acme", "cancel")
+    ended = rig.far.now()
+    rig.pass_(3 * HOUR)
+    await rig.work()
+    [link] = await rig.rows(schema.subscription_links)
+    assert abs(link["usage_until"] - ended) < timedelta(seconds=1)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,26 @@ async def test_a_reading_that_shrank_is_held_told_once_and_never_refunded(
     assert await records(store) == [(0, 1, 5, "recorded"), (0, 2, 1, "recorded")]
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_one_notice_tells_of_all_that_one_reading_holds(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """An empty answer from Amplify would else be a notice for each window of each subscription."""
+    poller = a_poller(store, clock, source)
+    await poller.run_once()
+    await link(store, subscription())
+    for hours in range(3):
+        source.serve(5, hours=hours)
+    clock.advance(6 * HOUR)
+    await poller.run_once()
+    source.units.clear()
+    await poller.run_once()
+    held_items = [row for row in await rows(store, schema.held) if row["kind"] == "reading_shrank"]
+    assert len(held_items) == 3
+    [notice] = [row for row in await rows(store, schema.outbox) if row["kind"] == "notify_provider"]
+    assert notice["args"]["body"].startswith("3 things are held")
+
+
 async def test_only_traffic_from_the_link_on_is_billed(
     store: Store, clock: ManualClock, source: Counted
 ) -> None:

@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 from rig import HOUR, LOOK_AGAIN, Crash, Rig, a_rig
 
+from billingd.admin import operations
 from billingd.domain.attempts import Action
 from billingd.sandbox.faults import KINDS
 from billingd.store import held, schema, usage
@@ -195,6 +196,30 @@ async def test_a_released_record_is_sent_under_a_new_key(rig: Rig) -> None:
     await rig.work()
     assert rig.units() == 7
     assert await rig.totals() == {"reported": 7}
+
+
+@ONE_DATABASE
+async def test_usage_of_an_ended_subscription_is_never_sent(rig: Rig) -> None:
+    """Recurly may accept a date inside its life, and would never invoice it: released, it is held again."""
+    await rig.traffic("acme", 3)
+    await rig.move("acme", "cancel")
+    await rig.work()
+    rig.pass_(4 * HOUR)
+    await rig.report()
+    await rig.work(HOUR)
+    [link] = await rig.rows(schema.subscription_links)
+    assert link["state"] == "ended"
+    await rig.traffic("acme", 2, force=True, at=link["usage_from"].isoformat())
+    await rig.report()
+    [item] = await rig.rows(schema.held)
+    assert (item["kind"], item["units"]) == ("usage_after_end", 2)
+    sent = sum(rig.tags().values())
+    assert await operations.release(rig.store, item["id"], now=rig.far.now())
+    await rig.work(HOUR)
+    [_, again] = await rig.rows(schema.held)
+    assert (again["kind"], again["units"], again["closed_at"]) == ("usage_refused", 2, None)
+    assert "has ended" in again["reason"]
+    assert sum(rig.tags().values()) == sent
 
 
 async def test_usage_of_a_paused_subscription_waits(rig: Rig) -> None:

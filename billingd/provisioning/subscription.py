@@ -363,6 +363,8 @@ class SubscriptionProvisioner:
             await self._begin_end(link, subscription.id, current, now)
             return
         if current.approval == "pending":
+            async with self._store.write() as tx:
+                await links.approving(tx, subscription.id, now=now)
             await self._marketplace.decide(
                 subscription.name, "approved", f"Linked to Recurly subscription {link.uuid}"
             )

@@ -162,6 +162,11 @@ async def subscriptions(
     return [SubscriptionLink(*row) for row in await tx.execute(statement)]
 
 
+async def approving(tx: Tx, subscription_id: str, *, now: datetime) -> None:
+    """About to be approved at Amplify: from here on it may be served, whatever becomes of the answer."""
+    await _move(tx, subscription_id, ("created",), approved_at=now)
+
+
 async def activate(tx: Tx, subscription_id: str, *, now: datetime) -> bool:
     """The subscription is approved at Amplify; False when it was not waiting for that."""
     return await _move(tx, subscription_id, ("created",), state="active", approved_at=now)

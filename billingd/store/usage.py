@@ -30,6 +30,7 @@ class Recorded:
     usage_id: str | None
     recorded_at: datetime
     subscription_uuid: str
+    subscription_state: str
     add_on_code: str
 
 
@@ -99,7 +100,12 @@ async def sums(tx: Tx, start: datetime, end: datetime) -> dict[tuple[str, str, W
 async def find(tx: Tx, record_id: int) -> Recorded:
     """A record by its id, which must exist."""
     statement = (
-        sa.select(usage_records, subscription_links.c.uuid, add_on_links.c.add_on_code)
+        sa.select(
+            usage_records,
+            subscription_links.c.uuid,
+            subscription_links.c.state.label("link_state"),
+            add_on_links.c.add_on_code,
+        )
         .join(subscription_links, subscription_links.c.subscription_id == usage_records.c.subscription_id)
         .join(add_on_links, add_on_links.c.quota_id == usage_records.c.quota_id)
         .where(usage_records.c.id == record_id)
@@ -114,7 +120,9 @@ async def find(tx: Tx, record_id: int) -> Recorded:
         row.usage_timestamp,
         row.merchant_tag,
     )
-    return Recorded(row.id, record, row.state, row.usage_id, row.recorded_at, row.uuid, row.add_on_code)
+    return Recorded(
+        row.id, record, row.state, row.usage_id, row.recorded_at, row.uuid, row.link_state, row.add_on_code
+    )
 
 
 async def reported(tx: Tx, record_id: int, *, usage_id: str, now: datetime) -> None:

@@ -81,11 +81,20 @@ class UsageReporter:
             "at": new.usage_timestamp.isoformat(),
         }
 
-        async def send(key: str, *, retried: bool) -> str:
-            return await self._billing.create_usage(new, key=key, retried=retried)
-
         async def keep(tx: Tx, usage_id: str) -> None:
             await usage.reported(tx, recorded.id, usage_id=usage_id, now=self._clock.now())
+
+        if recorded.subscription_state == "ended" and not await self._live(new.subscription_uuid):
+            # Recurly may take it all the same, for it looks at dates; but no invoice would ever carry it.
+            found = await self._once.look(f"usage:{record.merchant_tag}", find=lambda: self._find(new))
+            if found is None:
+                return await self._refused(recorded, new, "the subscription has ended there")
+            async with self._store.write() as tx:
+                await keep(tx, found)
+            return None
+
+        async def send(key: str, *, retried: bool) -> str:
+            return await self._billing.create_usage(new, key=key, retried=retried)
 
         try:
             await self._once.write(
@@ -113,6 +122,9 @@ class UsageReporter:
             )
         return ours[0].id
 
+    async def _live(self, uuid: str) -> bool:
+        return (await self._billing.get_subscription(uuid)).live
+
     async def _refused(self, recorded: usage.Recorded, new: NewUsage, why: str) -> Wait | None:
         """Recurly will not take this record: later, if the subscription is only paused; else hold it."""
         if (await self._billing.get_subscription(new.subscription_uuid)).state == "paused":
@@ -120,8 +132,8 @@ class UsageReporter:
         now = self._clock.now()
         record = recorded.record
         reason = (
-            f"{record.units} unit(s) in the window from {record.window.start.isoformat()} were refused by "
-            f"Recurly for add-on {new.add_on_code} of subscription {new.subscription_uuid}: {why}"
+            f"{record.units} unit(s) in the window from {record.window.start.isoformat()} cannot be billed "
+            f"by Recurly for add-on {new.add_on_code} of subscription {new.subscription_uuid}: {why}"
         )
         item = Hold(
             "usage_refused",
