@@ -1,6 +1,7 @@
 """The composition root: builds every part, turns the loops, and ends cleanly on SIGTERM."""
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -66,6 +67,7 @@ class Daemon:
 
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT, then drain. Raises StoreBusy when another process has the store."""
+    os.umask(0o077)  # the store and the admin socket are nobody else's business
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -35,3 +35,5 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
         )
     )
     logging.basicConfig(level=logging.WARNING, handlers=[foreign])
+    # Anybody can send broken HTTP, and must not fill the log with it; our own handlers say their faults.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

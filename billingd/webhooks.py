@@ -160,9 +160,14 @@ class WebhookListener:
         except web.HTTPMethodNotAllowed as error:
             allow = {"Allow": ", ".join(sorted(error.allowed_methods))}
             return self._refuse(request, 405, "method_not_allowed", "webhooks are sent by POST", allow)
+        except (ConnectionError, web.RequestPayloadError):
+            return self._refuse(request, 400, "broken_off", "the body broke off")
         except web.HTTPNotFound:
             known = ", ".join([*AMPLIFY_PATHS, "/webhooks/recurly"])
             return self._refuse(request, 404, "not_found", f"webhooks are taken at {known}")
+        except Exception:  # a bug: said here, for aiohttp's own log also has every broken request of anybody
+            log.exception("webhook.failed", path=request.path)
+            return _error(500, "failed", "a fault of billingd's own; nothing is acknowledged")
 
     def _refuse(
         self,

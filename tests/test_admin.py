@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from aiohttp.test_utils import TestClient, TestServer
 from linked import HOUR, TEN, link, subscription
 from manual_clock import ManualClock
@@ -18,7 +19,7 @@ from billingd.domain.usage import book
 from billingd.domain.windows import Window
 from billingd.loops import Progress
 from billingd.store import held, outbox, usage
-from billingd.store.engine import Store
+from billingd.store.engine import Store, StoreUnavailable
 from billingd.store.held import Hold
 
 SENT = {"X-Billingd": "1"}
@@ -147,6 +148,19 @@ async def test_readiness_names_the_far_side_that_is_away(rig: Rig) -> None:
     _, document = await rig.get("/readyz")
     assert len(document["reasons"]) == 2
     assert (await rig.get("/status"))[1]["ready"] is False
+
+
+async def test_a_store_that_cannot_be_written_is_not_ready(rig: Rig) -> None:
+    """Reading may work on a full disk; webhooks would get 503, so /readyz says so until a write goes well."""
+    with pytest.raises(StoreUnavailable):
+        async with rig.store.write():
+            raise sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
+    status, document = await rig.get("/readyz")
+    assert status == 503
+    assert "disk is full" in document["reasons"][0]
+    async with rig.store.write():
+        pass
+    assert (await rig.get("/readyz"))[0] == 200
 
 
 async def test_metrics_carry_the_names_of_the_contract(rig: Rig) -> None:

@@ -13,7 +13,7 @@ from billingd.admin import operations, status
 from billingd.admin.metrics import Metrics
 from billingd.admin.operations import Selection
 from billingd.domain.attempts import State
-from billingd.domain.errors import BillingdError, Retryable
+from billingd.domain.errors import BillingdError, NotFound, Retryable
 from billingd.loops import Clock, Progress
 from billingd.store import held, outbox, usage, watermarks
 from billingd.store.engine import Store
@@ -92,13 +92,15 @@ class AdminListener:
         return application
 
     def _reasons(self) -> list[str]:
-        """Why the daemon is not ready, as far as the far sides go."""
+        """Why the daemon is not ready, as far as the far sides and the latest write go."""
         now = self._parts.clock.now()
         reasons = []
         for name, side in self._parts.sides.items():
             at = side.last_reached_at
             if at is None or now - at > REACHED_LATELY or side.last_error is not None:
                 reasons.append(f"{name} was not reached lately: {side.last_error or 'no call yet'}")
+        if self._parts.store.write_error is not None:
+            reasons.append(f"the latest write failed: {self._parts.store.write_error}")
         return reasons
 
     async def _document(self) -> dict[str, Any]:
@@ -120,7 +122,7 @@ class AdminListener:
         try:
             async with self._parts.store.read() as tx:
                 await watermarks.find(tx, self._parts.source)
-        except Retryable as error:
+        except BillingdError as error:
             reasons.append(str(error))
         return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
 
@@ -252,8 +254,13 @@ async def _answer(
         return _error(error.status, code, f"{request.method} {request.path}: {error.reason}")
     except Retryable as error:
         return _error(503, "unavailable", str(error))
+    except NotFound as error:
+        return _error(404, "not_found", str(error))
     except BillingdError as error:
         return _error(500, "failed", str(error))
+    except Exception:  # a bug: said here, for aiohttp's own log also has every broken request of anybody
+        log.exception("admin.failed", path=request.path)
+        return _error(500, "failed", "a fault of billingd's own; its log has it")
 
 
 @web.middleware

@@ -2,8 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,12 +11,14 @@ import click
 
 from billingd.cli import output
 from billingd.cli.output import Unreachable
-from billingd.cli.reach import START_IT, ask_or_read, settings_of
-from billingd.cli.talk import READING_SECONDS, Daemon, DaemonAway
+from billingd.cli.reach import ask_or_change, ask_or_read, settings_of
+from billingd.cli.talk import READING_SECONDS, Daemon
+from billingd.domain.errors import Retryable
 
 if TYPE_CHECKING:
     from billingd.settings import Settings
     from billingd.store.engine import Store
+    from billingd.traffic.poll import TrafficPoller
 
 WINDOWS_MAX: Final = 1_000
 """Windows in one listing; the daemon lists no more at once."""
@@ -42,7 +44,8 @@ def parse_time(_ctx: click.Context, _param: click.Parameter, value: str) -> date
 def traffic() -> None:
     """Look at the traffic that was read from Amplify, and read more.
 
-    `poll` and `backfill` need the running daemon, which is what talks to Amplify.
+    Without a running daemon, `poll` and `backfill` ask Amplify themselves; what they record is reported to
+    Recurly once the daemon runs.
 
     \b
     Example:
@@ -61,7 +64,12 @@ def poll(config: Path | None, as_json: bool) -> None:
     Example:
       billingd traffic poll
     """
-    answer = asyncio.run(_post(settings_of(config), "/traffic/poll", {}, key="polled"))
+
+    async def here(poller: "TrafficPoller") -> dict[str, Any]:
+        await poller.run_once()
+        return {"polled": True}
+
+    answer = asyncio.run(_post(settings_of(config), "/traffic/poll", {}, here, key="polled", quiet=as_json))
     if as_json:
         output.document(answer)
     else:
@@ -115,7 +123,13 @@ def backfill(
     wanted = {"since": _written(since), "until": _written(until)}
     if subscription is not None:
         wanted["subscription"] = subscription
-    answer = asyncio.run(_post(settings_of(config), "/traffic/backfill", wanted, key="booked_units"))
+
+    async def here(poller: "TrafficPoller") -> dict[str, Any]:
+        return {"booked_units": await poller.read_range(since, until, subscription=subscription)}
+
+    answer = asyncio.run(
+        _post(settings_of(config), "/traffic/backfill", wanted, here, key="booked_units", quiet=as_json)
+    )
     if as_json:
         output.document(answer)
     else:
@@ -126,12 +140,36 @@ def _written(moment: datetime) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
-async def _post(settings: "Settings", path: str, body: Mapping[str, Any], *, key: str) -> dict[str, Any]:
-    """Only the daemon can do this."""
-    try:
-        return await Daemon(settings.admin.listen).post(path, body, key=key, seconds=READING_SECONDS)
-    except DaemonAway as away:
-        raise Unreachable(f"{away}; {START_IT}") from None
+async def _post(
+    settings: "Settings",
+    path: str,
+    body: Mapping[str, Any],
+    here: "Callable[[TrafficPoller], Awaitable[dict[str, Any]]]",
+    *,
+    key: str,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Let the daemon read, or read here while no daemon has the store."""
+
+    async def ask(daemon: Daemon) -> dict[str, Any]:
+        return await daemon.post(path, body, key=key, seconds=READING_SECONDS)
+
+    async def read(store: "Store") -> dict[str, Any]:
+        from billingd import daemon as root
+        from billingd.loops import Clock
+        from billingd.settings import ConfigurationError, missing_for_run
+
+        if faults := missing_for_run(settings):
+            raise ConfigurationError(faults)
+        async with root.build(settings, store, Clock()) as parts:
+            try:
+                return await here(parts.poller)
+            except Retryable as error:
+                raise Unreachable(str(error)) from None
+            finally:
+                await parts.recurly.close(deadline=timedelta(0))
+
+    return await ask_or_change(settings, ask, read, quiet=quiet)
 
 
 async def _windows(settings: "Settings", limit: int, *, quiet: bool) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Store:
         self.url = sa.make_url(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._locked: int | None = None
+        self.write_error: str | None = None
+        """Why the latest transaction for writing failed, or None when it did not."""
         if self.sqlite:
             self._writer = _sqlite(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
             self._reader = _sqlite(self.url, pool_size=READERS, begin="BEGIN")
@@ -60,12 +62,15 @@ class Store:
 
         Raises StoreUnavailable when it cannot be.
         """
-        if self._group is not None:
-            async with self._group.member() as tx:
+        transaction = self._group.member() if self._group is not None else _transaction(self._writer)
+        try:
+            async with transaction as tx:
                 yield tx
+        except (StoreUnavailable, StoreDamaged) as error:
+            self.write_error = str(error)
+            raise
         else:
-            async with _transaction(self._writer) as tx:
-                yield tx
+            self.write_error = None
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[Tx]:

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from billingd.domain.errors import NotFound
 from billingd.domain.usage import Reading
 from billingd.domain.windows import Window, floor, settled_end, shared_edge
 from billingd.loops import Clock
@@ -98,8 +99,11 @@ class TrafficPoller:
     async def read_range(self, since: datetime, until: datetime, *, subscription: str | None = None) -> int:
         """Read past windows again, of one subscription or of all, and book only differences.
 
-        Returns the units booked (`traffic backfill`).
+        Returns the units booked (`traffic backfill`). Raises NotFound when that subscription is not linked.
         """
+        async with self._store.read() as tx:
+            if subscription is not None and await links.find_subscription(tx, subscription) is None:
+                raise NotFound(f"no subscription with the id {subscription} is linked")
         async with self._reading:
             mark = await self._begin()
             start = max(floor(since, mark.length), mark.regular_since)

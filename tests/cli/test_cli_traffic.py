@@ -38,16 +38,28 @@ def test_a_range_that_ends_before_it_begins_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
-@pytest.mark.parametrize("words", [("poll",), ("backfill", *RANGE)])
-async def test_without_the_daemon_it_says_to_start_it(
-    words: tuple[str, ...], tmp_path: Path, sqlite_template: Path
+@pytest.mark.parametrize(("words", "code"), [(("poll",), 4), (("backfill", *RANGE), 0)])
+async def test_without_the_daemon_the_command_reads_itself(
+    words: tuple[str, ...], code: int, tmp_path: Path, sqlite_template: Path
 ) -> None:
+    """A far side that is away is 4; a range that was never read has nothing to book."""
     bench = Bench(tmp_path)
     await bench.fill(sqlite_template)
+    nobody = 'central_url = "http://127.0.0.1:9"\nlogin_url = "http://127.0.0.1:9/auth"\n'
+    bench.configure(f"unix:{bench.socket}", nobody)
     result = await bench.ask("traffic", *words)
-    assert result.exit_code == 4
-    assert result.stdout == ""
-    assert "start it with `billingd run`" in result.stderr
+    assert result.exit_code == code, result.stderr
+    assert ("done on the store itself" in result.stderr) == (code == 0)
+    assert "Traceback" not in result.stderr
+
+
+async def test_a_subscription_that_is_not_linked_is_no_success(tmp_path: Path, sqlite_template: Path) -> None:
+    """A slip in an id is said, not taken for nothing to book."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    result = await bench.ask("traffic", "backfill", *RANGE, "--subscription", "nobody")
+    assert result.exit_code == 1
+    assert "nobody is linked" in result.stderr
 
 
 @pytest.mark.parametrize("over", ["tcp", "unix"])
