@@ -1,7 +1,7 @@
 """One write to Recurly that takes effect once, whatever crashes, repeats, or gets no answer."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 import structlog
@@ -89,7 +89,8 @@ class Once:
             settled_at = intent.last_sent_at + self._settling
             if (now := self._clock.now()) < settled_at:
                 raise Unknown(f"{name}: no clear outcome yet and not found", retry_after=settled_at - now)
-            await self._refused(name)
+            if not await self._refused(name, intent.epoch, intent.last_sent_at):
+                raise Retryable(f"{name}: another worker is writing it")
             return None
         async with self._store.write() as tx:
             await intents.done(tx, name, result=found)
@@ -113,6 +114,7 @@ class Once:
             )
         key = idempotency_key(name, step.epoch, digest)
         first_sent_at = intent.first_sent_at if intent is not None and step.again else now
+        sent_at = max(now, first_sent_at)  # the clock may have been set back
         async with self._store.write() as tx:
             ours = await intents.opened(
                 tx,
@@ -122,7 +124,7 @@ class Once:
                 key=key,
                 body_hash=digest,
                 first_sent_at=first_sent_at,
-                now=max(now, first_sent_at),  # the clock may have been set back
+                now=sent_at,
             )
         if not ours:
             raise Retryable(f"{name}: another worker is writing it; nothing was sent from here")
@@ -133,15 +135,14 @@ class Once:
                 await self._burn(name)
             raise
         except (Refused, NotFound) as error:
-            if not step.again:
-                await self._refused(name)
+            if not step.again and await self._refused(name, step.epoch, sent_at):
                 raise
-            # An earlier request under this key had no clear outcome, so a refusal now proves nothing of it.
+            # Another request under this key had no clear outcome, so a refusal now proves nothing of it.
             await self._burn(name)
             raise Unknown(f"{name}: refused on a second try ({error})", retry_after=self._settling) from error
         except BillingdError:
             if not step.again:
-                await self._refused(name)
+                await self._refused(name, step.epoch, sent_at)
             raise
         async with self._store.write() as tx:
             return await self._done(tx, name, result, keep)
@@ -171,6 +172,7 @@ class Once:
         async with self._store.write() as tx:
             await intents.burn(tx, name)
 
-    async def _refused(self, name: str) -> None:
+    async def _refused(self, name: str, epoch: int, sent_at: datetime) -> bool:
+        """Write down that it was clearly not done; False when another worker sent it since."""
         async with self._store.write() as tx:
-            await intents.refused(tx, name)
+            return await intents.refused(tx, name, epoch=epoch, last_sent_at=sent_at)

@@ -480,6 +480,9 @@ class SubscriptionProvisioner:
             if subscription is not None and (subscription.approval == "approved" or subscription.state):
                 # approved before billingd wrote that down: it was served, so its first invoice stands
                 await links.activate(tx, subscription_id, now=now)
+            elif subscription is not None:
+                # an approval was intended at most: somebody's no came first, so nothing was served
+                await links.not_approved(tx, subscription_id)
             if await links.begin_ending(tx, subscription_id, usage_until=until):
                 await outbox.insert(tx, [end_action(subscription_id)], now=now)
                 log.info("subscription.ending", subscription=subscription_id, usage_until=until.isoformat())

@@ -75,11 +75,19 @@ async def done(tx: Tx, name: str, *, result: str) -> None:
     )
 
 
-async def refused(tx: Tx, name: str) -> None:
-    """It clearly did not take effect."""
-    await tx.execute(
-        sa.update(intents).where(intents.c.name == name, intents.c.state == "open").values(state="refused")
+async def refused(tx: Tx, name: str, *, epoch: int, last_sent_at: datetime) -> bool:
+    """What was sent then clearly did not take effect. False, and nothing changes, when it was sent since."""
+    moved = await tx.execute(
+        sa.update(intents)
+        .where(
+            intents.c.name == name,
+            intents.c.state == "open",
+            intents.c.epoch == epoch,
+            intents.c.last_sent_at == last_sent_at,
+        )
+        .values(state="refused")
     )
+    return moved.rowcount == 1
 
 
 async def burn(tx: Tx, name: str) -> None:
@@ -91,5 +99,5 @@ async def burn(tx: Tx, name: str) -> None:
 
 async def count_open(tx: Tx) -> int:
     """How many outcomes are unknown."""
-    statement = sa.select(sa.func.count()).select_from(intents).where(intents.c.state == "open")
+    statement = sa.select(sa.func.count()).select_from(intents).where(sa.text("intents.state = 'open'"))
     return int((await tx.execute(statement)).scalar_one())

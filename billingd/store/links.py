@@ -167,6 +167,11 @@ async def approving(tx: Tx, subscription_id: str, *, now: datetime) -> None:
     await _move(tx, subscription_id, ("created",), approved_at=now)
 
 
+async def not_approved(tx: Tx, subscription_id: str) -> None:
+    """Amplify says that it was never approved, whatever was intended: it was never served."""
+    await _move(tx, subscription_id, ("created",), approved_at=None)
+
+
 async def activate(tx: Tx, subscription_id: str, *, now: datetime) -> bool:
     """The subscription is approved at Amplify; False when it was not waiting for that."""
     return await _move(tx, subscription_id, ("created",), state="active", approved_at=now)

@@ -154,7 +154,11 @@ async def unreported_of(tx: Tx, subscription_id: str) -> int:
     statement = (
         sa.select(sa.func.count())
         .select_from(usage_records)
-        .where(usage_records.c.subscription_id == subscription_id, usage_records.c.state == "recorded")
+        .where(
+            usage_records.c.subscription_id == subscription_id,
+            usage_records.c.state == "recorded",
+            sa.text("usage_records.state <> 'reported'"),  # as the partial index has it
+        )
     )
     return int((await tx.execute(statement)).scalar_one())
 

@@ -84,7 +84,8 @@ class UsageReporter:
         async def keep(tx: Tx, usage_id: str) -> None:
             await usage.reported(tx, recorded.id, usage_id=usage_id, now=self._clock.now())
 
-        if recorded.subscription_state == "ended" and not await self._live(new.subscription_uuid):
+        over = recorded.subscription_state in {"ending", "ended"}  # ending: maybe over there, not yet known
+        if over and not await self._live(new.subscription_uuid):
             # Recurly may take it all the same, for it looks at dates; but no invoice would ever carry it.
             found = await self._once.look(f"usage:{record.merchant_tag}", find=lambda: self._find(new))
             if found is None:

@@ -189,3 +189,32 @@ async def test_the_table_refuses_impossible_rows(
     with pytest.raises(sa.exc.IntegrityError):
         async with store.write() as tx:
             await tx.execute(sa.insert(table).values(**row))
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_no_claim_reads_the_whole_backlog(store: Store, clock: ManualClock) -> None:
+    """SQLite uses a partial index only for constants: with a bound state each claim would scan every row."""
+    await add(store, clock, action("1"), action("2"))
+    hot: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "outbox" in statement and not statement.startswith("EXPLAIN"):
+            hot.append((statement, parameters))
+
+    engines = [store._writer.sync_engine, store._reader.sync_engine]
+    for engine in engines:
+        sa.event.listen(engine, "before_cursor_execute", note)
+    await claim(store, clock)
+    async with store.read() as tx:
+        await outbox.next_due(tx, after=clock.now())
+        await outbox.oldest_pending(tx)
+        await outbox.select(tx, states=["dead"], limit=1)
+    for engine in engines:
+        sa.event.remove(engine, "before_cursor_execute", note)
+    assert len(hot) == 4
+    async with store.read() as tx:
+        for statement, parameters in hot:
+            rows = await tx.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plan = [row[-1] for row in rows]
+            assert any("INDEX ix_outbox_" in step for step in plan), plan
+            assert not [step for step in plan if step in {"SCAN outbox", "SCAN other"}], plan
