@@ -23,13 +23,13 @@ from billingd.admin.metrics import Metrics
 from billingd.admin.server import AdminListener, FarSide, Parts
 from billingd.domain.attempts import Patience
 from billingd.domain.errors import BillingdError
-from billingd.domain.events import PROVISION_PLAN, PROVISION_SUBSCRIPTION
+from billingd.domain.events import END_SUBSCRIPTION, PROVISION_PLAN, PROVISION_SUBSCRIPTION
 from billingd.domain.notices import NOTIFY_PROVIDER, NOTIFY_SUBSCRIBER
 from billingd.loops import Clock, Progress, every, forever
 from billingd.notify import Notifier
 from billingd.once import Once
 from billingd.outbox import Handler, Outbox
-from billingd.provisioning.ending import END_SUBSCRIPTION, SubscriptionEnder
+from billingd.provisioning.ending import SubscriptionEnder
 from billingd.provisioning.plan import PlanProvisioner
 from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
 from billingd.settings import Settings, host_port, parse_duration

@@ -342,3 +342,17 @@ async def test_the_units_of_a_discarded_report_are_held_and_can_be_released(rig:
     assert (again["kind"], again["args"]) == ("report_usage", {"record": record_id})
     async with rig.store.read() as tx:
         assert await usage.unreported_of(tx, "s1") == 1
+
+
+async def test_a_discarded_end_is_held_for_the_subscription_goes_on_being_billed(rig: Rig) -> None:
+    """Nothing else would ever ask for it again."""
+    now = rig.clock.now()
+    async with rig.store.write() as tx:
+        await outbox.insert(tx, [Action("end_subscription", "end:s1", "e", {"id": "s1"})], now=now)
+        [row] = await outbox.select(tx)
+    assert (await rig.post(f"/outbox/{row['id']}/discard", {"reason": "ended by hand"}))[0] == 200
+    [item] = (await rig.get("/held"))[1]["held"]
+    assert (item["kind"], item["subscription"]) == ("end_discarded", "s1")
+    assert (await rig.post(f"/held/{item['id']}/release"))[0] == 200
+    [again] = (await rig.get("/outbox?state=pending"))[1]["actions"]
+    assert (again["kind"], again["args"]) == ("end_subscription", {"id": "s1"})

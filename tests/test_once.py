@@ -418,6 +418,38 @@ async def test_who_was_overtaken_sends_nothing(store: Store, clock: ManualClock)
     assert await once.write("w", {"v": 1}, send=far.send, find=nothing, look_first=True) == made
 
 
+@pytest.mark.parametrize(
+    ("verdict", "raised"), [(NotDone("429"), NotDone), (Refused("422"), Unknown), (NotFound("404"), Unknown)]
+)
+async def test_who_was_overtaken_while_sending_refuses_nothing(
+    store: Store, clock: ManualClock, verdict: Exception, raised: type[Exception]
+) -> None:
+    """Its refusal comes after another worker has made the write and lost the answer: once all the same."""
+    once, far = Once(store, clock, settling=SETTLING), FarSide(clock)
+    sending, go_on = asyncio.Event(), asyncio.Event()
+
+    async def stalled(key: str, *, retried: bool) -> str:
+        sending.set()
+        await go_on.wait()
+        raise verdict
+
+    async def nothing() -> str | None:
+        return None
+
+    late = asyncio.create_task(once.write("w", {"v": 1}, send=stalled, find=nothing))
+    await sending.wait()
+    clock.advance(SECOND)
+    far.plan = ["lost"]
+    with pytest.raises(Unknown):
+        await once.write("w", {"v": 1}, send=far.send, find=nothing)
+    go_on.set()
+    with pytest.raises(raised):
+        await late
+    clock.advance(SETTLING)
+    assert await once.write("w", {"v": 1}, send=far.send, find=far.find) == "id-1"
+    assert far.made == ["id-1"]
+
+
 async def test_a_clock_that_is_set_back_stops_no_write(store: Store, clock: ManualClock) -> None:
     """The time of the last try may not lie before that of the first."""
     once, far = Once(store, clock, settling=SETTLING), FarSide(clock)

@@ -368,6 +368,25 @@ async def test_approved_and_deleted_before_anybody_wrote_it_down_is_not_refunded
     assert sum(float(invoice["total"]) for invoice in billed["invoices"]) == 10
 
 
+@ONE_DATABASE
+async def test_rejected_after_an_approval_that_failed_it_ends_with_a_full_refund(rig: Rig) -> None:
+    """The approval was intended and did not come through; a person's no did: nothing was ever served."""
+    rig.policy = {"collection_method": "automatic"}
+    rig.start()
+    acme = await rig.subscribe()
+
+    async def reject_meanwhile(*_args: Any, **_kwargs: Any) -> None:
+        await rig.move("acme", "reject")
+        raise Unknown("Amplify is away")
+
+    rig.amplify._adapter.decide = reject_meanwhile
+    await rig.settled()
+    [billed] = rig.billed(acme)
+    assert billed["state"] == "expired"
+    assert sum(float(invoice["total"]) for invoice in billed["invoices"]) == 0
+    assert "never approved" in rig.channels.provider[-1]
+
+
 async def test_usage_counts_up_to_the_end_that_amplify_names(rig: Rig) -> None:
     """The event may come late; what counts is when Amplify ended it."""
     await rig.subscribe()

@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from rig import HOUR, LOOK_AGAIN, Crash, Rig, a_rig
 
 from billingd.admin import operations
 from billingd.domain.attempts import Action
+from billingd.domain.billing import NewUsage
+from billingd.domain.errors import Unknown
 from billingd.sandbox.faults import KINDS
 from billingd.store import held, schema, usage
 
@@ -220,6 +223,33 @@ async def test_usage_of_an_ended_subscription_is_never_sent(rig: Rig) -> None:
     assert (again["kind"], again["units"], again["closed_at"]) == ("usage_refused", 2, None)
     assert "has ended" in again["reason"]
     assert sum(rig.tags().values()) == sent
+
+
+@ONE_DATABASE
+async def test_usage_read_while_the_end_has_no_answer_is_never_sent(rig: Rig) -> None:
+    """It is over at Recurly and only nobody here knows yet: late usage is held, not sent and never billed."""
+    [link] = await rig.rows(schema.subscription_links)
+    terminate = rig.recurly._adapter.terminate_subscription
+    posted: list[str] = []
+
+    async def late(*args: Any, **kwargs: Any) -> Any:
+        await terminate(*args, **kwargs)
+        if not rig.recurly._adapter.__dict__.get("create_usage"):
+            rig.recurly._adapter.create_usage = accepts
+            await rig.traffic("acme", 3, force=True, at=link["usage_from"].isoformat())
+            await rig.poll()
+        raise Unknown("the answer was lost")
+
+    async def accepts(new: NewUsage, **_kwargs: Any) -> str:  # as Recurly may, which looks at dates
+        posted.append(new.merchant_tag)
+        return "u1"
+
+    rig.recurly._adapter.terminate_subscription = late
+    await rig.move("acme", "cancel")
+    await rig.settled()
+    assert await rig.totals() == {"held": 3}
+    assert set(await rig.held()) == {"usage_refused"}
+    assert posted == []
 
 
 async def test_usage_of_a_paused_subscription_waits(rig: Rig) -> None:

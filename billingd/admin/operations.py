@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from billingd.domain.attempts import Action, State
+from billingd.domain.events import END_SUBSCRIPTION
 from billingd.store import held, outbox, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
@@ -56,7 +57,7 @@ async def retry(store: Store, action_id: int, *, now: datetime) -> bool:
 async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -> bool:
     """Give one dead or pending action up for good; False when it is neither.
 
-    The usage record of a discarded report is held: its units are neither reported nor forgotten.
+    What that leaves undone is held: the units of a report, the end of a subscription.
     """
     async with store.write() as tx:
         row = await outbox.find(tx, action_id)
@@ -74,6 +75,16 @@ async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -
                 subscription_id=recorded.record.subscription_id,
                 add_on_code=recorded.add_on_code,
                 units=recorded.record.units,
+            )
+            await held.add(tx, item, now=now)
+        if row["kind"] == END_SUBSCRIPTION:
+            ended = str(row["args"]["id"])
+            item = Hold(
+                "end_discarded",
+                f"subscription:{ended}:end",
+                f"The Recurly subscription goes on being billed: an operator discarded its end: {reason}",
+                Action(row["kind"], row["subject"], "", row["args"]),
+                subscription_id=ended,
             )
             await held.add(tx, item, now=now)
         return True

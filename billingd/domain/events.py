@@ -10,6 +10,7 @@ from billingd.domain.errors import Rejected
 
 PROVISION_PLAN: Final = "provision_plan"
 PROVISION_SUBSCRIPTION: Final = "provision_subscription"
+END_SUBSCRIPTION: Final = "end_subscription"
 
 EVENT_TYPES: Final = frozenset(
     {"ResourceCreated", "ResourceUpdated", "ResourceDeleted", "SubResourceUpdated"}

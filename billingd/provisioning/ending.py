@@ -1,13 +1,14 @@
 """The end of a subscription: the last usage is reported, then it is over at Recurly too."""
 
 from datetime import timedelta
-from typing import Final, Literal, Protocol
+from typing import Literal, Protocol
 
 import structlog
 
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription
 from billingd.domain.errors import Refused
+from billingd.domain.events import END_SUBSCRIPTION
 from billingd.domain.notices import provider_notice
 from billingd.loops import Clock
 from billingd.once import Once
@@ -16,8 +17,6 @@ from billingd.store.engine import Store
 from billingd.store.links import SubscriptionLink
 
 log = structlog.get_logger()
-
-END_SUBSCRIPTION: Final = "end_subscription"
 
 
 def end_action(subscription_id: str) -> Action:

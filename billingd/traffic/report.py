@@ -145,7 +145,9 @@ class UsageReporter:
             add_on_code=new.add_on_code,
             units=record.units,
         )
-        notice = provider_notice(f"held:usage:{record.merchant_tag}", "Usage is held, not billed", reason)
+        notice = provider_notice(
+            f"held:usage:{record.merchant_tag}:{now.isoformat()}", "Usage is held, not billed", reason
+        )
         async with self._store.write() as tx:
             if await usage.hold(tx, recorded.id) and await held.add(tx, item, now=now):
                 await outbox.insert(tx, [notice], now=now)

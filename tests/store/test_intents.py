@@ -43,11 +43,20 @@ async def test_what_is_done_is_never_refused_or_burnt_again(store: Store) -> Non
         await opened(tx)
         await intents.burn(tx, "w")
         await intents.done(tx, "w", result="r1")
-        await intents.refused(tx, "w")
+        assert not await intents.refused(tx, "w", epoch=1, last_sent_at=TEN)
         await intents.burn(tx, "w")
         found = await intents.find(tx, "w")
     assert found is not None
     assert (found.state, found.result, found.burnt) == ("done", "r1", False)
+
+
+async def test_what_was_sent_again_is_not_refused_by_an_earlier_answer(store: Store) -> None:
+    """Who sent it last may have made it: that stays unknown."""
+    async with store.write() as tx:
+        await opened(tx)
+        await opened(tx, now=1)
+        assert not await intents.refused(tx, "w", epoch=1, last_sent_at=TEN)
+        assert await intents.count_open(tx) == 1
 
 
 async def test_open_ones_are_counted(store: Store) -> None:
@@ -56,7 +65,7 @@ async def test_open_ones_are_counted(store: Store) -> None:
         assert await intents.count_open(tx) == 0
         await opened(tx)
         assert await intents.count_open(tx) == 1
-        await intents.refused(tx, "w")
+        assert await intents.refused(tx, "w", epoch=1, last_sent_at=TEN)
         assert await intents.count_open(tx) == 0
         await opened(tx, epoch=2)
         await intents.done(tx, "w", result="r")
