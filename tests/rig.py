@@ -15,13 +15,13 @@ from aiohttp.test_utils import TestServer
 from billingd.adapters.amplify import Amplify, traffic_source
 from billingd.adapters.recurly import Recurly
 from billingd.domain.attempts import Action, Patience
-from billingd.domain.events import PROVISION_PLAN, PROVISION_SUBSCRIPTION, parse_amplify
+from billingd.domain.events import END_SUBSCRIPTION, PROVISION_PLAN, PROVISION_SUBSCRIPTION, parse_amplify
 from billingd.domain.notices import NOTIFY_PROVIDER, NOTIFY_SUBSCRIBER
 from billingd.loops import Clock
 from billingd.notify import Notifier
 from billingd.once import Once
 from billingd.outbox import Handler, Outbox
-from billingd.provisioning.ending import END_SUBSCRIPTION, SubscriptionEnder
+from billingd.provisioning.ending import SubscriptionEnder
 from billingd.provisioning.plan import PlanProvisioner
 from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
 from billingd.sandbox import control_amplify, control_both, control_traffic, server
