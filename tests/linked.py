@@ -44,6 +44,7 @@ def subscription(subscription_id: str = "s1", **changes: Any) -> SubscriptionLin
         "usage_until": None,
         "period_started_at": None,
         "period_ends_at": None,
+        "linked_at": TEN,
     }
     return SubscriptionLink(**fields | changes)
 
@@ -59,7 +60,7 @@ async def link(
     async with store.write() as tx:
         await links.save_plan(tx, plan, tuple(add_ons) or (add_on(),), now=now)
         for each in subscriptions:
-            await links.create_subscription(tx, each, now=now)
+            await links.create_subscription(tx, each)
 
 
 class Counted:

@@ -202,3 +202,29 @@ async def test_a_crash_at_any_step_of_the_end_loses_no_unit(store_url: str, late
         assert step > 6
         assert rig.ledger()["agrees"]
         assert await rig.dead() == []
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_a_link_that_comes_late_has_its_older_windows_read_before_the_end(store_url: str) -> None:
+    """Made at Recurly, the answer lost, approved by a person, served, read as nobody's, cancelled: billed."""
+    async with a_rig(store_url) as rig:
+        await rig.product()
+        await rig.plan()
+        await rig.work()
+        await rig.subscribe("other")  # so that Amplify is asked for this organisation at all
+        await rig.work()
+        rig.fault("lost", "POST", "/subscriptions")
+        acme = await rig.subscribe("acme")
+        await rig.hear()
+        await rig.drain()
+        await rig.move("acme", "approve")
+        await rig.traffic("acme", 5)
+        await rig.move("acme", "cancel")
+        rig.pass_(4 * HOUR)
+        await rig.poll()  # the watermark is past the end before the link is there
+        await rig.settled()
+        [link] = [row for row in await rig.rows(schema.subscription_links) if row["subscription_id"] == acme]
+        assert link["state"] == "ended"
+        assert await rig.held() == {}
+        [served] = [one for one in rig.ledger()["subscriptions"] if one["id"] == acme]
+        assert (served["served_units"], served["billed_units"]) == (5, 5)

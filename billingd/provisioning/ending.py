@@ -80,7 +80,8 @@ class SubscriptionEnder:
             unreported = await usage.unreported_of(tx, action.args["id"])
         if link is None or link.state != "ending" or link.usage_until is None:
             return None
-        if watermark is None or watermark.at < link.usage_until:
+        # A pass that reads past `linked_at` began after the link was there: it read older windows again.
+        if watermark is None or watermark.at < max(link.usage_until, link.linked_at):
             return Wait(self._look_again, "waits until all traffic before its end has been read")
         if unreported:
             return Wait(self._look_again, f"waits until {unreported} usage record(s) are reported")

@@ -327,12 +327,32 @@ class SubscriptionProvisioner:
         now = self._clock.now()
         begun = min(made.activated_at or now, now)
         usage_from = floor(begun, self._policy.window) if subscription.approval == "pending" else now
-        link = SubscriptionLink(
-            subscription_id=subscription.id,
-            name=subscription.name,
-            title=subscription.title,
+        link = self._new_link(subscription.id, subscription.name, subscription, plan, made, usage_from, now)
+        async with self._store.write() as tx:
+            await links.create_subscription(tx, link)
+            await held.close(
+                tx, subject=f"subscription:{subscription.id}", resolution="created at Recurly", now=now
+            )
+        return link
+
+    def _new_link(
+        self,
+        subscription_id: str,
+        name: str,
+        subscription: Subscription | None,
+        plan: PlanLink,
+        made: BilledSubscription,
+        usage_from: datetime,
+        now: datetime,
+    ) -> SubscriptionLink:
+        """The link to what was made at Recurly; `subscription` is None when Amplify no longer has it."""
+        owner_org_id = None if subscription is None else subscription.owner_org_id
+        return SubscriptionLink(
+            subscription_id=subscription_id,
+            name=name,
+            title=name if subscription is None else subscription.title,
             plan_id=plan.plan_id,
-            organization_id=subscription.owner_org_id or self._policy.organization_id,
+            organization_id=owner_org_id or self._policy.organization_id,
             account_code=made.account_code,
             uuid=made.uuid,
             state="created",
@@ -342,13 +362,8 @@ class SubscriptionProvisioner:
             usage_until=None,
             period_started_at=made.period_started_at,
             period_ends_at=made.period_ends_at,
+            linked_at=now,
         )
-        async with self._store.write() as tx:
-            await links.create_subscription(tx, link, now=now)
-            await held.close(
-                tx, subject=f"subscription:{subscription.id}", resolution="created at Recurly", now=now
-            )
-        return link
 
     async def _approve(self, subscription: Subscription, link: SubscriptionLink) -> None:
         """Write the attributes; approve only what is still pending; tell both sides once."""
@@ -424,25 +439,10 @@ class SubscriptionProvisioner:
         if not made.live or plan is None:
             return None
         now = self._clock.now()
-        link = SubscriptionLink(
-            subscription_id=subscription_id,
-            name=name,
-            title=subscription.title if subscription is not None else name,
-            plan_id=plan.plan_id,
-            organization_id=(subscription.owner_org_id if subscription is not None else None)
-            or self._policy.organization_id,
-            account_code=made.account_code,
-            uuid=uuid,
-            state="created",
-            resource_version=None,
-            usage_from=floor(min(made.activated_at or now, now), self._policy.window),
-            approved_at=None,
-            usage_until=None,
-            period_started_at=made.period_started_at,
-            period_ends_at=made.period_ends_at,
-        )
+        usage_from = floor(min(made.activated_at or now, now), self._policy.window)
+        link = self._new_link(subscription_id, name, subscription, plan, made, usage_from, now)
         async with self._store.write() as tx:
-            await links.create_subscription(tx, link, now=now)
+            await links.create_subscription(tx, link)
         return link
 
     async def _hold_orphan(self, name: str, subscription_id: str) -> None:

@@ -61,7 +61,7 @@ async def add_plan(world: World, asked: Asked, _: dict[str, str]) -> Json:
     )
     try:
         made = [_make_quota(world, plan, each) for each in read]
-    except BaseException:
+    except BaseException:  # and raised again
         world.tenant.delete(plan, force=True)  # half a plan helps nobody
         raise
     if activate:

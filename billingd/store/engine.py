@@ -168,7 +168,7 @@ class GroupCommit:
             connection = await self._engine.connect().start()
             try:
                 await connection.begin()
-            except BaseException:
+            except BaseException:  # cancelled, say: the pool has one connection, and must get it back
                 await connection.close()
                 raise
         self._connection = connection
@@ -199,7 +199,7 @@ class GroupCommit:
                 with _translated():
                     try:
                         await connection.commit()
-                    except BaseException:
+                    except BaseException:  # cancelled or failed alike
                         # SQLAlchemy takes a transaction whose commit failed for ended; SQLite may not
                         await connection.invalidate()
                         raise

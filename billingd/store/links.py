@@ -59,6 +59,7 @@ class SubscriptionLink:
     usage_until: datetime | None
     period_started_at: datetime | None
     period_ends_at: datetime | None
+    linked_at: datetime
 
 
 _PLAN = [plan_links.c[name] for name in PlanLink.__slots__]
@@ -137,10 +138,10 @@ async def add_ons(tx: Tx) -> dict[str, AddOnLink]:
     return {row.quota_id: AddOnLink(*row) for row in await tx.execute(sa.select(*_ADD_ON))}
 
 
-async def create_subscription(tx: Tx, link: SubscriptionLink, *, now: datetime) -> None:
+async def create_subscription(tx: Tx, link: SubscriptionLink) -> None:
     """Link a subscription."""
     row = {name: getattr(link, name) for name in SubscriptionLink.__slots__}
-    await tx.execute(sa.insert(subscription_links).values(**row, linked_at=now))
+    await tx.execute(sa.insert(subscription_links).values(**row))
 
 
 async def find_subscription(tx: Tx, subscription_id: str) -> SubscriptionLink | None:

@@ -186,10 +186,10 @@ async def _fill_ledger(store: Store, tx: Any) -> None:
     add_on = AddOnLink("q", "plan-1", "amplify-quota-q", "Calls", "calls", "flat")
     subscription = SubscriptionLink(
         *("sub-1", "sub", "Sub", "plan-1", "100", "amplify-team-1", "uuid-1", "active", None),
-        *(START, START, None, None, None),
+        *(START, START, None, None, None, START),
     )
     await links.save_plan(tx, plan, (add_on,), now=START)
-    await links.create_subscription(tx, subscription, now=START)
+    await links.create_subscription(tx, subscription)
     await watermarks.begin(tx, "metrics", START + 2 * HOUR, HOUR, now=START)
     for number, (state, units) in enumerate([("recorded", 30), ("held", 12)]):
         window = Window(START + number * HOUR, START + (number + 1) * HOUR)

@@ -111,14 +111,14 @@ class GuardedConnection(http.client.HTTPSConnection):
         self.flight.board(self.sock)
         try:
             super().request(method, *args, **kwargs)
-        except BaseException:
+        except BaseException:  # whatever it was, this socket may hold half a request
             self.close()
             raise
 
     def getresponse(self) -> http.client.HTTPResponse:
         try:
             response = super().getresponse()
-        except BaseException:
+        except BaseException:  # whatever it was, half an answer may be left on this socket
             self.close()
             raise
         self._response = response

@@ -60,7 +60,7 @@ class Workers:
             if self._closing:
                 raise NotDone(CLOSED)
             job = self._pool.submit(self._perform, work, flight)
-        except BaseException:
+        except BaseException:  # a cancelled wait, too, gives its place back
             flight.abandon()  # a pool that cannot start a thread keeps the job all the same
             self._free.release()
             raise

@@ -185,7 +185,7 @@ class Wire:
             )
         except RefusalError as refusal:
             return _refused(refusal)
-        except Exception:
+        except Exception:  # a bug of the sandbox's: logged, and a 500 as the real Recurly would give
             log.exception("the sandbox's Recurly broke on %s %s", request.method, request.path)
             return _refused(_internal_error())
 
