@@ -16,9 +16,10 @@ from billingd.domain.notices import provider_notice, subscriber_notice
 from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.once import Once
+from billingd.provisioning.account import MISSING, Accounts, NoAccount
 from billingd.provisioning.ending import end_action
 from billingd.provisioning.holding import hold
-from billingd.provisioning.owner import candidates, owner
+from billingd.provisioning.owner import candidates
 from billingd.provisioning.plan import BILLING_SYSTEM
 from billingd.store import held, links, outbox
 from billingd.store.engine import Store
@@ -99,6 +100,8 @@ class SubscriptionProvisioner:
         self._billing = billing
         self._once = once
         self._policy = policy
+        create = policy.accounts_missing == "create"
+        self._accounts = Accounts(marketplace, billing, once, create_missing=create)
 
     async def provision(self, action: Leased) -> Wait | None:
         """Read the subscription as it is now, the event being only a hint.
@@ -200,52 +203,19 @@ class SubscriptionProvisioner:
 
     async def _account(self, subscription: Subscription) -> str | Wait | None:
         """The code of the account that pays; or hold, or None after rejecting for want of one."""
-        codes = candidates(subscription)
-        for code in codes:
-            account = await self._billing.find_account(code)
-            if account is None:
-                continue
-            if account.state != "active":
-                reason = (
-                    f"Subscription {subscription.title}: Recurly's account {code} is {account.state}. "
-                    "Reopen it at Recurly; billingd looks again by itself."
-                )
-                return await self._hold(subscription, "account_closed", reason)
-            return code
-        owners = owner(subscription)
-        if self._policy.accounts_missing == "create" and owners is not None:
-            return await self._create_account(subscription, owners)
-        missing = (
-            f"Subscription {subscription.title} ({subscription.name}) has no account at Recurly. "
-            f"Create one with the code {' or '.join(codes) or 'amplify-org-<id>'}"
-        )
-        if self._policy.accounts_missing == "reject" and subscription.approval == "pending":
+        found = await self._accounts.find(subscription)
+        if not isinstance(found, NoAccount):
+            return found
+        refuse = found.kind == MISSING and self._policy.accounts_missing == "reject"
+        if refuse and subscription.approval == "pending":
             await self._marketplace.decide(
                 subscription.name, "rejected", "There is no billing account for this subscriber yet."
             )
             await self._tell_provider(
-                f"rejected:{subscription.id}", "A subscription was rejected", missing + "."
+                f"rejected:{subscription.id}", "A subscription was rejected", found.reason
             )
             return None
-        return await self._hold(
-            subscription, "account_missing", missing + "; billingd looks again by itself."
-        )
-
-    async def _create_account(self, subscription: Subscription, code: str) -> str:
-        person = None
-        if subscription.created_by is not None:
-            person = await self._marketplace.find_person(subscription.created_by)
-        email = None if person is None else person.email
-
-        async def send(key: str, *, retried: bool) -> str:
-            return await self._billing.create_account(code, email=email, key=key, retried=retried)
-
-        async def find() -> str | None:
-            account = await self._billing.find_account(code)
-            return None if account is None else account.code
-
-        await self._once.write(f"account:{code}", {"code": code}, send=send, find=find, look_first=True)
-        return code
+        return await self._hold(subscription, found.kind, f"{found.reason} billingd looks again by itself.")
 
     async def _create(
         self, subscription: Subscription, plan: PlanLink, account: str
