@@ -226,5 +226,6 @@ async def test_a_link_that_comes_late_has_its_older_windows_read_before_the_end(
         [link] = [row for row in await rig.rows(schema.subscription_links) if row["subscription_id"] == acme]
         assert link["state"] == "ended"
         assert await rig.held() == {}
+        assert await rig.rows(schema.unlinked_traffic) == []
         [served] = [one for one in rig.ledger()["subscriptions"] if one["id"] == acme]
         assert (served["served_units"], served["billed_units"]) == (5, 5)

@@ -57,7 +57,7 @@ async def retry(store: Store, action_id: int, *, now: datetime) -> bool:
 async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -> bool:
     """Give one dead or pending action up for good; False when it is neither.
 
-    What that leaves undone is held: the units of a report, the end of a subscription.
+    The units of a discarded report are held, and so is the end of a subscription.
     """
     async with store.write() as tx:
         row = await outbox.find(tx, action_id)
@@ -82,7 +82,7 @@ async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -
             item = Hold(
                 "end_discarded",
                 f"subscription:{ended}:end",
-                f"The Recurly subscription goes on being billed: an operator discarded its end: {reason}",
+                f"The Recurly subscription may go on being billed: an operator discarded its end: {reason}",
                 Action(row["kind"], row["subject"], "", row["args"]),
                 subscription_id=ended,
             )
@@ -96,7 +96,8 @@ async def release(store: Store, held_id: int, *, now: datetime) -> bool:
         item = await held.find(tx, held_id)
         if item is None or item["closed_at"] is not None:
             return False
-        await held.close_one(tx, held_id, resolution="released by an operator", now=now)
+        if not await held.close_one(tx, held_id, resolution="released by an operator", now=now):
+            return False
         if (again := item["action"]) is not None:
             if (record_id := again["args"].get("record")) is not None:
                 await usage.release(tx, record_id)

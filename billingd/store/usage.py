@@ -225,6 +225,26 @@ async def set_unlinked(
     await upsert(tx, unlinked_traffic, row)
 
 
+async def forget_unlinked(tx: Tx, keys: Sequence[tuple[str, str, datetime]]) -> None:
+    """Traffic of (subscription, quota, window start) that belongs to a link after all."""
+    if not keys:
+        return
+    starts = [start for _, _, start in keys]
+    columns = unlinked_traffic.c
+    statement = sa.select(columns.subscription_id, columns.quota_id, columns.window_start).where(
+        columns.window_start.between(min(starts), max(starts))
+    )
+    standing = {tuple(row) for row in await tx.execute(statement)}
+    for subscription_id, quota_id, start in standing.intersection(keys):
+        await tx.execute(
+            sa.delete(unlinked_traffic).where(
+                columns.subscription_id == subscription_id,
+                columns.quota_id == quota_id,
+                columns.window_start == start,
+            )
+        )
+
+
 async def unlinked_units(tx: Tx) -> int:
     """All units that belong to no linked subscription."""
     total = (await tx.execute(sa.select(sa.func.sum(unlinked_traffic.c.units)))).scalar_one()

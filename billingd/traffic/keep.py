@@ -67,6 +67,8 @@ class Keeper:
                 subscription_id, quota_id, window, read=units, recorded=known.units, revisions=known.revisions
             )
             (late if _after_end(link, window) else new).extend(records)
+        billable = [(one.subscription_id, one.quota_id, one.window.start) for one in (*new, *late)]
+        await usage.forget_unlinked(self._tx, billable)
         shrunk = [key for key, known in recorded.items() if counted.get(key, 0) < known.units]
         for key in shrunk:
             await self._hold_shrunk(key, read=counted.get(key, 0), recorded=recorded[key].units)
