@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from random import SystemRandom
+from random import Random, SystemRandom
 from typing import Any, Final
 
 import aiohttp
@@ -60,8 +60,8 @@ class Daemon:
     recurly: Recurly
     outbox: Outbox
     poller: TrafficPoller
-    webhooks: web.Application
-    admin: web.Application
+    webhooks: WebhookListener
+    admin: AdminListener
     progress: Progress
 
 
@@ -96,13 +96,21 @@ async def _migrate(store: Store, now: datetime) -> None:
         log.info("store.upgraded", before=before, after=after)
 
 
+@dataclass(frozen=True)
+class Outside:
+    """What billingd talks to, and what it counts of that."""
+
+    amplify: Amplify
+    recurly: Recurly
+    announcer: Announcer
+    metrics: Metrics
+
+
 @asynccontextmanager
 async def build(settings: Settings, store: Store, clock: Clock) -> AsyncIterator[Daemon]:
-    """Construct every part; nothing starts here. The only place that knows every class."""
-    metrics, tally, progress = Metrics(), Tally(), Progress()
-    tally.observers.append(metrics.webhook)
-    async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+    """Construct every part; nothing starts here."""
+    metrics = Metrics()
+    async with aiohttp.ClientSession() as session:
         region = REGIONS[settings.amplify.region]
         amplify = Amplify(
             session,
@@ -127,110 +135,117 @@ async def build(settings: Settings, store: Store, clock: Clock) -> AsyncIterator
             observe=metrics.observer("recurly"),
             clock=clock.now,
         )
-        source = traffic_source(settings.traffic.source, amplify, settings.traffic.billable)
         announcer = Announcer(
             [url.get_secret_value() for url in settings.notifications.provider],
             settings.notifications.subscriber.get_secret_value(),
         )
-        once = Once(store, clock, settling=settings.recurly.settling)
-        look_again = settings.outbox.backoff_max
-        plans = PlanProvisioner(store, clock, amplify, recurly, once, look_again=look_again)
-        subscriptions = SubscriptionProvisioner(
-            store,
-            clock,
-            amplify,
-            recurly,
-            once,
-            Policy(
-                accounts_missing=settings.accounts.missing,
-                collection_method=settings.recurly.collection_method,
-                marketplace_url=settings.notifications.marketplace_url,
-                window=settings.traffic.window,
-                look_again=look_again,
-                organization_id=settings.amplify.organization_id,
-            ),
+        outside = Outside(amplify, recurly, announcer, metrics)
+        yield assemble(settings, store, clock, outside, rng=SystemRandom())
+
+
+def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *, rng: Random) -> Daemon:
+    """Put the parts together. The only place that knows every class."""
+    amplify, recurly, metrics = outside.amplify, outside.recurly, outside.metrics
+    tally, progress = Tally(), Progress()
+    tally.observers.append(metrics.webhook)
+    source = traffic_source(settings.traffic.source, amplify, settings.traffic.billable)
+    once = Once(store, clock, settling=settings.recurly.settling)
+    look_again = settings.outbox.backoff_max
+    plans = PlanProvisioner(store, clock, amplify, recurly, once, look_again=look_again)
+    subscriptions = SubscriptionProvisioner(
+        store,
+        clock,
+        amplify,
+        recurly,
+        once,
+        Policy(
+            accounts_missing=settings.accounts.missing,
+            collection_method=settings.recurly.collection_method,
+            marketplace_url=settings.notifications.marketplace_url,
+            window=settings.traffic.window,
+            look_again=look_again,
+            organization_id=settings.amplify.organization_id,
+        ),
+    )
+    ender = SubscriptionEnder(
+        store,
+        clock,
+        recurly,
+        once,
+        on_cancel=settings.subscriptions.on_cancel,
+        traffic_source=source.name,
+        look_again=min(look_again, settings.traffic.window),
+    )
+    reporter = UsageReporter(store, clock, recurly, once, look_again=look_again)
+    notifier = Notifier(outside.announcer, amplify)
+    handlers: dict[str, Handler] = {
+        PROVISION_PLAN: plans.provision,
+        PROVISION_SUBSCRIPTION: subscriptions.provision,
+        END_SUBSCRIPTION: ender.end,
+        REPORT_USAGE: reporter.report,
+        NOTIFY_PROVIDER: notifier.provider,
+        NOTIFY_SUBSCRIBER: notifier.subscriber,
+    }
+    engine = Outbox(
+        store,
+        clock,
+        handlers,
+        workers=settings.outbox.workers,
+        lease=settings.outbox.lease,
+        patience=Patience(settings.outbox.attempts_max, settings.outbox.backoff, settings.outbox.backoff_max),
+        rng=rng,
+    )
+    poller = TrafficPoller(
+        store,
+        clock,
+        source,
+        length=settings.traffic.window,
+        settle=settings.traffic.settle,
+        horizon=settings.traffic.horizon,
+        wake_outbox=engine.wake,
+    )
+    listener = WebhookListener(
+        store,
+        clock,
+        Authenticator(settings.webhooks.auth, settings.webhooks.secret.get_secret_value()),
+        body_bytes_max=settings.webhooks.body_bytes_max,
+        wake=engine.wake,
+        tally=tally,
+    )
+    sides: dict[str, FarSide] = {"Amplify": amplify, "Recurly": recurly}
+    admin = AdminListener(
+        Parts(
+            store=store,
+            clock=clock,
+            progress=progress,
+            metrics=metrics,
+            poller=poller,
+            sides=sides,
+            source=source.name,
+            webhooks=lambda: {"duplicates": tally.duplicates, "rejected": tally.rejected},
+            wake_outbox=engine.wake.set,
         )
-        ender = SubscriptionEnder(
-            store,
-            clock,
-            recurly,
-            once,
-            on_cancel=settings.subscriptions.on_cancel,
-            traffic_source=source.name,
-            look_again=min(look_again, settings.traffic.window),
-        )
-        reporter = UsageReporter(store, clock, recurly, once, look_again=look_again)
-        notifier = Notifier(announcer, amplify)
-        handlers: dict[str, Handler] = {
-            PROVISION_PLAN: plans.provision,
-            PROVISION_SUBSCRIPTION: subscriptions.provision,
-            END_SUBSCRIPTION: ender.end,
-            REPORT_USAGE: reporter.report,
-            NOTIFY_PROVIDER: notifier.provider,
-            NOTIFY_SUBSCRIBER: notifier.subscriber,
-        }
-        engine = Outbox(
-            store,
-            clock,
-            handlers,
-            workers=settings.outbox.workers,
-            lease=settings.outbox.lease,
-            patience=Patience(
-                settings.outbox.attempts_max, settings.outbox.backoff, settings.outbox.backoff_max
-            ),
-            rng=SystemRandom(),
-        )
-        poller = TrafficPoller(
-            store,
-            clock,
-            source,
-            length=settings.traffic.window,
-            settle=settings.traffic.settle,
-            horizon=settings.traffic.horizon,
-            wake_outbox=engine.wake,
-        )
-        listener = WebhookListener(
-            store,
-            clock,
-            Authenticator(settings.webhooks.auth, settings.webhooks.secret.get_secret_value()),
-            body_bytes_max=settings.webhooks.body_bytes_max,
-            wake=engine.wake,
-            tally=tally,
-        )
-        sides: dict[str, FarSide] = {"Amplify": amplify, "Recurly": recurly}
-        admin = AdminListener(
-            Parts(
-                store=store,
-                clock=clock,
-                progress=progress,
-                metrics=metrics,
-                poller=poller,
-                sides=sides,
-                source=source.name,
-                webhooks=lambda: {"duplicates": tally.duplicates, "rejected": tally.rejected},
-                wake_outbox=engine.wake.set,
-            )
-        )
-        yield Daemon(
-            settings,
-            clock,
-            store,
-            amplify,
-            recurly,
-            engine,
-            poller,
-            listener.application(),
-            admin.application(),
-            progress,
-        )
+    )
+    return Daemon(
+        settings,
+        clock,
+        store,
+        amplify,
+        recurly,
+        engine,
+        poller,
+        listener,
+        admin,
+        progress,
+    )
 
 
 async def _serve(daemon: Daemon, stop: asyncio.Event) -> None:
     """Listen and turn the loops until told to stop, then drain; a loop that dies ends the process."""
     settings = daemon.settings
     async with AsyncExitStack() as listeners:
-        await _listen(listeners, daemon.admin, settings.admin.listen)
-        await _listen(listeners, daemon.webhooks, settings.webhooks.listen)
+        await _listen(listeners, daemon.admin.application(), settings.admin.listen)
+        await _listen(listeners, daemon.webhooks.application(), settings.webhooks.listen)
         log.info(
             "daemon.ready",
             version=__version__,
@@ -239,7 +254,7 @@ async def _serve(daemon: Daemon, stop: asyncio.Event) -> None:
             store=daemon.store.url.render_as_string(hide_password=True),
         )
         systemd.notify("READY=1")
-        tasks = [asyncio.create_task(step, name=name) for name, step in _loops(daemon).items()]
+        tasks = [asyncio.create_task(step, name=name) for name, step in loops(daemon).items()]
         stopping = asyncio.create_task(stop.wait(), name="stop")
         await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
         systemd.notify("STOPPING=1")
@@ -254,8 +269,8 @@ async def _serve(daemon: Daemon, stop: asyncio.Event) -> None:
             raise error
 
 
-def _loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
-    """Every loop by name."""
+def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
+    """Every loop by name, not yet turning."""
     settings, clock, progress = daemon.settings, daemon.clock, daemon.progress
 
     def loop(
@@ -276,7 +291,7 @@ def _loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         )
 
     away: set[str] = set()
-    loops = {
+    steps = {
         "outbox": loop("outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake),
         "traffic": loop(
             "traffic",
@@ -293,10 +308,10 @@ def _loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         "probe": loop("probe", lambda: _probe(daemon, away), every(PROBE_EVERY)),
     }
     if (seconds := systemd.watchdog_seconds()) is not None:
-        loops["watchdog"] = loop(
+        steps["watchdog"] = loop(
             "watchdog", lambda: _feed(progress, clock), every(timedelta(seconds=seconds / 3))
         )
-    return loops
+    return steps
 
 
 def _until_next(schedule: str, clock: Clock) -> Callable[[], Awaitable[timedelta]]:

@@ -12,18 +12,13 @@ from typing import Any
 import aiohttp
 from aiohttp.test_utils import TestServer
 
-from billingd.adapters.amplify import Amplify, traffic_source
+from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
-from billingd.domain.attempts import Action, Patience
-from billingd.domain.events import END_SUBSCRIPTION, PROVISION_PLAN, PROVISION_SUBSCRIPTION, parse_amplify
-from billingd.domain.notices import NOTIFY_PROVIDER, NOTIFY_SUBSCRIBER
+from billingd.admin.metrics import Metrics
+from billingd.daemon import Outside, assemble
+from billingd.domain.attempts import Action
+from billingd.domain.events import parse_amplify
 from billingd.loops import Clock
-from billingd.notify import Notifier
-from billingd.once import Once
-from billingd.outbox import Handler, Outbox
-from billingd.provisioning.ending import SubscriptionEnder
-from billingd.provisioning.plan import PlanProvisioner
-from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
 from billingd.sandbox import control_amplify, control_both, control_traffic, server
 from billingd.sandbox.amplify.journal import Event
 from billingd.sandbox.asked import Asked
@@ -31,12 +26,10 @@ from billingd.sandbox.clock import ManualClock as SandboxClock
 from billingd.sandbox.faults import Rule
 from billingd.sandbox.ledger import ledger
 from billingd.sandbox.world import World
+from billingd.settings import Settings
 from billingd.store import held, links, outbox, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.links import SubscriptionLink
-from billingd.traffic.poll import TrafficPoller
-from billingd.traffic.report import REPORT_USAGE, UsageReporter
-from billingd.webhooks import Authenticator, Tally, WebhookListener
 
 START = datetime(2026, 3, 2, 10, 5, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -162,7 +155,9 @@ class Rig:
         self.unheard: list[Event] = []
         self.amplify: Any = None
         self.recurly: Any = None
-        self.policy: Json = {}
+        self.collection_method = "manual"
+        self.accounts_missing = "hold"
+        self.marketplace_url = ""
         self.on_cancel = "terminate"
         self.window = HOUR
         self.settle = HOUR
@@ -172,64 +167,23 @@ class Rig:
     def start(self) -> None:
         """Builds the daemon's parts anew, as a restart does."""
         self.steps.arm(None)
-        once = Once(self.store, self.clock, settling=SETTLING)
-        plans = PlanProvisioner(
-            self.store, self.clock, self.amplify, self.recurly, once, look_again=LOOK_AGAIN
-        )
-        policy = {"accounts_missing": "hold", "collection_method": "manual", "marketplace_url": ""}
-        policy |= self.policy
-        subscriptions = SubscriptionProvisioner(
-            self.store,
-            self.clock,
-            self.amplify,
-            self.recurly,
-            once,
-            Policy(**policy, window=self.window, look_again=LOOK_AGAIN),
-        )
-        ender = SubscriptionEnder(
-            self.store,
-            self.clock,
-            self.recurly,
-            once,
-            on_cancel=self.on_cancel,
-            traffic_source="metrics",
-            look_again=LOOK_AGAIN,
-        )
-        reporter = UsageReporter(self.store, self.clock, self.recurly, once, look_again=LOOK_AGAIN)
-        notifier = Notifier(self.channels, self.amplify)
-        handlers: dict[str, Handler] = {
-            PROVISION_PLAN: plans.provision,
-            PROVISION_SUBSCRIPTION: subscriptions.provision,
-            END_SUBSCRIPTION: ender.end,
-            REPORT_USAGE: reporter.report,
-            NOTIFY_PROVIDER: notifier.provider,
-            NOTIFY_SUBSCRIBER: notifier.subscriber,
-        }
-        self.engine = Outbox(
-            self.store,
-            self.clock,
-            handlers,
-            workers=4,
-            lease=LEASE,
-            patience=Patience(12, timedelta(seconds=2), timedelta(minutes=10)),
-            rng=Random(1),
-        )
-        self.poller = TrafficPoller(
-            self.store,
-            self.clock,
-            traffic_source("metrics", self.amplify, "total"),
-            length=self.window,
-            settle=self.settle,
-            horizon=self.horizon,
-            wake_outbox=self.engine.wake,
-        )
-        self.listener = WebhookListener(
-            self.store,
-            self.clock,
-            Authenticator("none", ""),
-            body_bytes_max=1_000_000,
-            wake=self.engine.wake,
-            tally=Tally(),
+        outside = Outside(self.amplify, self.recurly, self.channels, Metrics())  # type: ignore[arg-type]
+        daemon = assemble(self.settings(), self.store, self.clock, outside, rng=Random(1))
+        self.engine, self.poller, self.listener = daemon.outbox, daemon.poller, daemon.webhooks
+
+    def settings(self) -> Settings:
+        """The configuration: the defaults, but for what a test has set."""
+        return Settings.model_validate(
+            {
+                "amplify": {"organization_id": self.world.tenant.organization_id},
+                "recurly": {"collection_method": self.collection_method, "settling": SETTLING},
+                "webhooks": {"auth": "none"},
+                "traffic": {"window": self.window, "settle": self.settle, "horizon": self.horizon},
+                "outbox": {"workers": 4, "lease": LEASE, "backoff_max": LOOK_AGAIN},
+                "accounts": {"missing": self.accounts_missing},
+                "subscriptions": {"on_cancel": self.on_cancel},
+                "notifications": {"marketplace_url": self.marketplace_url},
+            }
         )
 
     # What happens in the world.

@@ -35,7 +35,7 @@ def resource(rig: Rig, name: str) -> Json:
 
 async def test_a_pending_subscription_is_created_marked_linked_and_approved(rig: Rig) -> None:
     """Add-ons listed, marker in the PO number, attributes written back, both sides told once."""
-    rig.policy = {"marketplace_url": "https://market.example"}
+    rig.marketplace_url = "https://market.example"
     rig.start()
     acme = await rig.subscribe()
     await rig.work()
@@ -116,7 +116,7 @@ async def test_without_an_account_it_is_held_until_one_appears(rig: Rig) -> None
 @ONE_DATABASE
 async def test_without_an_account_one_is_created_if_so_configured(rig: Rig) -> None:
     """The owner's, with the subscriber's address."""
-    rig.policy = {"accounts_missing": "create"}
+    rig.accounts_missing = "create"
     rig.start()
     acme = await rig.subscribe(account=False)
     await rig.work()
@@ -130,7 +130,7 @@ async def test_without_an_account_one_is_created_if_so_configured(rig: Rig) -> N
 @ONE_DATABASE
 async def test_without_an_account_it_is_rejected_if_so_configured(rig: Rig) -> None:
     """Rejected with a reason, the provider told, nothing made."""
-    rig.policy = {"accounts_missing": "reject"}
+    rig.accounts_missing = "reject"
     rig.start()
     acme = await rig.subscribe(account=False)
     await rig.work()
@@ -329,7 +329,7 @@ async def test_the_link_is_written_before_the_approval(rig: Rig) -> None:
 
 async def test_rejected_between_creation_and_approval_it_ends_with_a_full_refund(rig: Rig) -> None:
     """A person was faster: nothing is approved over their no, and the first invoice is taken back."""
-    rig.policy = {"collection_method": "automatic"}
+    rig.collection_method = "automatic"
     rig.start()
     acme = await rig.subscribe()
     set_attributes = rig.amplify._adapter.set_attributes
@@ -350,7 +350,7 @@ async def test_rejected_between_creation_and_approval_it_ends_with_a_full_refund
 
 async def test_approved_and_deleted_before_anybody_wrote_it_down_is_not_refunded(rig: Rig) -> None:
     """That it was to be approved is on disk before the approval: what may have been served stands."""
-    rig.policy = {"collection_method": "automatic"}
+    rig.collection_method = "automatic"
     rig.start()
     acme = await rig.subscribe()
     decide = rig.amplify._adapter.decide
@@ -371,7 +371,7 @@ async def test_approved_and_deleted_before_anybody_wrote_it_down_is_not_refunded
 @ONE_DATABASE
 async def test_rejected_after_an_approval_that_failed_it_ends_with_a_full_refund(rig: Rig) -> None:
     """The approval was intended and did not come through; a person's no did: nothing was ever served."""
-    rig.policy = {"collection_method": "automatic"}
+    rig.collection_method = "automatic"
     rig.start()
     acme = await rig.subscribe()
 
@@ -408,7 +408,7 @@ async def test_over_between_creation_and_link_leaves_nothing_behind(rig: Rig, st
     """The process died after Recurly made it and before the link; then the subscription was rejected or
     deleted. It is found again by what was written down before sending, and ended with a full refund.
     """
-    rig.policy = {"collection_method": "automatic"}
+    rig.collection_method = "automatic"
     rig.start()
     acme = await rig.subscribe()
     await rig.hear()
@@ -629,8 +629,6 @@ async def test_a_stored_wait_is_not_waited_for_by_the_hour(rig: Rig) -> None:
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 async def test_an_owner_without_an_organisation_is_counted_at_the_providers(rig: Rig) -> None:
     """Metrics are asked by organisation: a subscription that names none would never be counted."""
-    rig.policy = {"organization_id": rig.world.tenant.organization_id}
-    rig.start()
     acme = await rig.subscribe()
     del resource(rig, "acme")["marketplace"]["resource"]["owner"]["organization"]
     await rig.work()
