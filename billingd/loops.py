@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -26,6 +27,10 @@ class Clock:
     def now(self) -> datetime:
         """Aware UTC."""
         return datetime.now(UTC)
+
+    def elapsed(self) -> float:
+        """Seconds on a clock that nobody sets; only differences mean anything."""
+        return time.monotonic()
 
     async def wait(self, wake: asyncio.Event, at_most: timedelta) -> None:
         """Return when `wake` is set (and clear it) or after `at_most`, whichever is first."""

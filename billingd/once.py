@@ -1,16 +1,27 @@
 """One write to Recurly that takes effect once, whatever crashes, repeats, or gets no answer."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
 from billingd.domain.errors import BillingdError, NotFound, Refused, Retryable, Unknown
-from billingd.domain.sending import Intent, Settle, after_not_found, body_hash, idempotency_key
+from billingd.domain.notices import provider_notice
+from billingd.domain.sending import (
+    Intent,
+    Send,
+    Settle,
+    Trust,
+    after_not_found,
+    body_hash,
+    idempotency_key,
+)
 from billingd.loops import Clock
-from billingd.store import intents
+from billingd.store import held, intents, outbox
 from billingd.store.engine import Store, Tx
+from billingd.store.held import Hold
 
 log = structlog.get_logger()
 
@@ -28,13 +39,33 @@ Keeper = Callable[[Tx, str], Awaitable[None]]
 """Writes down what follows from the write, in the transaction that says it is done."""
 
 
-class Once:
-    """Remembers every write before it is sent, and looks before it sends again (recurly.md 5.7)."""
+DOUBTED: Final = "idempotency_doubted"
+KEYS: Final = "recurly:idempotency"
+"""Subject of the held item that says: keys are not relied on any more."""
 
-    def __init__(self, store: Store, clock: Clock, *, settling: timedelta) -> None:
+
+class Once:
+    """Remembers every write before it is sent, and looks before it sends again (recurly.md 5.7).
+
+    `attempt` is how long one sending may take at most, waiting for its turn included. `doubt` tells, once,
+    of a key that was sent again and not recognised: from then on only look-ups are believed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        *,
+        settling: timedelta,
+        attempt: timedelta,
+        doubt: Callable[[], str | None],
+    ) -> None:
         self._store = store
         self._clock = clock
-        self._settling = settling
+        self._trust = Trust(settling, attempt)
+        self._doubt = doubt
+        self._gave_up: dict[str, float] = {}
+        """When sendings without an answer ended, on a clock that nobody sets (`Clock.elapsed`)."""
 
     async def write(
         self,
@@ -45,13 +76,16 @@ class Once:
         find: Finder,
         keep: Keeper | None = None,
         look_first: bool = False,
+        about: str | None = None,
     ) -> str:
         """Make the write take effect once and return the far side's id for it.
+
+        `about` is the Amplify subscription it concerns, for people.
 
         1. Done before: return its id.
         2. Sent before with no clear outcome, or `look_first`: look whether it is there already.
         3. Not there: the same key again while Recurly remembers it, else wait out the settling time and
-           take a new key.
+           take a new key (`after_not_found`).
         4. Write down key and time, then send. A clear refusal is written down as such and raised; no clear
            answer leaves the intent open and raises Unknown.
         """
@@ -65,7 +99,7 @@ class Once:
             if found is not None:
                 log.info("write.found", write=name, result=found)
                 return await self._found(name, found, keep, body=body, sent=intent is not None)
-        return await self._send(name, body, intent, send, keep)
+        return await self._send(name, body, intent, send, keep, about)
 
     async def unknown(self, name: str) -> bool:
         """Whether the write was sent and nobody knows what became of it."""
@@ -86,35 +120,74 @@ class Once:
             return intent.result
         found = await find()
         if found is None:
-            settled_at = intent.last_sent_at + self._settling
-            if (now := self._clock.now()) < settled_at:
-                raise Unknown(f"{name}: no clear outcome yet and not found", retry_after=settled_at - now)
-            if not await self._refused(name, intent.epoch, intent.last_sent_at):
+            await self._wait_out(intent)
+            if not await self._refused(name, intent.sends):
                 raise Retryable(f"{name}: another worker is writing it")
             return None
         async with self._store.write() as tx:
             await intents.done(tx, name, result=found)
+        self._gave_up.pop(name, None)
         return found
 
-    async def _send(
-        self, name: str, body: Mapping[str, Any], intent: Intent | None, send: Sender, keep: Keeper | None
-    ) -> str:
+    async def _wait_out(self, intent: Intent) -> None:
+        """Raise Unknown until two look-ups after the settling time found nothing; this was one of them."""
         now = self._clock.now()
-        step = after_not_found(intent, now=now, settling=self._settling)
-        if isinstance(step, Settle):
+        step = after_not_found(intent, now=now, trust=replace(self._trust, keys=False))
+        await self._settle(intent, step, now)
+
+    async def _settle(self, intent: Intent | None, step: Send | Settle, now: datetime) -> None:
+        """Raise Unknown when nothing may be sent yet.
+
+        The wall clock may have been set forward since the last sending: as long as this process lives, the
+        settling time must have passed on a clock that nobody sets, too.
+        """
+        until = step.until if isinstance(step, Settle) else now
+        if intent is not None and (isinstance(step, Settle) or not step.again):
+            ended = self._gave_up.get(intent.name)
+            if ended is not None:
+                left = ended + self._trust.settling.total_seconds() - self._clock.elapsed()
+                until = max(until, now + timedelta(seconds=left))
+        if until > now:
+            if isinstance(step, Settle) and step.missed and intent is not None:
+                async with self._store.write() as tx:
+                    await intents.missed(tx, intent.name, sends=intent.sends, now=now)
+            name = "it" if intent is None else intent.name
             raise Unknown(
                 f"{name}: no clear outcome yet and not found; waiting out the settling time",
-                retry_after=step.until - now,
+                retry_after=until - now,
             )
+
+    async def _keys_heeded(self) -> bool:
+        async with self._store.read() as tx:
+            return not await held.standing(tx, subject=KEYS)
+
+    async def _send(
+        self,
+        name: str,
+        body: Mapping[str, Any],
+        intent: Intent | None,
+        send: Sender,
+        keep: Keeper | None,
+        about: str | None,
+    ) -> str:
+        trust = self._trust
+        if intent is not None and intent.state == "open":
+            trust = replace(trust, keys=await self._keys_heeded())
+        now = self._clock.now()
+        step = after_not_found(intent, now=now, trust=trust)
+        await self._settle(intent if intent is not None and intent.state == "open" else None, step, now)
+        assert isinstance(step, Send)
         digest = body_hash(body)
         if step.again and intent is not None and intent.body_hash != digest:
-            await self._burn(name)  # the key stands for another body, so that only a look-up can tell now
+            # the key stands for another body, so that only a look-up can tell now
+            async with self._store.write() as tx:
+                await intents.gave_up(tx, name, sends=intent.sends, burnt=True, now=now)
             raise Unknown(
-                f"{name}: its body changed while its outcome is unknown", retry_after=self._settling
+                f"{name}: its body changed while its outcome is unknown", retry_after=trust.settling
             )
         key = idempotency_key(name, step.epoch, digest)
         first_sent_at = intent.first_sent_at if intent is not None and step.again else now
-        sent_at = max(now, first_sent_at)  # the clock may have been set back
+        sends = 1 if intent is None else intent.sends + 1
         async with self._store.write() as tx:
             ours = await intents.opened(
                 tx,
@@ -124,28 +197,52 @@ class Once:
                 key=key,
                 body_hash=digest,
                 first_sent_at=first_sent_at,
-                now=sent_at,
+                now=max(now, first_sent_at),  # the clock may have been set back
             )
         if not ours:
             raise Retryable(f"{name}: another worker is writing it; nothing was sent from here")
         try:
             result = await send(key, retried=step.again)
         except Unknown as error:
-            if error.replayed:
-                await self._burn(name)
+            await self._unanswered(name, sends, burnt=error.replayed)
             raise
         except (Refused, NotFound) as error:
-            if not step.again and await self._refused(name, step.epoch, sent_at):
+            if not step.again and await self._refused(name, sends):
                 raise
             # Another request under this key had no clear outcome, so a refusal now proves nothing of it.
-            await self._burn(name)
-            raise Unknown(f"{name}: refused on a second try ({error})", retry_after=self._settling) from error
+            await self._unanswered(name, sends, burnt=True)
+            raise Unknown(f"{name}: refused on a second try ({error})", retry_after=trust.settling) from error
         except BillingdError:
             if not step.again:
-                await self._refused(name, step.epoch, sent_at)
+                await self._refused(name, sends)
+            else:
+                await self._unanswered(name, sends, burnt=False)
             raise
         async with self._store.write() as tx:
+            await self._heed_doubt(tx, about)
             return await self._done(tx, name, result, keep)
+
+    async def _heed_doubt(self, tx: Tx, about: str | None) -> None:
+        """Rely on look-ups only from now on, when a key was sent again and Recurly did not know it.
+
+        Most likely its first request never arrived. But a site that ignores keys looks the same, and there
+        the next key sent again would bill twice.
+        """
+        if (operation := self._doubt()) is None:
+            return
+        now = self._clock.now()
+        reason = (
+            f"Recurly answered a repeated Idempotency-Key without Idempotency-Prior ({operation}): either "
+            "the first request never arrived, or the site ignores keys. Until an audit has found each record "
+            "once, or you release this, unanswered writes wait out the settling time and are looked up, "
+            "never repeated under their key."
+        )
+        if await held.add(tx, Hold(DOUBTED, KEYS, reason, subscription_id=about), now=now):
+            log.warning("recurly.keys_doubted", operation=operation)
+            notice = provider_notice(
+                f"{DOUBTED}:{now.isoformat()}", "Recurly may ignore idempotency keys", reason
+            )
+            await outbox.insert(tx, [notice], now=now)
 
     async def _found(
         self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any], sent: bool
@@ -161,18 +258,23 @@ class Once:
                 )
             return await self._done(tx, name, result, keep)
 
-    @staticmethod
-    async def _done(tx: Tx, name: str, result: str, keep: Keeper | None) -> str:
+    async def _done(self, tx: Tx, name: str, result: str, keep: Keeper | None) -> str:
         await intents.done(tx, name, result=result)
         if keep is not None:
             await keep(tx, result)
+        self._gave_up.pop(name, None)
         return result
 
-    async def _burn(self, name: str) -> None:
+    async def _unanswered(self, name: str, sends: int, *, burnt: bool) -> None:
+        """Write down that nobody knows what became of it, and since when."""
+        self._gave_up[name] = self._clock.elapsed()
         async with self._store.write() as tx:
-            await intents.burn(tx, name)
+            await intents.gave_up(tx, name, sends=sends, burnt=burnt, now=self._clock.now())
 
-    async def _refused(self, name: str, epoch: int, sent_at: datetime) -> bool:
+    async def _refused(self, name: str, sends: int) -> bool:
         """Write down that it was clearly not done; False when another worker sent it since."""
         async with self._store.write() as tx:
-            return await intents.refused(tx, name, epoch=epoch, last_sent_at=sent_at)
+            refused = await intents.refused(tx, name, sends=sends)
+        if refused:
+            self._gave_up.pop(name, None)
+        return refused

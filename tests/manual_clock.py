@@ -17,6 +17,9 @@ class ManualClock(Clock):
     def now(self) -> datetime:
         return self.at
 
+    def elapsed(self) -> float:
+        return self.at.timestamp()
+
     def advance(self, by: timedelta) -> None:
         """Let time pass."""
         self.at += by

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
+from billingd.domain.charges import Prices
+from billingd.domain.periods import Period
 from billingd.domain.pricing import TierSpec
 
 
@@ -30,6 +32,15 @@ class BilledSubscription:
     activated_at: datetime | None
     period_started_at: datetime | None
     period_ends_at: datetime | None
+    trial_ends_at: datetime | None = None
+
+    @property
+    def period(self) -> Period | None:
+        """The current billing period, if it has one; whatever ends with the trial is the trial."""
+        start, end = self.period_started_at, self.period_ends_at
+        if start is None or end is None or end <= start:
+            return None
+        return Period(start, end, trial=self.trial_ends_at is not None and end <= self.trial_ends_at)
 
     @property
     def live(self) -> bool:
@@ -82,6 +93,11 @@ class BilledAddOn:
     measured_unit_id: str | None
     unit_amount: Decimal | None
     tiers: tuple[TierSpec, ...]
+
+    @property
+    def prices(self) -> Prices:
+        """What it charges."""
+        return Prices(self.tier_type, self.unit_amount, self.tiers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from billingd.domain.errors import Rejected
 PROVISION_PLAN: Final = "provision_plan"
 PROVISION_SUBSCRIPTION: Final = "provision_subscription"
 END_SUBSCRIPTION: Final = "end_subscription"
+REFRESH_SUBSCRIPTION: Final = "refresh_subscription"
 
 EVENT_TYPES: Final = frozenset(
     {"ResourceCreated", "ResourceUpdated", "ResourceDeleted", "SubResourceUpdated"}
@@ -133,11 +134,11 @@ def actions_for(event: Event) -> tuple[Action, ...]:
     """What an event asks for; nothing when that is known at once.
 
     A product plan matters whatever happened to it, once it has left the draft; a quota because a plan may
-    gain one; a subscription when its approval or state moved or it went (sequence in amplify.md 4.2).
-    Recurly's events are kept and ask for nothing: billingd reads Recurly's state when it needs it.
+    gain one; a subscription when its approval or state moved or it went (sequence in amplify.md 4.2). Any
+    event of a Recurly subscription (a renewal that is near, a pause) asks to look at it again.
     """
-    if event.source != "amplify":
-        return ()
+    if event.source == "recurly":
+        return (refresh_action(event.name, because=event.id),) if event.kind == "subscription" else ()
     if event.kind == "ProductPlan":
         if event.state == "draft" and event.type != "ResourceDeleted":
             return ()
@@ -149,6 +150,16 @@ def actions_for(event: Event) -> tuple[Action, ...]:
         if moved or event.type == "ResourceDeleted" or event.deleting:
             return (subscription_action(event.name, event.resource_id, because=event.id),)
     return ()
+
+
+def refresh_action(uuid: str, *, because: str) -> Action:
+    """Look at a Recurly subscription again: its state and billing period may have changed."""
+    return Action(
+        REFRESH_SUBSCRIPTION,
+        f"refresh:{uuid}",
+        f"{REFRESH_SUBSCRIPTION}:{uuid}:{because}",
+        {"uuid": uuid},
+    )
 
 
 def plan_action(name: str, plan_id: str | None, *, because: str) -> Action:

@@ -16,6 +16,7 @@ from billingd.domain.catalog import (
     UnknownPricing,
     Volume,
 )
+from billingd.domain.charges import Prices
 from billingd.domain.money import Limit, amount_fault, plain, price_limit, usage_limit
 from billingd.domain.terms import INTERVALS, Terms, translate_terms
 from billingd.domain.tiers import (
@@ -66,6 +67,11 @@ class AddOnSpec:
     tier_type: TierType
     unit_amount: Decimal | None = None
     tiers: tuple[TierSpec, ...] = ()
+
+    @property
+    def prices(self) -> Prices:
+        """What it charges."""
+        return Prices(self.tier_type, self.unit_amount, self.tiers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Readings of traffic -> usage records, each with its merchant tag."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -10,6 +10,9 @@ from billingd.domain.windows import Window
 
 UNITS_MAX: Final = 999_999_999
 """Recurly takes nine digits in one usage record (recurly.md 4.7); more is split over several."""
+
+TAG_PREFIX: Final = "bd1:"
+"""How every merchant tag of ours begins."""
 
 RECURLY_SECOND: Final = timedelta(seconds=1)
 """Recurly's timestamps are whole seconds."""
@@ -29,8 +32,9 @@ class Reading:
 class UsageRecord:
     """Units of one quota in one window, as they will be told to Recurly; never changed once recorded.
 
-    `revision` numbers the records of one (subscription, quota, window): 1 is the first reading, later ones
-    book what arrived late, or what one record cannot hold.
+    `window` is a traffic window, or the piece of one that a billing period cuts off. `revision` numbers the
+    records of one (subscription, quota, window): 1 is the first reading, later ones book what arrived late,
+    or what one record cannot hold.
     """
 
     subscription_id: str
@@ -42,6 +46,14 @@ class UsageRecord:
     merchant_tag: str
 
 
+@dataclass(frozen=True, slots=True)
+class Booked:
+    """What is recorded of one (subscription, quota, piece): units in all, and the newest revision."""
+
+    units: int
+    revisions: int
+
+
 def merchant_tag(subscription_id: str, quota_id: str, window: Window, revision: int) -> str:
     """The name of a usage record at Recurly: the same for the same record, whoever computes it.
 
@@ -49,30 +61,49 @@ def merchant_tag(subscription_id: str, quota_id: str, window: Window, revision: 
     """
     pair = hashlib.sha256(f"{subscription_id}\n{quota_id}".encode()).hexdigest()[:24]
     start = window.start.strftime("%Y%m%dT%H%M%SZ")
-    tag = f"bd1:{pair}:{start}:{int(window.length.total_seconds())}:{revision}"
+    tag = f"{TAG_PREFIX}{pair}:{start}:{int(window.length.total_seconds())}:{revision}"
     assert len(tag) <= 64
     return tag
 
 
 def book(
-    subscription_id: str, quota_id: str, window: Window, *, read: int, recorded: int, revisions: int
+    subscription_id: str,
+    quota_id: str,
+    read: Mapping[Window, int],
+    recorded: Mapping[Window, Booked],
+    *,
+    before: datetime,
 ) -> Iterator[UsageRecord]:
-    """The records that make `recorded` units equal to `read`, numbered on from `revisions`.
+    """The records that bring what is recorded of one window up to what was read of it.
 
-    Nothing when they agree, or when less was read than is recorded: that is a fault to show, not a refund
-    (totals of a past window only grow, amplify.md 6.4). The timestamp is the window's last whole second.
+    `read` has the units of each piece that the window is cut into (mostly the window itself), `recorded`
+    what the ledger has of it, by piece. Where the pieces were others then, a record counts for the piece it
+    ends in. Never more is booked than is missing in the whole window, so that a cut that became known late
+    moves no unit twice. Less read than recorded books nothing: a fault to show, not a refund (totals of a
+    past window only grow, amplify.md 6.4).
+
+    A record's time is the last whole second of its piece that lies `before` a moment: usage cannot be told
+    of the future. A piece that begins later has none yet, and waits for a later reading.
     """
-    missing = read - recorded
-    while missing > 0:
-        revisions += 1
-        units = min(missing, UNITS_MAX)
-        missing -= units
-        yield UsageRecord(
-            subscription_id,
-            quota_id,
-            window,
-            revisions,
-            units,
-            window.end - RECURLY_SECOND,
-            merchant_tag(subscription_id, quota_id, window, revisions),
-        )
+    missing = sum(read.values()) - sum(one.units for one in recorded.values())
+    for piece, units in sorted(read.items()):
+        at = min(piece.end, before) - RECURLY_SECOND
+        if missing <= 0 or at < piece.start:
+            continue
+        known = sum(one.units for key, one in recorded.items() if piece.start < key.end <= piece.end)
+        revision = recorded[piece].revisions if piece in recorded else 0
+        short = min(units - known, missing)
+        while short > 0:
+            revision += 1
+            part = min(short, UNITS_MAX)
+            short -= part
+            missing -= part
+            yield UsageRecord(
+                subscription_id,
+                quota_id,
+                piece,
+                revision,
+                part,
+                at,
+                merchant_tag(subscription_id, quota_id, piece, revision),
+            )

@@ -15,16 +15,7 @@ async def find(tx: Tx, name: str) -> Intent | None:
     row = (await tx.execute(sa.select(intents).where(intents.c.name == name))).one_or_none()
     if row is None:
         return None
-    return Intent(
-        row.name,
-        row.epoch,
-        row.state,
-        row.first_sent_at,
-        row.last_sent_at,
-        row.burnt,
-        row.result,
-        row.body_hash,
-    )
+    return Intent(**{name: getattr(row, name) for name in Intent.__slots__})
 
 
 async def opened(
@@ -49,20 +40,18 @@ async def opened(
         "body_hash": body_hash,
         "state": "open",
         "burnt": False,
+        "sends": 1 if seen is None else seen.sends + 1,
         "first_sent_at": first_sent_at,
         "last_sent_at": now,
+        "gave_up_at": None,
+        "missed_at": None,
         "result": None,
     }
     if seen is None:
         return await insert_new(tx, intents, [row]) == 1
     moved = await tx.execute(
         sa.update(intents)
-        .where(
-            intents.c.name == name,
-            intents.c.state == seen.state,
-            intents.c.epoch == seen.epoch,
-            intents.c.last_sent_at == seen.last_sent_at,
-        )
+        .where(intents.c.name == name, intents.c.state == seen.state, intents.c.sends == seen.sends)
         .values(**row)
     )
     return moved.rowcount == 1
@@ -75,25 +64,33 @@ async def done(tx: Tx, name: str, *, result: str) -> None:
     )
 
 
-async def refused(tx: Tx, name: str, *, epoch: int, last_sent_at: datetime) -> bool:
-    """What was sent then clearly did not take effect. False, and nothing changes, when it was sent since."""
+async def refused(tx: Tx, name: str, *, sends: int) -> bool:
+    """That sending clearly did not take effect. False, and nothing changes, when it was sent since."""
     moved = await tx.execute(
         sa.update(intents)
-        .where(
-            intents.c.name == name,
-            intents.c.state == "open",
-            intents.c.epoch == epoch,
-            intents.c.last_sent_at == last_sent_at,
-        )
+        .where(intents.c.name == name, intents.c.state == "open", intents.c.sends == sends)
         .values(state="refused")
     )
     return moved.rowcount == 1
 
 
-async def burn(tx: Tx, name: str) -> None:
-    """Its outcome is unknown and its key cannot help again: only a look-up can tell."""
+async def gave_up(tx: Tx, name: str, *, sends: int, burnt: bool, now: datetime) -> None:
+    """That sending got no clear answer; from `now` on nothing of it is under way here.
+
+    `burnt`: its key cannot help again, only a look-up can tell. When it was sent since, only that is kept.
+    """
+    open_ = sa.and_(intents.c.name == name, intents.c.state == "open")
+    await tx.execute(sa.update(intents).where(open_, intents.c.sends == sends).values(gave_up_at=now))
+    if burnt:
+        await tx.execute(sa.update(intents).where(open_).values(burnt=True))
+
+
+async def missed(tx: Tx, name: str, *, sends: int, now: datetime) -> None:
+    """A look-up after the settling time found nothing of it."""
     await tx.execute(
-        sa.update(intents).where(intents.c.name == name, intents.c.state == "open").values(burnt=True)
+        sa.update(intents)
+        .where(intents.c.name == name, intents.c.state == "open", intents.c.sends == sends)
+        .values(missed_at=now)
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from billingd.domain.charges import Prices
 from billingd.store.engine import Tx
 from billingd.store.rows import upsert
 from billingd.store.schema import add_on_links, plan_links, subscription_links
@@ -35,6 +36,7 @@ class AddOnLink:
     title: str
     unit: str
     tier_type: str
+    prices: Prices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class SubscriptionLink:
     """A subscription and its Recurly subscription `uuid`.
 
     `created`: exists at Recurly; `active`: approved at Amplify; `ending`: usage counts until `usage_until`,
-    then it ends at Recurly; `ended`.
+    then it ends at Recurly; `ended`. `billed_state` is Recurly's own word as of `seen_at`.
     """
 
     subscription_id: str
@@ -60,6 +62,8 @@ class SubscriptionLink:
     period_started_at: datetime | None
     period_ends_at: datetime | None
     linked_at: datetime
+    billed_state: str | None = None
+    seen_at: datetime | None = None
 
 
 _PLAN = [plan_links.c[name] for name in PlanLink.__slots__]
@@ -75,6 +79,7 @@ async def save_plan(tx: Tx, link: PlanLink, add_ons: tuple[AddOnLink, ...], *, n
     )
     for add_on in add_ons:
         values = {name: getattr(add_on, name) for name in AddOnLink.__slots__}
+        values["prices"] = None if add_on.prices is None else add_on.prices.document()
         await upsert(tx, add_on_links, values | {"linked_at": now}, keep=["linked_at"])
 
 
@@ -130,18 +135,43 @@ async def is_own_write(tx: Tx, *, kind: str, resource_id: str, resource_version:
 async def add_ons_of(tx: Tx, plan_id: str) -> list[AddOnLink]:
     """The add-ons of a plan."""
     statement = sa.select(*_ADD_ON).where(add_on_links.c.plan_id == plan_id).order_by(add_on_links.c.quota_id)
-    return [AddOnLink(*row) for row in await tx.execute(statement)]
+    return [_add_on(row) for row in await tx.execute(statement)]
 
 
 async def add_ons(tx: Tx) -> dict[str, AddOnLink]:
     """Every add-on, by quota id."""
-    return {row.quota_id: AddOnLink(*row) for row in await tx.execute(sa.select(*_ADD_ON))}
+    return {row.quota_id: _add_on(row) for row in await tx.execute(sa.select(*_ADD_ON))}
+
+
+def _add_on(row: sa.Row[Any]) -> AddOnLink:
+    prices = None if row.prices is None else Prices.of(row.prices)
+    return AddOnLink(row.quota_id, row.plan_id, row.add_on_code, row.title, row.unit, row.tier_type, prices)
+
+
+async def find_add_on(tx: Tx, quota_id: str) -> AddOnLink | None:
+    """The add-on of a quota."""
+    row = (await tx.execute(sa.select(*_ADD_ON).where(add_on_links.c.quota_id == quota_id))).one_or_none()
+    return None if row is None else _add_on(row)
+
+
+async def priced(tx: Tx, quota_id: str, prices: Prices) -> None:
+    """What an add-on costs, learnt from Recurly."""
+    await tx.execute(
+        sa.update(add_on_links).where(add_on_links.c.quota_id == quota_id).values(prices=prices.document())
+    )
 
 
 async def create_subscription(tx: Tx, link: SubscriptionLink) -> None:
     """Link a subscription."""
     row = {name: getattr(link, name) for name in SubscriptionLink.__slots__}
     await tx.execute(sa.insert(subscription_links).values(**row))
+
+
+async def find_subscription_by_uuid(tx: Tx, uuid: str) -> SubscriptionLink | None:
+    """The link of a Recurly subscription."""
+    statement = sa.select(*_SUBSCRIPTION).where(subscription_links.c.uuid == uuid)
+    row = (await tx.execute(statement)).one_or_none()
+    return None if row is None else SubscriptionLink(*row)
 
 
 async def find_subscription(tx: Tx, subscription_id: str) -> SubscriptionLink | None:
@@ -183,9 +213,11 @@ async def begin_ending(tx: Tx, subscription_id: str, *, usage_until: datetime) -
     return await _move(tx, subscription_id, ("created", "active"), state="ending", usage_until=usage_until)
 
 
-async def end(tx: Tx, subscription_id: str, *, now: datetime) -> bool:
-    """The subscription is over at Recurly."""
-    return await _move(tx, subscription_id, ("ending",), state="ended", ended_at=now)
+async def end(tx: Tx, subscription_id: str, *, billed_state: str, now: datetime) -> bool:
+    """The subscription was ended at Recurly, which calls it so from now on."""
+    return await _move(
+        tx, subscription_id, ("ending",), state="ended", ended_at=now, billed_state=billed_state, seen_at=now
+    )
 
 
 async def _move(tx: Tx, subscription_id: str, leaves: tuple[str, ...], **values: Any) -> bool:
@@ -198,6 +230,16 @@ async def _move(tx: Tx, subscription_id: str, leaves: tuple[str, ...], **values:
         .values(**values)
     )
     return moved.rowcount == 1
+
+
+async def next_period_end(tx: Tx, *, after: datetime) -> datetime | None:
+    """When the next billing period ends after a moment, of all subscriptions that still bill."""
+    columns = subscription_links.c
+    statement = sa.select(sa.func.min(columns.period_ends_at)).where(
+        columns.period_ends_at > after, columns.state != "ended"
+    )
+    ends_at: datetime | None = (await tx.execute(statement)).scalar_one()
+    return ends_at
 
 
 async def count(tx: Tx) -> tuple[int, int]:

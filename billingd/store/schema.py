@@ -111,11 +111,15 @@ intents = sa.Table(
     sa.Column("body_hash", sa.String(64), nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("burnt", sa.Boolean(), nullable=False),
+    sa.Column("sends", sa.Integer(), nullable=False, server_default="1"),
     _time("first_sent_at"),
     _time("last_sent_at"),
+    _time("gave_up_at", nullable=True),
+    _time("missed_at", nullable=True),
     sa.Column("result", sa.String(100)),
     one_of("state", "open", "refused", "done"),
     sa.CheckConstraint("epoch >= 1", name="epoch"),
+    sa.CheckConstraint("sends >= 1", name="sends"),
     sa.CheckConstraint("last_sent_at >= first_sent_at", name="last_sent_at"),
     sa.CheckConstraint("(state = 'done') = (result IS NOT NULL)", name="result"),
 )
@@ -149,6 +153,7 @@ add_on_links = sa.Table(
     sa.Column("title", sa.String(400), nullable=False),
     sa.Column("unit", sa.String(100), nullable=False),
     sa.Column("tier_type", sa.String(16), nullable=False),
+    sa.Column("prices", sa.JSON()),
     _time("linked_at"),
     one_of("tier_type", "flat", "tiered", "volume", "stairstep"),
 )
@@ -172,10 +177,27 @@ subscription_links = sa.Table(
     _time("ended_at", nullable=True),
     _time("period_started_at", nullable=True),
     _time("period_ends_at", nullable=True),
+    sa.Column("billed_state", sa.String(16)),
+    _time("seen_at", nullable=True),
     one_of("state", "created", "active", "ending", "ended"),
     sa.CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)", name="ended_at"),
     sa.CheckConstraint("(state IN ('ending', 'ended')) = (usage_until IS NOT NULL)", name="usage_until"),
     sa.CheckConstraint("state <> 'active' OR approved_at IS NOT NULL", name="approved_at"),
+)
+
+billing_periods = sa.Table(
+    "billing_periods",
+    metadata,
+    sa.Column(
+        "subscription_id",
+        sa.String(64),
+        sa.ForeignKey("subscription_links.subscription_id"),
+        primary_key=True,
+    ),
+    sa.Column("started_at", UtcDateTime(), primary_key=True),
+    _time("ends_at"),
+    sa.Column("trial", sa.Boolean(), nullable=False),
+    sa.CheckConstraint("ends_at > started_at", name="ends_at"),
 )
 
 watermarks = sa.Table(
@@ -211,7 +233,7 @@ usage_records = sa.Table(
     sa.UniqueConstraint(
         "subscription_id", "quota_id", "window_start", "window_end", "revision", name="record"
     ),
-    one_of("state", "recorded", "reported", "held"),
+    one_of("state", "recorded", "reported", "held", "written_off"),
     sa.CheckConstraint("revision >= 1", name="revision"),
     sa.CheckConstraint("units <> 0 AND units BETWEEN -999999999 AND 999999999", name="units"),
     sa.CheckConstraint("window_end > window_start", name="window"),

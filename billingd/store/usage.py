@@ -7,11 +7,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from billingd.domain.usage import UsageRecord
+from billingd.domain.usage import Booked, UsageRecord
 from billingd.domain.windows import Window
+from billingd.store import links
 from billingd.store.engine import Tx
+from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.rows import PARAMETERS_MAX, upsert
-from billingd.store.schema import add_on_links, subscription_links, unlinked_traffic, usage_records
+from billingd.store.schema import unlinked_traffic, usage_records
 
 Pair = tuple[str, str]
 """(subscription id, quota id)"""
@@ -19,9 +21,9 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A usage record with its place in the ledger, and where it belongs at Recurly.
+    """A usage record with its place in the ledger, and what is known of where it belongs at Recurly.
 
-    `state` recorded | reported | held.
+    `state` recorded | reported | held | written_off.
     """
 
     id: int
@@ -29,17 +31,9 @@ class Recorded:
     state: str
     usage_id: str | None
     recorded_at: datetime
-    subscription_uuid: str
-    subscription_state: str
-    add_on_code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """What is recorded of one (subscription, quota, window): units in all, and the newest revision."""
-
-    units: int
-    revisions: int
+    link: SubscriptionLink
+    add_on: AddOnLink
+    currency: str
 
 
 async def insert(
@@ -74,8 +68,8 @@ async def insert(
     return sorted(placed, key=lambda pair: pair[0])
 
 
-async def sums(tx: Tx, start: datetime, end: datetime) -> dict[tuple[str, str, Window], Sum]:
-    """What is recorded of every (subscription, quota, window) that begins in [start, end)."""
+async def sums(tx: Tx, start: datetime, end: datetime) -> dict[Pair, dict[Window, Booked]]:
+    """What is recorded of every (subscription, quota), by the window or piece that begins in [start, end)."""
     columns = usage_records.c
     statement = (
         sa.select(
@@ -89,29 +83,56 @@ async def sums(tx: Tx, start: datetime, end: datetime) -> dict[tuple[str, str, W
         .where(columns.window_start >= start, columns.window_start < end)
         .group_by(columns.subscription_id, columns.quota_id, columns.window_start, columns.window_end)
     )
-    return {
-        (row.subscription_id, row.quota_id, Window(row.window_start, row.window_end)): Sum(
-            int(row.units), row.revisions
-        )
-        for row in await tx.execute(statement)
-    }
+    found: dict[Pair, dict[Window, Booked]] = {}
+    for row in await tx.execute(statement):
+        pieces = found.setdefault((row.subscription_id, row.quota_id), {})
+        pieces[Window(row.window_start, row.window_end)] = Booked(int(row.units), row.revisions)
+    return found
 
 
 async def find(tx: Tx, record_id: int) -> Recorded:
     """A record by its id, which must exist."""
-    statement = (
-        sa.select(
-            usage_records,
-            subscription_links.c.uuid,
-            subscription_links.c.state.label("link_state"),
-            add_on_links.c.add_on_code,
-        )
-        .join(subscription_links, subscription_links.c.subscription_id == usage_records.c.subscription_id)
-        .join(add_on_links, add_on_links.c.quota_id == usage_records.c.quota_id)
-        .where(usage_records.c.id == record_id)
+    row = (await tx.execute(sa.select(usage_records).where(usage_records.c.id == record_id))).one()
+    link = await links.find_subscription(tx, row.subscription_id)
+    add_on = await links.find_add_on(tx, row.quota_id)
+    assert link is not None
+    assert add_on is not None
+    plan = await links.find_plan(tx, add_on.plan_id)
+    assert plan is not None
+    return Recorded(
+        row.id, _record(row), row.state, row.usage_id, row.recorded_at, link, add_on, plan.currency
     )
-    row = (await tx.execute(statement)).one()
-    record = UsageRecord(
+
+
+async def by_tags(tx: Tx, tags: Sequence[str]) -> dict[str, UsageRecord]:
+    """The records that have these merchant tags."""
+    found: dict[str, UsageRecord] = {}
+    for start in range(0, len(tags), PARAMETERS_MAX):
+        some = tags[start : start + PARAMETERS_MAX]
+        statement = sa.select(usage_records).where(usage_records.c.merchant_tag.in_(some))
+        found.update({row.merchant_tag: _record(row) for row in await tx.execute(statement)})
+    return found
+
+
+async def units_in(
+    tx: Tx, subscription_id: str, quota_id: str, start: datetime, end: datetime, *, before_id: int
+) -> int:
+    """Units of earlier records whose time lies in [start, end), those written off left out."""
+    columns = usage_records.c
+    statement = sa.select(sa.func.sum(columns.units)).where(
+        columns.subscription_id == subscription_id,
+        columns.quota_id == quota_id,
+        columns.window_start < end,
+        columns.usage_timestamp >= start,
+        columns.usage_timestamp < end,
+        columns.state != "written_off",
+        columns.id < before_id,
+    )
+    return int((await tx.execute(statement)).scalar_one() or 0)
+
+
+def _record(row: sa.Row[Any]) -> UsageRecord:
+    return UsageRecord(
         row.subscription_id,
         row.quota_id,
         Window(row.window_start, row.window_end),
@@ -120,14 +141,18 @@ async def find(tx: Tx, record_id: int) -> Recorded:
         row.usage_timestamp,
         row.merchant_tag,
     )
-    return Recorded(
-        row.id, record, row.state, row.usage_id, row.recorded_at, row.uuid, row.link_state, row.add_on_code
-    )
 
 
 async def reported(tx: Tx, record_id: int, *, usage_id: str, now: datetime) -> None:
     """Recurly holds this record under `usage_id`."""
-    await _move(tx, record_id, ("recorded", "held"), state="reported", usage_id=usage_id, reported_at=now)
+    await _move(
+        tx,
+        record_id,
+        ("recorded", "held", "written_off"),
+        state="reported",
+        usage_id=usage_id,
+        reported_at=now,
+    )
 
 
 async def hold(tx: Tx, record_id: int) -> bool:
@@ -138,6 +163,11 @@ async def hold(tx: Tx, record_id: int) -> bool:
 async def release(tx: Tx, record_id: int) -> bool:
     """Try this held record again; False when it was not held."""
     return await _move(tx, record_id, ("held",), state="recorded")
+
+
+async def write_off(tx: Tx, record_id: int) -> bool:
+    """This held record will never be billed: a person said so. False when it was not held."""
+    return await _move(tx, record_id, ("held",), state="written_off")
 
 
 async def _move(tx: Tx, record_id: int, leaves: tuple[str, ...], **values: Any) -> bool:

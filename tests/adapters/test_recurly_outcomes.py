@@ -327,18 +327,21 @@ async def test_a_replayed_success_is_a_success() -> None:
     async with world() as w:
         w.far.script.append(reply(201, usage(id_="u9"), Idempotency_Prior="true"))
         assert await w.recurly.create_usage(new_usage(), key="k1", retried=True) == "u9"
-        assert w.recurly.idempotency_trusted
+        assert w.recurly.take_doubt() is None
 
 
 async def test_a_retry_that_is_no_replay_is_noticed() -> None:
     """Perhaps the site ignores the header: said once as a warning, and kept."""
     async with world() as w:
         await w.recurly.create_usage(new_usage(), key="k1")
-        assert w.recurly.idempotency_trusted
+        assert w.recurly.take_doubt() is None
         with structlog.testing.capture_logs() as logs:
             await w.recurly.create_usage(new_usage(), key="k1", retried=True)
         assert [entry["event"] for entry in logs] == ["recurly.retry_not_replayed"]
-        assert not w.recurly.idempotency_trusted
+        doubt = w.recurly.take_doubt()
+        assert doubt is not None
+        assert doubt.startswith("create usage")
+        assert w.recurly.take_doubt() is None
 
 
 async def test_another_records_stored_answer_is_not_ours() -> None:

@@ -93,12 +93,20 @@ class Recurly:
         return self._calls.last_error
 
     @property
-    def idempotency_trusted(self) -> bool:
-        """False once a same-key retry succeeded without being marked as a replay: look before resending.
+    def attempt_max(self) -> timedelta:
+        """How long one call may take at most, from asking for its turn to its last byte."""
+        return self._calls.attempt_max
+
+    def far_now(self) -> datetime:
+        """The time by Recurly's own clock, to a second or two."""
+        return self._calls.far_now()
+
+    def take_doubt(self) -> str | None:
+        """Which same-key retry succeeded without being marked as a replay since this was last asked.
 
         A suspicion, no proof: it also happens when the first attempt never arrived.
         """
-        return self._calls.idempotency_trusted
+        return self._calls.take_doubt()
 
     async def close(self, *, deadline: timedelta) -> None:
         """Finish calls under way until the deadline; those after it stay unknown."""
@@ -145,11 +153,30 @@ class Recurly:
             reading.subscription,
         )
 
+    async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]:
+        """Every subscription of the site that bills, now or later; paused ones may be missing."""
+        return await self._calls.pages(
+            "list live subscriptions",
+            "/subscriptions",
+            {"state": "live", "sort": "created_at", "order": "asc"},
+            reading.subscription,
+        )
+
     async def get_subscription(self, uuid: str) -> BilledSubscription:
         """The subscription, or NotFound."""
         return await self._calls.read(
             f"get subscription {uuid}", lambda c: reading.subscription(c.get_subscription(f"uuid-{uuid}"))
         )
+
+    async def list_billed_edges(self, uuid: str, *, since: datetime) -> frozenset[datetime]:
+        """Where the cycles begin and end that a subscription was invoiced for since a moment."""
+        dates = await self._calls.pages(
+            f"list line items of subscription {uuid}",
+            f"/subscriptions/uuid-{quote(uuid, safe='')}/line_items",
+            {"sort": "created_at", "order": "asc", "begin_time": bodies.instant(since)},
+            reading.line_dates,
+        )
+        return frozenset(date for each in dates for date in each)
 
     async def list_usage(
         self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime

@@ -8,7 +8,7 @@ import structlog
 
 from billingd.adapters.recurly import outcomes
 from billingd.adapters.recurly.client import Client
-from billingd.adapters.recurly.limiter import Limiter
+from billingd.adapters.recurly.limiter import PATIENCE_SECONDS, Limiter
 from billingd.adapters.recurly.outcomes import Answer
 from billingd.adapters.recurly.workers import Workers
 from billingd.domain.errors import BillingdError, NotFound, Retryable
@@ -55,7 +55,25 @@ class Calls:
         )
         self.last_reached_at: datetime | None = None
         self.last_error: str | None = None
-        self.idempotency_trusted = True
+        self._attempt_max = timedelta(seconds=PATIENCE_SECONDS) + DEADLINE_TIMEOUTS * timeout
+        self._skew = timedelta(0)
+        self._doubt: str | None = None
+
+    @property
+    def attempt_max(self) -> timedelta:
+        """How long one call may take at most, from asking for its turn to its last byte."""
+        return self._attempt_max
+
+    def far_now(self) -> datetime:
+        """The time as Recurly's last answer had it, in whole seconds of doubt; ours before the first."""
+        return self._clock() + self._skew
+
+    def take_doubt(self) -> str | None:
+        """Which retry under a used key was no replay, once: perhaps its first request never arrived, perhaps
+        the site ignores keys.
+        """
+        doubt, self._doubt = self._doubt, None
+        return doubt
 
     async def close(self, *, deadline: timedelta) -> None:
         """Finish calls under way until the deadline."""
@@ -69,7 +87,7 @@ class Calls:
         """The same with all that is known of the answer."""
         answer = await self._call(operation, work, outcomes.write_error)
         if answer.good and retried and not answer.replayed:
-            self.idempotency_trusted = False
+            self._doubt = operation
             log.info("recurly.retry_not_replayed", operation=operation)  # most likely the first to arrive
         return answer
 
@@ -137,6 +155,8 @@ class Calls:
         if _reached(answer):
             self.last_reached_at = self._clock()
             self.last_error = None
+            if (date := outcomes.date_of(answer)) is not None:
+                self._skew = date - self._clock()
 
 
 def _reached(answer: Answer[Any]) -> bool:

@@ -42,18 +42,25 @@ class Limiter:
         self._refusals = 0
 
     async def turn(self) -> None:
-        """Wait for this request's turn; raises NotDone rather than wait for minutes."""
+        """Wait for this request's turn; raises NotDone rather than wait longer than PATIENCE_SECONDS."""
         now = self._monotonic()
-        self._full_at = max(self._full_at, now) + self._interval
-        if (wait := self._full_at - MINUTE - now) > 0:
+        latest = now + PATIENCE_SECONDS
+        full_at = max(self._full_at, now) + self._interval
+        wait = self._bearable(full_at - MINUTE, latest)
+        self._full_at = full_at
+        while wait > 0:
             await self._sleep(wait)
-        while (wait := self._still_until - self._monotonic()) > 0:
-            if wait > PATIENCE_SECONDS:
-                raise NotDone(
-                    f"Recurly's rate limit is used up for another {wait:.0f} s; nothing was sent",
-                    retry_after=timedelta(seconds=wait),
-                )
-            await self._sleep(wait)
+            wait = self._bearable(self._still_until, latest)
+
+    def _bearable(self, until: float, latest: float) -> float:
+        until = max(until, self._still_until)
+        wait = until - self._monotonic()
+        if wait > 0 and until > latest:
+            raise NotDone(
+                f"Recurly's rate limit is used up for another {wait:.0f} s; nothing was sent",
+                retry_after=timedelta(seconds=wait),
+            )
+        return wait
 
     def heed(self, status: int | None, headers: Mapping[str, str]) -> None:
         """Learn from an answer."""

@@ -131,6 +131,15 @@ def retry_after(answer: Answer[T], *, now: datetime) -> timedelta | None:
     return None if wait is None else min(max(wait, timedelta()), RETRY_AFTER_MAX)
 
 
+def date_of(answer: Answer[T]) -> datetime | None:
+    """When the far side answered, by its own clock, in whole seconds."""
+    try:
+        date = parsedate_to_datetime(answer.headers.get("date", ""))
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
 def integer(text: str) -> int | None:
     """A header's plain number, or None."""
     text = text.strip()

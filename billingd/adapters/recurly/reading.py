@@ -93,7 +93,15 @@ def subscription(resource: object) -> BilledSubscription:
         activated_at=moment(resource, "activated_at"),
         period_started_at=moment(resource, "current_period_started_at"),
         period_ends_at=moment(resource, "current_period_ends_at"),
+        trial_ends_at=moment(resource, "trial_ends_at"),
     )
+
+
+def line_dates(resource: object) -> tuple[datetime, ...]:
+    """The cycle that a line item is for: where it starts and ends; nothing for a one-time charge."""
+    _of_kind(resource, "line_item")
+    start, end = moment(resource, "start_date"), moment(resource, "end_date")
+    return () if start is None or end is None or end <= start else (start, end)
 
 
 def usage(resource: object) -> BilledUsage:

@@ -16,6 +16,7 @@ IDLE_SECONDS_MAX: Final = 5.0
 
 KEPT_HEADERS: Final = (
     "content-type",
+    "date",
     "idempotency-prior",
     "retry-after",
     "x-ratelimit-limit",

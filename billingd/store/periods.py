@@ -1,0 +1,77 @@
+"""The billing periods of each subscription, as Recurly showed them."""
+
+from collections import defaultdict
+from collections.abc import Collection
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from billingd.domain.periods import Period, learn
+from billingd.store.engine import Tx
+from billingd.store.rows import upsert
+from billingd.store.schema import billing_periods, subscription_links
+
+
+async def seen(
+    tx: Tx, subscription_id: str, *, state: str, current: Period | None, now: datetime
+) -> list[Period]:
+    """Recurly shows the subscription in this state and period; return the periods that this changed."""
+    known = await of(tx, subscription_id)
+    changed = [] if current is None else learn(known, current)
+    for period in changed:
+        row = {
+            "subscription_id": subscription_id,
+            "started_at": period.started_at,
+            "ends_at": period.ends_at,
+            "trial": period.trial,
+        }
+        await upsert(tx, billing_periods, row)
+    shown = (
+        {}
+        if current is None
+        else {
+            "period_started_at": current.started_at,
+            "period_ends_at": current.ends_at,
+        }
+    )
+    await tx.execute(
+        sa.update(subscription_links)
+        .where(subscription_links.c.subscription_id == subscription_id)
+        .values(billed_state=state, seen_at=now, **shown)
+    )
+    return changed
+
+
+async def of(tx: Tx, subscription_id: str) -> list[Period]:
+    """The known periods of a subscription, the oldest first."""
+    columns = billing_periods.c
+    statement = (
+        sa.select(columns.started_at, columns.ends_at, columns.trial)
+        .where(columns.subscription_id == subscription_id)
+        .order_by(columns.started_at)
+    )
+    return [Period(*row) for row in await tx.execute(statement)]
+
+
+async def since(tx: Tx, moment: datetime, *, only: Collection[str] | None = None) -> dict[str, list[Period]]:
+    """The periods of every subscription that end after a moment, with the first one each ever had.
+
+    (The start of the first is no edge between two bills, so it must be told from the others.)
+    """
+    columns = billing_periods.c
+    first = (
+        sa.select(columns.subscription_id, sa.func.min(columns.started_at).label("started_at"))
+        .group_by(columns.subscription_id)
+        .subquery()
+    )
+    statement = (
+        sa.select(columns.subscription_id, columns.started_at, columns.ends_at, columns.trial)
+        .join(first, first.c.subscription_id == columns.subscription_id)
+        .where(sa.or_(columns.ends_at >= moment, columns.started_at == first.c.started_at))
+        .order_by(columns.subscription_id, columns.started_at)
+    )
+    found: dict[str, list[Period]] = defaultdict(list)
+    for subscription_id, *period in await tx.execute(statement):
+        if only is None or subscription_id in only:
+            found[subscription_id].append(Period(*period))
+    return found

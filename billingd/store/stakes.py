@@ -1,0 +1,49 @@
+"""Holding a usage record: with what it would have earned, so that a person knows what it is about."""
+
+from decimal import Decimal
+
+from billingd.domain.attempts import Action
+from billingd.domain.money import shown
+from billingd.domain.periods import period_of
+from billingd.store import periods, usage
+from billingd.store.engine import Tx
+from billingd.store.held import Hold
+from billingd.store.usage import Recorded
+
+
+async def usage_hold(tx: Tx, recorded: Recorded, kind: str, reason: str, action: Action) -> Hold:
+    """The held item of a usage record; `action` is what its release does."""
+    amount = await at_stake(tx, recorded)
+    return Hold(
+        kind,
+        f"usage:{recorded.record.merchant_tag}",
+        reason,
+        action,
+        subscription_id=recorded.record.subscription_id,
+        add_on_code=recorded.add_on.add_on_code,
+        units=recorded.record.units,
+        amount=None if amount is None else shown(amount),
+        currency=None if amount is None else recorded.currency,
+    )
+
+
+async def at_stake(tx: Tx, recorded: Recorded) -> Decimal | None:
+    """What the record adds to the charge of its billing cycle, on top of what was recorded before it.
+
+    None where the add-on's prices are not known yet.
+    """
+    if recorded.add_on.prices is None:
+        return None
+    record = recorded.record
+    cycle = period_of(await periods.of(tx, record.subscription_id), record.usage_timestamp)
+    earlier = 0
+    if cycle is not None:
+        earlier = await usage.units_in(
+            tx,
+            record.subscription_id,
+            record.quota_id,
+            cycle.started_at,
+            cycle.ends_at,
+            before_id=recorded.id,
+        )
+    return recorded.add_on.prices.at_stake(record.units, on_top_of=earlier)
