@@ -23,7 +23,12 @@ from billingd.admin.metrics import Metrics
 from billingd.admin.server import AdminListener, FarSide, Parts
 from billingd.domain.attempts import Patience
 from billingd.domain.errors import BillingdError
-from billingd.domain.events import END_SUBSCRIPTION, PROVISION_PLAN, PROVISION_SUBSCRIPTION
+from billingd.domain.events import (
+    END_SUBSCRIPTION,
+    PROVISION_PLAN,
+    PROVISION_SUBSCRIPTION,
+    REFRESH_SUBSCRIPTION,
+)
 from billingd.domain.notices import NOTIFY_PROVIDER, NOTIFY_SUBSCRIBER
 from billingd.loops import Clock, Progress, every, forever
 from billingd.notify import Notifier
@@ -35,6 +40,8 @@ from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
 from billingd.settings import Settings, host_port, parse_duration
 from billingd.store import events, migrate, outbox
 from billingd.store.engine import Store
+from billingd.traffic.audit import AUDIT_USAGE, UsageAuditor
+from billingd.traffic.periods import PeriodWatch
 from billingd.traffic.poll import TrafficPoller
 from billingd.traffic.report import REPORT_USAGE, UsageReporter
 from billingd.webhooks import Authenticator, Tally, WebhookListener
@@ -149,7 +156,9 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     tally, progress = Tally(), Progress()
     tally.observers.append(metrics.webhook)
     source = traffic_source(settings.traffic.source, amplify, settings.traffic.billable)
-    once = Once(store, clock, settling=settings.recurly.settling)
+    settling = settings.recurly.settling
+    once = Once(store, clock, settling=settling, attempt=recurly.attempt_max, doubt=recurly.take_doubt)
+    watch = PeriodWatch(store, clock, recurly)
     look_again = settings.outbox.backoff_max
     plans = PlanProvisioner(store, clock, amplify, recurly, once, look_again=look_again)
     subscriptions = SubscriptionProvisioner(
@@ -176,13 +185,15 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         traffic_source=source.name,
         look_again=min(look_again, settings.traffic.window),
     )
-    reporter = UsageReporter(store, clock, recurly, once, look_again=look_again)
+    reporter = UsageReporter(store, clock, recurly, once, watch, look_again=look_again)
+    auditor = UsageAuditor(store, clock, recurly, once, settling=settling)
     notifier = Notifier(outside.announcer, amplify)
     handlers: dict[str, Handler] = {
         PROVISION_PLAN: plans.provision,
         PROVISION_SUBSCRIPTION: subscriptions.provision,
         END_SUBSCRIPTION: ender.end,
         REPORT_USAGE: reporter.report,
+        AUDIT_USAGE: auditor.audit,
         NOTIFY_PROVIDER: notifier.provider,
         NOTIFY_SUBSCRIBER: notifier.subscriber,
     }
@@ -199,11 +210,13 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         store,
         clock,
         source,
+        watch,
         length=settings.traffic.window,
         settle=settings.traffic.settle,
         horizon=settings.traffic.horizon,
         wake_outbox=engine.wake,
     )
+    handlers[REFRESH_SUBSCRIPTION] = poller.look_again  # made after the engine, for it wakes it
     listener = WebhookListener(
         store,
         clock,
@@ -296,7 +309,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         "traffic": loop(
             "traffic",
             daemon.poller.run_once,
-            _until_next(settings.traffic.schedule, clock),
+            _until_next(settings.traffic.schedule, clock, daemon.poller),
             daemon.poller.wake,
             POLL_PATIENCE,
         ),
@@ -314,14 +327,14 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
     return steps
 
 
-def _until_next(schedule: str, clock: Clock) -> Callable[[], Awaitable[timedelta]]:
-    """How long until the schedule (a cron line in UTC, or a duration) says to look again."""
+def _until_next(schedule: str, clock: Clock, poller: TrafficPoller) -> Callable[[], Awaitable[timedelta]]:
+    """How long until the schedule (a cron line in UTC, or a duration) is due, or a bill is near."""
 
     async def idle() -> timedelta:
-        if " " not in schedule:
-            return parse_duration(schedule)
         now = clock.now()
-        return next(CronSim(schedule, now)) - now
+        regular = next(CronSim(schedule, now)) - now if " " in schedule else parse_duration(schedule)
+        flush = await poller.until_flush()
+        return regular if flush is None else min(regular, flush)
 
     return idle
 

@@ -9,6 +9,7 @@ from billingd.domain.events import END_SUBSCRIPTION
 from billingd.store import held, outbox, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
+from billingd.store.stakes import usage_hold
 
 IDS_MAX: Final = 10_000
 """Ids in one statement: both databases bound its parameters."""
@@ -67,15 +68,8 @@ async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -
         if record_id is not None and await usage.hold(tx, record_id):
             recorded = await usage.find(tx, record_id)
             why = f"{recorded.record.units} unit(s) are not reported: an operator discarded it: {reason}"
-            item = Hold(
-                "usage_discarded",
-                f"usage:{recorded.record.merchant_tag}",
-                why,
-                Action(row["kind"], row["subject"], "", row["args"]),
-                subscription_id=recorded.record.subscription_id,
-                add_on_code=recorded.add_on_code,
-                units=recorded.record.units,
-            )
+            again = Action(row["kind"], row["subject"], "", row["args"])
+            item = await usage_hold(tx, recorded, "usage_discarded", why, again)
             await held.add(tx, item, now=now)
         if row["kind"] == END_SUBSCRIPTION:
             ended = str(row["args"]["id"])

@@ -100,13 +100,13 @@ class SubscriptionEnder:
             + _how(link, self._on_cancel),
         )
         async with self._store.write() as tx:
-            await links.end(tx, link.subscription_id, now=now)
+            await links.end(tx, link.subscription_id, billed_state=self._ended_as(link), now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
 
     async def _send(self, link: SubscriptionLink, key: str, *, retried: bool) -> str:
         try:
-            if self._on_cancel == "cancel" and link.approved_at is not None:
+            if self._ended_as(link) == "canceled":
                 await self._billing.cancel_subscription(link.uuid, key=key, retried=retried)
             else:
                 # One that was never approved was never used: its first invoice is taken back in full.
@@ -117,6 +117,10 @@ class SubscriptionEnder:
                 raise
             log.info("subscription.ended_already", uuid=link.uuid)
         return link.uuid
+
+    def _ended_as(self, link: SubscriptionLink) -> str:
+        """What Recurly calls it then. One that was never approved has no period to run out."""
+        return "canceled" if self._on_cancel == "cancel" and link.approved_at is not None else "expired"
 
     async def _find(self, link: SubscriptionLink) -> str | None:
         over = {"expired", "failed"}

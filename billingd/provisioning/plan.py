@@ -193,7 +193,7 @@ class PlanProvisioner:
             resource_version=None,
         )
         add_ons = tuple(
-            AddOnLink(one.quota_id, plan.id, one.code, one.name, one.unit, one.tier_type)
+            AddOnLink(one.quota_id, plan.id, one.code, one.name, one.unit, one.tier_type, one.prices)
             for one in spec.add_ons
         )
         now = self._clock.now()

@@ -21,7 +21,7 @@ from billingd.provisioning.ending import end_action
 from billingd.provisioning.holding import hold
 from billingd.provisioning.owner import candidates
 from billingd.provisioning.plan import BILLING_SYSTEM
-from billingd.store import held, links, outbox
+from billingd.store import held, links, outbox, periods
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import PlanLink, SubscriptionLink
@@ -291,15 +291,19 @@ class SubscriptionProvisioner:
         """Write the link, then the attributes at Amplify.
 
         Before its approval a pending subscription has no access, so all traffic of the window in which it
-        was linked is billed. One that somebody approved before had access: only whole windows after the
-        link count, for a window cannot be cut.
+        was linked is billed. One that somebody approved before had access: what counts is from the moment
+        on at which it was made at Recurly.
         """
         now = self._clock.now()
         begun = min(made.activated_at or now, now)
-        usage_from = floor(begun, self._policy.window) if subscription.approval == "pending" else now
+        if subscription.approval == "pending":
+            usage_from = floor(begun, self._policy.window)
+        else:
+            usage_from = begun.replace(microsecond=0)  # Recurly's times are whole seconds, and so are edges
         link = self._new_link(subscription.id, subscription.name, subscription, plan, made, usage_from, now)
         async with self._store.write() as tx:
             await links.create_subscription(tx, link)
+            await periods.seen(tx, link.subscription_id, state=made.state, current=made.period, now=now)
             await held.close(
                 tx, subject=f"subscription:{subscription.id}", resolution="created at Recurly", now=now
             )
@@ -413,6 +417,7 @@ class SubscriptionProvisioner:
         link = self._new_link(subscription_id, name, subscription, plan, made, usage_from, now)
         async with self._store.write() as tx:
             await links.create_subscription(tx, link)
+            await periods.seen(tx, link.subscription_id, state=made.state, current=made.period, now=now)
         return link
 
     async def _hold_orphan(self, name: str, subscription_id: str) -> None:

@@ -1,18 +1,19 @@
 """Keeping one reading: what is new becomes usage records with their actions, the rest is held or counted."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 import structlog
 
-from billingd.domain.attempts import Action
+from billingd.domain.delivery import AFTER_END, OVER
 from billingd.domain.notices import provider_notice
-from billingd.domain.usage import UsageRecord, book
+from billingd.domain.usage import Booked, UsageRecord, book
 from billingd.domain.windows import Window
 from billingd.store import held, outbox, usage
 from billingd.store.engine import Tx
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
+from billingd.store.stakes import usage_hold
 from billingd.traffic.report import report_action
 
 log = structlog.get_logger()
@@ -28,7 +29,9 @@ def _reading_subject(key: Key) -> str:
 
 def _after_end(link: SubscriptionLink, window: Window) -> bool:
     """Whether nothing that was counted in that window may be billed any more without a person's word."""
-    return link.state == "ended" or (link.usage_until is not None and window.start >= link.usage_until)
+    if link.usage_until is not None and window.start >= link.usage_until:
+        return True
+    return link.state == "ended" and link.billed_state in {None, *OVER}
 
 
 class Keeper:
@@ -46,32 +49,43 @@ class Keeper:
         self.unlinked_units = 0
         self._held: list[Hold] = []
 
-    async def keep(self, counted: dict[Key, int], recorded: dict[Key, usage.Sum]) -> None:
-        """Book differences; hold readings that shrank; count traffic of nobody."""
+    async def keep(
+        self,
+        totals: Mapping[Key, int],
+        counted: Mapping[Key, Mapping[Window, int]],
+        recorded: Mapping[Key, Mapping[Window, Booked]],
+        *,
+        before: datetime,
+    ) -> None:
+        """Book differences; hold readings that shrank; count traffic of nobody.
+
+        `totals` has what was read of each window, `counted` the same by the pieces a bill cuts it into, where
+        there may be something to book. No record's time is `before` or later.
+        """
         new: list[UsageRecord] = []
         late: list[UsageRecord] = []
-        for key, units in sorted(counted.items(), key=lambda item: (item[0][2], item[0][0], item[0][1])):
-            subscription_id, quota_id, window = key
+        for key, pieces in sorted(counted.items(), key=lambda item: (item[0][2], item[0][0], item[0][1])):
+            subscription_id, quota_id, _ = key
             link = self._linked.get(subscription_id)
             add_on = self._add_ons.get(quota_id)
-            if not self._billable(link, add_on, window):
-                if units:
+            ours = {piece: units for piece, units in pieces.items() if self._billable(link, add_on, piece)}
+            for piece, units in pieces.items():
+                if units and piece not in ours:
                     self.unlinked_units += units
                     await usage.set_unlinked(
-                        self._tx, subscription_id, quota_id, window.start, units, now=self._now
+                        self._tx, subscription_id, quota_id, piece.start, units, now=self._now
                     )
+            if link is None:
                 continue
-            assert link is not None
-            known = recorded.get(key, usage.Sum(0, 0))
-            records = book(
-                subscription_id, quota_id, window, read=units, recorded=known.units, revisions=known.revisions
-            )
-            (late if _after_end(link, window) else new).extend(records)
+            known = recorded.get(key, {})
+            for record in book(subscription_id, quota_id, ours, known, before=before):
+                (late if _after_end(link, record.window) else new).append(record)
         billable = [(one.subscription_id, one.quota_id, one.window.start) for one in (*new, *late)]
         await usage.forget_unlinked(self._tx, billable)
-        shrunk = [key for key, known in recorded.items() if counted.get(key, 0) < known.units]
+        in_all = {key: sum(one.units for one in pieces.values()) for key, pieces in recorded.items()}
+        shrunk = [key for key, units in in_all.items() if totals.get(key, 0) < units]
         for key in shrunk:
-            await self._hold_shrunk(key, read=counted.get(key, 0), recorded=recorded[key].units)
+            await self._hold_shrunk(key, read=totals.get(key, 0), recorded=in_all[key])
         await self._mended(recorded.keys() - set(shrunk))
         await self._record(new)
         await self._hold_late(late)
@@ -79,7 +93,7 @@ class Keeper:
 
     @staticmethod
     def _billable(link: SubscriptionLink | None, add_on: AddOnLink | None, window: Window) -> bool:
-        """Whether traffic of that window belongs to a link: from `usage_from` on, of the linked plan."""
+        """Whether traffic of that piece belongs to a link: from `usage_from` on, of the linked plan."""
         if link is None or add_on is None or add_on.plan_id != link.plan_id:
             return False
         return window.start >= link.usage_from
@@ -102,19 +116,10 @@ class Keeper:
                 f"{record.units} unit(s) of {self._add_ons[record.quota_id].title} in the window from "
                 f"{record.window.start.isoformat()} {when} subscription {link.title} ended at {where}."
             )
-            await self._hold("usage_after_end", record, report_action(id_, record), reason)
-
-    async def _hold(self, kind: str, record: UsageRecord, action: Action, reason: str) -> None:
-        item = Hold(
-            kind,
-            f"usage:{record.merchant_tag}",
-            reason,
-            action,
-            subscription_id=record.subscription_id,
-            add_on_code=self._add_ons[record.quota_id].add_on_code,
-            units=record.units,
-        )
-        await self._tell(item)
+            recorded = await usage.find(self._tx, id_)
+            await self._tell(
+                await usage_hold(self._tx, recorded, AFTER_END, reason, report_action(id_, record))
+            )
 
     async def _hold_shrunk(self, key: Key, *, read: int, recorded: int) -> None:
         subscription_id, quota_id, window = key

@@ -2,24 +2,37 @@
 
 import asyncio
 from collections.abc import Collection, Iterable
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
 from typing import Final, Protocol
 
 import structlog
 
-from billingd.domain.errors import NotFound
-from billingd.domain.usage import Reading
+from billingd.domain.attempts import Leased
+from billingd.domain.errors import BillingdError, NotFound
+from billingd.domain.periods import cut, edges
+from billingd.domain.usage import Booked, Reading
 from billingd.domain.windows import Window, floor, settled_end, shared_edge
 from billingd.loops import Clock
-from billingd.store import links, usage, watermarks
-from billingd.store.engine import Store
+from billingd.store import links, outbox, periods, usage, watermarks
+from billingd.store.engine import Store, Tx
+from billingd.store.links import AddOnLink, SubscriptionLink
+from billingd.store.usage import Pair
 from billingd.store.watermarks import Watermark
+from billingd.traffic.audit import audit_action
 from billingd.traffic.keep import Keeper, Key
+from billingd.traffic.periods import PeriodWatch
 
 log = structlog.get_logger()
 
 WINDOWS_MAX: Final = 24
 """Windows in one reading: bounds the size of an answer, of a transaction, and the memory for both."""
+
+FLUSH_LEADS: Final = (timedelta(minutes=10), timedelta(minutes=3))
+"""How long before a billing period ends its usage is read up to the present, not only what has settled."""
+
+FLUSH_MARGIN: Final = timedelta(minutes=2)
+"""How old the time of such usage is at least: Recurly takes none of the future, and clocks differ."""
 
 
 class Traffic(Protocol):
@@ -48,6 +61,7 @@ class TrafficPoller:
         store: Store,
         clock: Clock,
         source: Traffic,
+        watch: PeriodWatch,
         *,
         length: timedelta,
         settle: timedelta,
@@ -57,37 +71,64 @@ class TrafficPoller:
         self._store = store
         self._clock = clock
         self._source = source
+        self._watch = watch
         self._length = length
         self._settle = settle
         self._horizon = horizon
         self._wake_outbox = wake_outbox
         self.wake = asyncio.Event()
         self._reading = asyncio.Lock()
+        self._audited_on: date | None = None
 
     async def run_once(self) -> bool:
         """Read every settled window that is new, and trailing ones again for late traffic.
 
         Trailing windows reach back to `horizon` before the watermark, but never before the moment the
-        current window length came into force. Returns False: the schedule says when to look again.
+        current window length came into force. Subscriptions that are about to be billed are read up to the
+        present. Returns False: the schedule and `until_flush` say when to look again.
         """
         async with self._reading:
-            await self._poll()
+            await self._learn_periods()
+            mark = await self._poll()
+            await self._flush(mark)
+            await self._ask_for_audits()
         return False
 
-    async def _poll(self) -> None:
+    async def look_again(self, action: Leased) -> None:
+        """Handle `refresh_subscription`: its bill date may be nearer than was known, so poll at once too."""
+        await self._watch.handle(action)
+        self.wake.set()
+
+    async def until_flush(self) -> timedelta | None:
+        """How long until a billing period is about to end; None when none is known to."""
+        now = self._watch.now()
+        async with self._store.read() as tx:
+            ends = [(lead, await links.next_period_end(tx, after=now + lead)) for lead in FLUSH_LEADS]
+        return min((ends_at - lead - now for lead, ends_at in ends if ends_at is not None), default=None)
+
+    async def _learn_periods(self) -> None:
+        """See where bills end. While Recurly is away, windows are read as far as that is known."""
+        try:
+            await self._watch.refresh()
+        except BillingdError as error:
+            log.warning("traffic.periods_not_seen", error=str(error))
+
+    async def _poll(self) -> Watermark:
         mark = await self._begin()
         while mark.length != self._length:  # stop at the edge where the new length comes into force
             edge = shared_edge(mark.at, mark.length, self._length)
             mark = await self._read_settled(mark, before=edge)
             if mark.at < edge:
-                return
+                return mark
             mark = await self._begin()
-        await self._read_settled(mark)
+        return await self._read_settled(mark)
 
     async def _read_settled(self, mark: Watermark, *, before: datetime | None = None) -> Watermark:
         now = self._clock.now()
         end = settled_end(mark.at, now, length=mark.length, settle=self._settle)
         end = end if before is None else min(end, before)
+        if (known_until := await self._watch.known_until()) is not None:
+            end = min(end, floor(known_until, mark.length))
         start = max(mark.regular_since, _ceil(mark.at - self._horizon, mark.length))
         step = mark.length * WINDOWS_MAX
         while start < end:
@@ -95,6 +136,49 @@ class TrafficPoller:
             mark = await self._read(mark, start, upto, advance_to=max(mark.at, upto))
             start = upto
         return mark
+
+    async def _flush(self, mark: Watermark) -> None:
+        """Before a bill, read what has not settled yet too, so that as little as can be misses it.
+
+        What Amplify counts later for the same windows is booked as a difference, as always.
+        """
+        now = self._watch.now()
+        async with self._store.read() as tx:
+            closing = [
+                link
+                for link in await links.subscriptions(tx)
+                if link.state != "ended"
+                and link.linked_at < now - FLUSH_MARGIN
+                and link.period_ends_at is not None
+                and now < link.period_ends_at <= now + FLUSH_LEADS[0]
+            ]
+        if not closing:
+            return
+        start, end = mark.at, _ceil(now, mark.length)
+        only = {link.subscription_id for link in closing}
+        before = (now - FLUSH_MARGIN).replace(microsecond=0)
+        while start < end:
+            upto = min(start + mark.length * WINDOWS_MAX, end)
+            await self._read(mark, start, upto, advance_to=mark.at, only=only, before=before)
+            start = upto
+        audits = [
+            audit_action(link.subscription_id, because=f"period:{link.period_ends_at:%Y%m%dT%H%M%S}")
+            for link in closing
+        ]
+        async with self._store.write() as tx:
+            await outbox.insert(tx, audits, now=self._clock.now())
+
+    async def _ask_for_audits(self) -> None:
+        """Once a day each open cycle is compared with the ledger."""
+        now = self._clock.now()
+        if self._audited_on == now.date():
+            return
+        async with self._store.read() as tx:
+            open_ = await links.subscriptions(tx, states=("active", "ending"))
+        async with self._store.write() as tx:
+            audits = [audit_action(one.subscription_id, because=f"{now:%Y-%m-%d}") for one in open_]
+            await outbox.insert(tx, audits, now=now)
+        self._audited_on = now.date()
 
     async def read_range(self, since: datetime, until: datetime, *, subscription: str | None = None) -> int:
         """Read past windows again, of one subscription or of all, and book only differences.
@@ -104,7 +188,9 @@ class TrafficPoller:
         async with self._store.read() as tx:
             if subscription is not None and await links.find_subscription(tx, subscription) is None:
                 raise NotFound(f"no subscription with the id {subscription} is linked")
+        only = None if subscription is None else {subscription}
         async with self._reading:
+            await self._learn_periods()
             mark = await self._begin()
             start = max(floor(since, mark.length), mark.regular_since)
             stop = min(_ceil(until, mark.length), mark.at)
@@ -112,14 +198,15 @@ class TrafficPoller:
             while start < stop:
                 upto = min(start + mark.length * WINDOWS_MAX, stop)
                 before = await self._recorded_units(start, upto)
-                mark = await self._read(mark, start, upto, advance_to=mark.at, only=subscription)
+                mark = await self._read(mark, start, upto, advance_to=mark.at, only=only)
                 booked += await self._recorded_units(start, upto) - before
                 start = upto
             return booked
 
     async def _recorded_units(self, start: datetime, end: datetime) -> int:
         async with self._store.read() as tx:
-            return sum(one.units for one in (await usage.sums(tx, start, end)).values())
+            recorded = (await usage.sums(tx, start, end)).values()
+        return sum(one.units for pieces in recorded for one in pieces.values())
 
     async def _begin(self) -> Watermark:
         """The watermark; on the first start it begins with the current window.
@@ -152,37 +239,36 @@ class TrafficPoller:
         end: datetime,
         *,
         advance_to: datetime,
-        only: str | None = None,
+        only: Collection[str] | None = None,
+        before: datetime | None = None,
     ) -> Watermark:
         """Read [start, end) and keep what it says, in one transaction with the watermark.
 
-        `only` bounds what is kept to one subscription.
+        `only` bounds what is kept to some subscriptions; `before`: no record's time is that late or later.
         """
         async with self._store.read() as tx:
-            linked = {one.subscription_id: one for one in await links.subscriptions(tx)}
-            add_ons = await links.add_ons(tx)
+            known = await self._known(tx, start, end, mark.length, only)
         readings: tuple[Reading, ...] = ()
-        if linked:
+        if known.linked:
             readings = await self._source.read(
-                organizations={one.organization_id for one in linked.values() if one.organization_id},
-                units={one.unit for one in add_ons.values()},
-                subscriptions=set(linked),
-                quotas=set(add_ons),
+                organizations={one.organization_id for one in known.linked.values() if one.organization_id},
+                units={one.unit for one in known.add_ons.values()},
+                subscriptions=set(known.linked),
+                quotas=set(known.add_ons),
                 start=start,
                 end=end,
                 length=mark.length,
             )
-        counted = _by_window(readings, mark.length)
+        totals = _by_window(readings, mark.length)
+        if only is not None:
+            totals = {key: units for key, units in totals.items() if key[0] in only}
+        counted = await self._cut(totals, known)
         now = self._clock.now()
         async with self._store.write() as tx:
             await watermarks.advance(tx, mark, advance_to, now=now)  # first: it locks out a second reader
-            linked = {one.subscription_id: one for one in await links.subscriptions(tx)}  # some ended since
-            keeper = Keeper(tx, linked, add_ons, now)
-            recorded = await usage.sums(tx, start, end)
-            if only is not None:
-                counted = {key: units for key, units in counted.items() if key[0] == only}
-                recorded = {key: known for key, known in recorded.items() if key[0] == only}
-            await keeper.keep(counted, recorded)
+            known = await self._known(tx, start, end, mark.length, only)  # some ended since
+            keeper = Keeper(tx, known.linked, known.add_ons, now)
+            await keeper.keep(totals, counted, known.recorded, before=before or end)
         if keeper.records or advance_to > mark.at:
             log.info(
                 "traffic.read",
@@ -196,6 +282,80 @@ class TrafficPoller:
         if keeper.records:
             self._wake_outbox.set()
         return Watermark(mark.source, advance_to, mark.length, mark.regular_since)
+
+    @staticmethod
+    async def _known(
+        tx: Tx, start: datetime, end: datetime, length: timedelta, only: Collection[str] | None
+    ) -> "Known":
+        linked = {
+            one.subscription_id: one
+            for one in await links.subscriptions(tx)
+            if only is None or one.subscription_id in only
+        }
+        cuts = {name: edges(known) for name, known in (await periods.since(tx, start)).items()}
+        for link in linked.values():
+            cuts.setdefault(link.subscription_id, set()).add(link.usage_from)
+        recorded: dict[Key, dict[Window, Booked]] = {}
+        for (subscription_id, quota_id), pieces in (await usage.sums(tx, start, end)).items():
+            if only is not None and subscription_id not in only:
+                continue
+            for piece, booked in pieces.items():
+                window = floor(piece.start, length)
+                key = (subscription_id, quota_id, Window(window, window + length))
+                recorded.setdefault(key, {})[piece] = booked
+        return Known(linked, await links.add_ons(tx), cuts, recorded)
+
+    async def _cut(self, totals: dict[Key, int], known: "Known") -> dict[Key, dict[Window, int]]:
+        """What was counted, by the pieces of its window. A window that a bill cuts is asked for by piece.
+
+        That is only asked when there is something to book: all of it is recorded mostly.
+        """
+        counted: dict[Key, dict[Window, int]] = {}
+        asked: dict[Window, set[Pair]] = {}
+        for key, units in totals.items():
+            subscription_id, quota_id, window = key
+            pieces = cut(window, known.cuts.get(subscription_id, ()))
+            if len(pieces) == 1:
+                counted[key] = {window: units}
+            elif units > sum(one.units for one in known.recorded.get(key, {}).values()):
+                counted[key] = dict.fromkeys(pieces, 0)
+                for piece in pieces:
+                    asked.setdefault(piece, set()).add((subscription_id, quota_id))
+        for piece, pairs in sorted(asked.items()):
+            for (subscription_id, quota_id), units in (await self._piece(piece, pairs, known)).items():
+                for key, pieces_ in counted.items():
+                    if key[:2] == (subscription_id, quota_id) and piece in pieces_:
+                        pieces_[piece] = units
+        return counted
+
+    async def _piece(self, piece: Window, pairs: set[Pair], known: "Known") -> dict[Pair, int]:
+        """What was counted of some pairs in a piece of a window."""
+        subscriptions = {subscription_id for subscription_id, _ in pairs if subscription_id in known.linked}
+        quotas = {quota_id for _, quota_id in pairs if quota_id in known.add_ons}
+        readings = await self._source.read(
+            organizations={known.linked[one].organization_id for one in subscriptions} - {""},
+            units={known.add_ons[one].unit for one in quotas},
+            subscriptions=subscriptions,
+            quotas=quotas,
+            start=piece.start,
+            end=piece.end,
+            length=piece.length,
+        )
+        counted = dict.fromkeys(pairs, 0)
+        for reading in readings:
+            if (pair := (reading.subscription_id, reading.quota_id)) in counted:
+                counted[pair] += reading.units
+        return counted
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the store has about a range: links, where bills cut, and what is recorded of each window."""
+
+    linked: dict[str, SubscriptionLink]
+    add_ons: dict[str, AddOnLink]
+    cuts: dict[str, set[datetime]]
+    recorded: dict[Key, dict[Window, Booked]]
 
 
 def _by_window(readings: Iterable[Reading], length: timedelta) -> dict[Key, int]:

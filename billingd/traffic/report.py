@@ -1,5 +1,6 @@
 """Report: one usage record to Recurly, once, however often it is tried."""
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
@@ -7,20 +8,26 @@ import structlog
 
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription, BilledUsage, NewUsage
+from billingd.domain.delivery import LATE, PAUSED, Obstacle, obstacle
 from billingd.domain.errors import NotFound, Permanent, Refused
 from billingd.domain.notices import provider_notice
 from billingd.domain.usage import UsageRecord
 from billingd.loops import Clock
 from billingd.once import Once
-from billingd.store import held, outbox, usage
+from billingd.store import held, outbox, periods, usage
 from billingd.store.engine import Store, Tx
-from billingd.store.held import Hold
+from billingd.store.stakes import usage_hold
+from billingd.store.usage import Recorded
+from billingd.traffic.periods import PeriodWatch
 
 log = structlog.get_logger()
 
 REPORT_USAGE: Final = "report_usage"
+REFUSED: Final = "usage_refused"
 AROUND: Final = timedelta(seconds=1)
 """A look-up spans a second on each side: whether Recurly's `end_time` is inclusive is not certain."""
+
+SECOND: Final = timedelta(seconds=1)
 
 
 def report_action(record_id: int, record: UsageRecord) -> Action:
@@ -41,68 +48,97 @@ class Billing(Protocol):
         self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
     ) -> tuple[BilledUsage, ...]: ...
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    def far_now(self) -> datetime: ...
 
 
 class UsageReporter:
     """Handles `report_usage`."""
 
     def __init__(
-        self, store: Store, clock: Clock, billing: Billing, once: Once, *, look_again: timedelta
+        self,
+        store: Store,
+        clock: Clock,
+        billing: Billing,
+        once: Once,
+        watch: PeriodWatch,
+        *,
+        look_again: timedelta,
     ) -> None:
         self._store = store
         self._clock = clock
         self._billing = billing
         self._once = once
+        self._watch = watch
         self._look_again = look_again
 
     async def report(self, action: Leased) -> Wait | None:
         """Post the record under its merchant tag, or find that an earlier attempt already did.
 
-        What Recurly rejects for good is held with its words; what a paused subscription may not take yet
-        stays pending.
+        What no invoice would carry rightly (its cycle was billed and takes no corrections, the subscription
+        is over) is held without being sent, unless a person released it; what Recurly rejects for good is
+        held with its words; what a paused subscription may not take yet stays pending.
         """
         async with self._store.read() as tx:
             recorded = await usage.find(tx, action.args["record"])
         if recorded.state != "recorded":
             return None
-        record = recorded.record
-        new = NewUsage(
-            subscription_uuid=recorded.subscription_uuid,
-            add_on_code=recorded.add_on_code,
-            units=record.units,
-            merchant_tag=record.merchant_tag,
-            usage_timestamp=record.usage_timestamp,
-            recorded_at=recorded.recorded_at,
-        )
+        new = _new(recorded)
+        if (ahead := new.usage_timestamp + SECOND - self._billing.far_now()) > timedelta(0):
+            return Wait(ahead, "by Recurly's clock its time is still to come")
+        released = bool(action.args.get("released"))
+        if (stop := await self._obstacle(recorded)) is not None and not (released and stop.kind == LATE):
+            return await self._stopped(recorded, new, stop)
+
+        async def send(key: str, *, retried: bool) -> str:
+            return await self._billing.create_usage(new, key=key, retried=retried)
+
         body = {
             "subscription": new.subscription_uuid,
             "add_on": new.add_on_code,
             "units": new.units,
             "at": new.usage_timestamp.isoformat(),
         }
-
-        async def keep(tx: Tx, usage_id: str) -> None:
-            await usage.reported(tx, recorded.id, usage_id=usage_id, now=self._clock.now())
-
-        over = recorded.subscription_state in {"ending", "ended"}  # ending: maybe over there, not yet known
-        if over and not await self._live(new.subscription_uuid):
-            # Recurly may take it all the same, for it looks at dates; but no invoice would ever carry it.
-            found = await self._once.look(f"usage:{record.merchant_tag}", find=lambda: self._find(new))
-            if found is None:
-                return await self._refused(recorded, new, "the subscription has ended there")
-            async with self._store.write() as tx:
-                await keep(tx, found)
-            return None
-
-        async def send(key: str, *, retried: bool) -> str:
-            return await self._billing.create_usage(new, key=key, retried=retried)
-
         try:
             await self._once.write(
-                f"usage:{record.merchant_tag}", body, send=send, find=lambda: self._find(new), keep=keep
+                _name(new),
+                body,
+                send=send,
+                find=lambda: self._find(new),
+                keep=lambda tx, usage_id: self._keep(tx, recorded, usage_id),
+                about=recorded.record.subscription_id,
             )
         except (Refused, NotFound) as error:
             return await self._refused(recorded, new, str(error))
+        return None
+
+    async def _keep(self, tx: Tx, recorded: Recorded, usage_id: str) -> None:
+        await usage.reported(tx, recorded.id, usage_id=usage_id, now=self._clock.now())
+
+    async def _obstacle(self, recorded: Recorded) -> Obstacle | None:
+        """What stands in its way. What is not plainly alive is looked at first, as it is now."""
+        link = recorded.link
+        state = link.billed_state
+        if link.state in {"ending", "ended"} or state not in {None, "active", "canceled"}:
+            state = (await self._watch.look_at(link)).state
+        async with self._store.read() as tx:
+            known = await periods.of(tx, link.subscription_id)
+        return obstacle(
+            recorded.record.usage_timestamp,
+            state=state,
+            periods=known,
+            tier_type=recorded.add_on.tier_type,
+        )
+
+    async def _stopped(self, recorded: Recorded, new: NewUsage, stop: Obstacle) -> Wait | None:
+        """It is not sent; but an earlier attempt may have reached Recurly, and then it is reported."""
+        if stop.kind == PAUSED:
+            return Wait(self._look_again, stop.reason)
+        found = await self._once.look(_name(new), find=lambda: self._find(new))
+        if found is None:
+            await self._hold(recorded, new, stop.kind, stop.reason)
+            return None
+        async with self._store.write() as tx:
+            await self._keep(tx, recorded, found)
         return None
 
     async def _find(self, new: NewUsage) -> str | None:
@@ -116,40 +152,64 @@ class UsageReporter:
         ours = [one for one in there if one.merchant_tag == new.merchant_tag]
         if not ours:
             return None
-        if len(ours) > 1 or ours[0].units != new.units:
+        if any(one.units != new.units for one in ours):
             held_units = ", ".join(f"{one.units} ({one.id})" for one in ours)
             raise Permanent(
                 f"Recurly holds {held_units} under the tag {new.merchant_tag}, where {new.units} belong once"
             )
-        return ours[0].id
+        return kept(ours).id  # of doubles, the one that the audit keeps
 
-    async def _live(self, uuid: str) -> bool:
-        return (await self._billing.get_subscription(uuid)).live
+    async def _refused(self, recorded: Recorded, new: NewUsage, why: str) -> Wait | None:
+        """Recurly will not take this record: later, if that is only for now; else hold it."""
+        theirs = await self._watch.look_at(recorded.link)
+        stop = await self._obstacle(recorded)
+        if stop is not None and stop.kind == PAUSED:
+            return Wait(self._look_again, stop.reason)
+        if (ahead := new.usage_timestamp + SECOND - self._billing.far_now()) > timedelta(0):
+            return Wait(ahead, f"by Recurly's clock its time is still to come ({why})")
+        kind = REFUSED if stop is None else stop.kind
+        if stop is None and theirs.period is not None and new.usage_timestamp < theirs.period.started_at:
+            kind = LATE
+        await self._hold(recorded, new, kind, why)
+        return None
 
-    async def _refused(self, recorded: usage.Recorded, new: NewUsage, why: str) -> Wait | None:
-        """Recurly will not take this record: later, if the subscription is only paused; else hold it."""
-        if (await self._billing.get_subscription(new.subscription_uuid)).state == "paused":
-            return Wait(self._look_again, "the Recurly subscription is paused; its usage waits")
+    async def _hold(self, recorded: Recorded, new: NewUsage, kind: str, why: str) -> None:
         now = self._clock.now()
         record = recorded.record
         reason = (
             f"{record.units} unit(s) in the window from {record.window.start.isoformat()} cannot be billed "
             f"by Recurly for add-on {new.add_on_code} of subscription {new.subscription_uuid}: {why}"
         )
-        item = Hold(
-            "usage_refused",
-            f"usage:{record.merchant_tag}",
-            reason,
-            report_action(recorded.id, record),
-            subscription_id=record.subscription_id,
-            add_on_code=new.add_on_code,
-            units=record.units,
-        )
-        notice = provider_notice(
-            f"held:usage:{record.merchant_tag}:{now.isoformat()}", "Usage is held, not billed", reason
-        )
+        again = report_action(recorded.id, record)
+        again = Action(again.kind, again.subject, again.key, {**again.args, "released": True})
         async with self._store.write() as tx:
+            item = await usage_hold(tx, recorded, kind, reason, again)
             if await usage.hold(tx, recorded.id) and await held.add(tx, item, now=now):
+                # One notice a day for each add-on: what was late once is often late many times.
+                key = f"held:{kind}:{record.subscription_id}:{record.quota_id}:{now:%Y-%m-%d}"
+                stake = "" if item.amount is None else f" At stake: {item.amount} {item.currency}."
+                body = f"{reason}.{stake} `billingd held list` shows all that is held."
+                notice = provider_notice(key, "Usage is held, not billed", body)
                 await outbox.insert(tx, [notice], now=now)
-        log.warning("usage.held", tag=record.merchant_tag, units=record.units, reason=why)
-        return None
+        log.warning("usage.held", held_kind=kind, tag=record.merchant_tag, units=record.units, reason=why)
+
+
+def kept(doubles: Iterable[BilledUsage]) -> BilledUsage:
+    """Which of several records with one tag stays: a billed one, which cannot be removed, else the first."""
+    return min(doubles, key=lambda one: (one.billed_at is None, one.id))
+
+
+def _name(new: NewUsage) -> str:
+    return f"usage:{new.merchant_tag}"
+
+
+def _new(recorded: Recorded) -> NewUsage:
+    record = recorded.record
+    return NewUsage(
+        subscription_uuid=recorded.link.uuid,
+        add_on_code=recorded.add_on.add_on_code,
+        units=record.units,
+        merchant_tag=record.merchant_tag,
+        usage_timestamp=record.usage_timestamp,
+        recorded_at=recorded.recorded_at,
+    )

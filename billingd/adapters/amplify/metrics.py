@@ -1,5 +1,6 @@
 """Traffic from metrics: complete, aware of units, one call for many windows (amplify.md 6.1, 6.2)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -20,11 +21,11 @@ from billingd.adapters.amplify.counts import (
 from billingd.adapters.amplify.encoding import Json, epoch_ms, moment_of
 from billingd.adapters.amplify.reader import Reader, dig
 from billingd.domain.usage import Reading
-from billingd.domain.windows import EPOCH, Window, floor
+from billingd.domain.windows import EPOCH, Window
 
 log = structlog.get_logger(__name__)
 
-WINDOWS_PER_CALL_MAX: Final = 1_000
+BUCKETS_PER_CALL_MAX: Final = 1_000
 """Longer ranges are cut: Amplify's store refuses answers of too many buckets (Elasticsearch's habit)."""
 
 
@@ -52,7 +53,8 @@ class MetricsTraffic:
         end: datetime,
         length: timedelta,
     ) -> tuple[Reading, ...]:
-        """One call per organization and unit for up to WINDOWS_PER_CALL_MAX windows."""
+        """One call per organization and unit for up to BUCKETS_PER_CALL_MAX buckets."""
+        bucket = bucket_of(start, length)
 
         async def chart(asked: tuple[str, str, Window]) -> dict[Key, int]:
             organization, unit, part = asked
@@ -60,20 +62,25 @@ class MetricsTraffic:
                 "tenantId": organization,
                 "from": epoch_ms(part.start),
                 "to": epoch_ms(part.end),
-                "interval": interval_of(length),
+                "interval": interval_of(bucket),
                 "unitId": unit,
                 "groupBy": ["subscriptionId", "quotaId"],
             }
             answer = await self._amplify.ask_traceability("consumer/v2/chartGroupedBy", body=body)
-            return bucketed(rows_of(answer, "chartGroupedBy"), part, length)
+            return bucketed(rows_of(answer, "chartGroupedBy"), part, bucket, start=start, length=length)
 
         calls = [
             (organization, unit, part)
             for organization in sorted(set(organizations))
             for unit in sorted(set(units))
-            for part in _parts(start, end, length)
+            for part in _parts(start, end, bucket)
         ]
-        return self._merge(await each_of(chart, calls))
+        answers = zip(calls, await each_of(chart, calls), strict=True)
+        series: dict[tuple[str, str], dict[Key, int]] = defaultdict(lambda: defaultdict(int))
+        for (organization, unit, _), answer in answers:
+            for key, count in answer.items():
+                series[organization, unit][key] += count
+        return self._merge(series.values())
 
     def _merge(self, answers: Iterable[Mapping[Key, int]]) -> tuple[Reading, ...]:
         """One reading per subscription, quota and window.
@@ -105,8 +112,19 @@ def interval_of(length: timedelta) -> str:
     return f"{seconds}s"
 
 
-def bucketed(rows: Iterable[Json], part: Window, length: timedelta) -> dict[Key, int]:
-    """Amplify's time buckets as windows.
+def bucket_of(start: datetime, length: timedelta) -> timedelta:
+    """The longest bucket whose edges, counted from the epoch, fall on those of windows from `start` on.
+
+    Windows are aligned, so that is their length; the piece of one that a bill cuts off is not.
+    """
+    since_epoch = (start - EPOCH) // timedelta(seconds=1)
+    return timedelta(seconds=math.gcd(since_epoch, length // timedelta(seconds=1)))
+
+
+def bucketed(
+    rows: Iterable[Json], part: Window, bucket_length: timedelta, *, start: datetime, length: timedelta
+) -> dict[Key, int]:
+    """Amplify's time buckets as windows of that length from `start` on.
 
     A bucket at or after the end is the start of a later window (whether `to` is inclusive is open
     question 5); that window's own reading will count it whole. One that begins inside the window before
@@ -116,14 +134,15 @@ def bucketed(rows: Iterable[Json], part: Window, length: timedelta) -> dict[Key,
     for row in rows:
         for bucket in Reader("chartGroupedBy", row).each("usage"):
             at = _bucket_at(bucket)
-            if part.start - length < at < part.start:
+            if part.start - bucket_length < at < part.start:
                 bucket.fail(
                     "time",
                     f"{at.isoformat()} straddles the start of the range: Amplify's buckets do not align",
                 )
             count = count_of(bucket.raw, "total")
             if part.start <= at < part.end and count:
-                units[id_of(row, "subscriptionId"), id_of(row, "quotaId"), floor(at, length)] += count
+                window_start = start + (at - start) // length * length
+                units[id_of(row, "subscriptionId"), id_of(row, "quotaId"), window_start] += count
     return units
 
 
@@ -139,8 +158,8 @@ def _bucket_at(bucket: Reader) -> datetime:
     return bucket.fail("time", "is missing or no time")
 
 
-def _parts(start: datetime, end: datetime, length: timedelta) -> Iterable[Window]:
+def _parts(start: datetime, end: datetime, bucket: timedelta) -> Iterable[Window]:
     while start < end:
-        stop = min(end, start + WINDOWS_PER_CALL_MAX * length)
+        stop = min(end, start + BUCKETS_PER_CALL_MAX * bucket)
         yield Window(start.astimezone(UTC), stop.astimezone(UTC))
         start = stop

@@ -1,0 +1,191 @@
+"""Audit: each open billing cycle is compared with the ledger while its mistakes can still be undone."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final, Protocol
+
+import structlog
+
+from billingd.domain.attempts import Action, Leased
+from billingd.domain.billing import BilledUsage
+from billingd.domain.delivery import OVER
+from billingd.domain.errors import NotFound, Refused
+from billingd.domain.notices import provider_notice
+from billingd.domain.usage import TAG_PREFIX
+from billingd.loops import Clock
+from billingd.once import KEYS, Once
+from billingd.store import held, links, outbox, periods, usage
+from billingd.store.engine import Store
+from billingd.store.held import Hold
+from billingd.store.links import AddOnLink, SubscriptionLink
+from billingd.traffic.report import kept
+
+log = structlog.get_logger()
+
+AUDIT_USAGE: Final = "audit_usage"
+DOUBLE: Final = "double_record"
+FOREIGN: Final = "foreign_record"
+WRONG: Final = "wrong_amount"
+GONE: Final = "gone"
+
+
+def audit_action(subscription_id: str, *, because: str) -> Action:
+    """Compare the open billing cycle of a subscription with the ledger."""
+    return Action(
+        AUDIT_USAGE,
+        f"audit:{subscription_id}",
+        f"{AUDIT_USAGE}:{subscription_id}:{because}",
+        {"id": subscription_id},
+    )
+
+
+class Billing(Protocol):
+    """What is read and removed at Recurly."""
+
+    async def list_usage(
+        self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
+    ) -> tuple[BilledUsage, ...]: ...
+    async def remove_usage(self, usage_id: str, *, key: str, retried: bool = False) -> None: ...
+    def far_now(self) -> datetime: ...
+
+
+class UsageAuditor:
+    """Handles `audit_usage`."""
+
+    def __init__(
+        self, store: Store, clock: Clock, billing: Billing, once: Once, *, settling: timedelta
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._billing = billing
+        self._once = once
+        self._settling = settling
+
+    async def audit(self, action: Leased) -> None:
+        """List what Recurly holds of the open cycle, billed or not, add-on by add-on.
+
+        A tag that is there more than once: the unbilled extra records are removed, billed ones are held for
+        a refund. Records that billingd never made are held up to a person. Where each tag is there once, a
+        doubt about idempotency keys is settled.
+        """
+        began = self._clock.now()
+        async with self._store.read() as tx:
+            link = await links.find_subscription(tx, action.args["id"])
+            if link is None or link.billed_state in OVER:
+                return
+            known = await periods.of(tx, link.subscription_id)
+            add_ons = await links.add_ons_of(tx, link.plan_id)
+        begin = max(known).started_at if known else link.usage_from
+        clean = True
+        for add_on in add_ons:
+            try:
+                there = await self._billing.list_usage(
+                    link.uuid, add_on.add_on_code, begin=begin, end=self._billing.far_now()
+                )
+            except NotFound:
+                continue  # a quota that came after this subscription: it has no such add-on
+            clean &= await self._add_on(link, add_on, there)
+        if clean:
+            await self._clear_doubt(link, began)
+
+    async def _add_on(self, link: SubscriptionLink, add_on: AddOnLink, there: Sequence[BilledUsage]) -> bool:
+        """Whether each of our tags is there once, with its units."""
+        by_tag: dict[str, list[BilledUsage]] = defaultdict(list)
+        for one in there:
+            by_tag[one.merchant_tag or ""].append(one)
+        async with self._store.read() as tx:
+            ours = await usage.by_tags(tx, [tag for tag in by_tag if tag.startswith(TAG_PREFIX)])
+        foreign = [one for tag, records in by_tag.items() if tag not in ours for one in records]
+        await self._tell_foreign(link, add_on, foreign)
+        clean = True
+        for tag, record in ours.items():
+            records = by_tag[tag]
+            first = kept(records)
+            if first.units != record.units:
+                clean = False
+                reason = f"Recurly has {first.units} unit(s) under {tag}, where {record.units} were recorded"
+                await self._hold(link, add_on, WRONG, tag, reason, first.units - record.units)
+            for extra in records:
+                if extra.id != first.id:
+                    clean = False
+                    await self._undo(link, add_on, tag, extra)
+        return clean
+
+    async def _undo(self, link: SubscriptionLink, add_on: AddOnLink, tag: str, extra: BilledUsage) -> None:
+        """Remove a record that is there twice; when it was billed already, a person must refund it."""
+        if extra.billed_at is None:
+
+            async def send(key: str, *, retried: bool) -> str:
+                try:
+                    await self._billing.remove_usage(extra.id, key=key, retried=retried)
+                except NotFound:
+                    log.info("usage.gone_already", usage=extra.id)
+                return GONE
+
+            async def find() -> str | None:
+                left = await self._billing.list_usage(
+                    link.uuid, add_on.add_on_code, begin=extra.usage_timestamp, end=extra.usage_timestamp
+                )
+                return None if any(one.id == extra.id for one in left) else GONE
+
+            try:
+                await self._once.write(f"remove:{extra.id}", {"tag": tag}, send=send, find=find)
+            except Refused as error:
+                log.warning("usage.double_not_removed", usage=extra.id, error=str(error))
+            else:
+                log.error("usage.double_removed", tag=tag, usage=extra.id, units=extra.units)
+                return
+        reason = (
+            f"Recurly billed {extra.units} unit(s) twice under {tag} ({extra.id}): refund that line there"
+        )
+        await self._hold(link, add_on, DOUBLE, f"{tag}:{extra.id}", reason, extra.units)
+
+    async def _tell_foreign(
+        self, link: SubscriptionLink, add_on: AddOnLink, foreign: Sequence[BilledUsage]
+    ) -> None:
+        subject = f"foreign:{link.uuid}:{add_on.add_on_code}"
+        if not foreign:
+            async with self._store.write() as tx:
+                await held.close(tx, subject=subject, resolution="they are gone", now=self._clock.now())
+            return
+        units = sum(one.units for one in foreign)
+        ids = ", ".join(one.id for one in foreign[:5]) + (", …" if len(foreign) > 5 else "")
+        reason = (
+            f"{len(foreign)} usage record(s) that billingd did not make ({ids}) are in the open cycle of "
+            f"add-on {add_on.add_on_code} of {link.title}. Remove them at Recurly, or write them off here "
+            "if they are meant."
+        )
+        await self._hold(link, add_on, FOREIGN, subject.removeprefix("foreign:"), reason, units)
+
+    async def _hold(
+        self, link: SubscriptionLink, add_on: AddOnLink, kind: str, about: str, reason: str, units: int
+    ) -> None:
+        now = self._clock.now()
+        prefix = "foreign" if kind == FOREIGN else "audit"
+        item = Hold(
+            kind,
+            f"{prefix}:{about}",
+            reason,
+            audit_action(link.subscription_id, because="released"),
+            subscription_id=link.subscription_id,
+            add_on_code=add_on.add_on_code,
+            units=units,
+        )
+        notice = provider_notice(
+            f"held:{item.kind}:{item.subject}:{now.isoformat()}", "Recurly differs from the ledger", reason
+        )
+        async with self._store.write() as tx:
+            if await held.add(tx, item, now=now):
+                log.error("audit.differs", held_kind=kind, about=about, units=units)
+                await outbox.insert(tx, [notice], now=now)
+
+    async def _clear_doubt(self, link: SubscriptionLink, began: datetime) -> None:
+        """Keys are relied on again once what was doubted turned out to be there once, after all."""
+        async with self._store.write() as tx:
+            for item in await held.standing(tx, subject=KEYS):
+                settled = item["since"] + self._settling <= began
+                if settled and item["subscription_id"] in {None, link.subscription_id}:
+                    resolution = "audited: each record is there once"
+                    await held.close_one(tx, item["id"], resolution=resolution, now=self._clock.now())
+                    log.info("recurly.keys_relied_on_again")

@@ -1,0 +1,174 @@
+"""Periods: the state of each subscription as Recurly shows it, and where one bill ends."""
+
+from datetime import datetime, timedelta
+from typing import Final, Protocol
+
+import structlog
+
+from billingd.domain.attempts import Leased
+from billingd.domain.billing import BilledAddOn, BilledSubscription
+from billingd.domain.delivery import OVER
+from billingd.domain.errors import NotFound
+from billingd.domain.periods import Period, between
+from billingd.loops import Clock
+from billingd.store import links, periods
+from billingd.store.engine import Store
+from billingd.store.links import SubscriptionLink
+
+log = structlog.get_logger()
+
+REFRESH_EVERY: Final = timedelta(minutes=10)
+"""How old the list of live subscriptions may be: a person may move a bill date at any time."""
+
+REFRESH_SOONEST: Final = timedelta(seconds=30)
+"""How soon to ask again while a period is over and Recurly shows no next one: its bill run takes time."""
+
+
+class Billing(Protocol):
+    """What is read at Recurly."""
+
+    async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]: ...
+    async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]: ...
+    async def list_billed_edges(self, uuid: str, *, since: datetime) -> frozenset[datetime]: ...
+    def far_now(self) -> datetime: ...
+
+
+class PeriodWatch:
+    """Keeps the links' states and billing periods as Recurly shows them."""
+
+    def __init__(self, store: Store, clock: Clock, billing: Billing) -> None:
+        self._store = store
+        self._clock = clock
+        self._billing = billing
+        self._refreshed_at: datetime | None = None
+
+    def now(self) -> datetime:
+        """The time that decides when a period ends: Recurly's."""
+        return self._billing.far_now()
+
+    async def refresh(self) -> None:
+        """Read the periods of all subscriptions that bill, when what is known may be out of date.
+
+        One list for all that are live, one call for each that is in no such list (paused, or just over).
+        """
+        now = self._clock.now()
+        async with self._store.read() as tx:
+            watched = [link for link in await links.subscriptions(tx) if _watched(link)]
+        if not watched or not self._due(watched, now):
+            return
+        live = {one.uuid: one for one in await self._billing.list_live_subscriptions()}
+        seen = []
+        for link in watched:
+            theirs = live.get(link.uuid)
+            if theirs is None:
+                theirs = await self._look(link)
+            if theirs is not None and (_differs(link, theirs) or _unseen_since_its_end(link, now)):
+                seen.append((link, theirs))
+        for link, theirs in seen:
+            await self._keep(link, theirs)
+            log.info(
+                "subscription.seen",
+                subscription=link.subscription_id,
+                state=theirs.state,
+                period_ends_at=None if theirs.period is None else theirs.period.ends_at.isoformat(),
+            )
+        self._refreshed_at = now
+        await self._learn_prices()
+
+    async def handle(self, action: Leased) -> None:
+        """Look at one subscription again, which a webhook of Recurly's was about."""
+        async with self._store.read() as tx:
+            link = await links.find_subscription_by_uuid(tx, action.args["uuid"])
+        if link is not None:
+            await self.look_at(link)
+
+    async def look_at(self, link: SubscriptionLink) -> BilledSubscription:
+        """The subscription as Recurly shows it now, which is also kept. Raises NotFound."""
+        theirs = await self._billing.get_subscription(link.uuid)
+        await self._keep(link, theirs)
+        return theirs
+
+    async def _keep(self, link: SubscriptionLink, theirs: BilledSubscription) -> None:
+        """Write down what was seen; where renewals were missed meanwhile, read from the invoices when.
+
+        Without their dates, windows of that time would not be cut where they were billed.
+        """
+        current = theirs.period
+        async with self._store.read() as tx:
+            known = await periods.of(tx, link.subscription_id)
+        last = max(known, default=None)
+        missed: list[Period] = []
+        if current is not None and last is not None and last.ends_at < current.started_at:
+            billed = await self._billing.list_billed_edges(link.uuid, since=last.ends_at)
+            missed = between(last.ends_at, billed, current.started_at)
+        async with self._store.write() as tx:
+            for one in (*missed, current):
+                await periods.seen(
+                    tx, link.subscription_id, state=theirs.state, current=one, now=self._clock.now()
+                )
+
+    async def known_until(self) -> datetime | None:
+        """From when on some subscription's period is not known, because it is over and was not seen since.
+
+        A window beyond that moment may have to be cut where nobody knows yet. None: all are known.
+        """
+        now = self._clock.now()
+        async with self._store.read() as tx:
+            ends = [
+                link.period_ends_at
+                for link in await links.subscriptions(tx)
+                if _watched(link) and link.period_ends_at is not None and _unseen_since_its_end(link, now)
+            ]
+        return min(ends, default=None)
+
+    async def _learn_prices(self) -> None:
+        """What add-ons cost that were linked by a release that did not keep it; for what is at stake."""
+        async with self._store.read() as tx:
+            unpriced = {
+                one.add_on_code: one for one in (await links.add_ons(tx)).values() if one.prices is None
+            }
+            plans = [
+                await links.find_plan(tx, plan_id) for plan_id in {one.plan_id for one in unpriced.values()}
+            ]
+        for plan in plans:
+            if plan is None or plan.state == "removed":
+                continue
+            try:
+                theirs = await self._billing.list_add_ons(plan.plan_code, plan.currency)
+            except NotFound:
+                continue  # removed by hand; what it cost is not known any more
+            async with self._store.write() as tx:
+                for add_on in theirs:
+                    if add_on.code in unpriced:
+                        await links.priced(tx, unpriced[add_on.code].quota_id, add_on.prices)
+
+    async def _look(self, link: SubscriptionLink) -> BilledSubscription | None:
+        try:
+            return await self._billing.get_subscription(link.uuid)
+        except NotFound as error:
+            log.error("subscription.not_at_recurly", subscription=link.subscription_id, error=str(error))
+            return None
+
+    def _due(self, watched: list[SubscriptionLink], now: datetime) -> bool:
+        last = self._refreshed_at
+        if last is None or not last <= now < last + REFRESH_EVERY:
+            return True
+        return now >= last + REFRESH_SOONEST and any(
+            link.period_ends_at is not None and link.period_ends_at <= now for link in watched
+        )
+
+
+def _watched(link: SubscriptionLink) -> bool:
+    """Whether its periods still matter: what is over stays over."""
+    return link.billed_state not in OVER
+
+
+def _differs(link: SubscriptionLink, theirs: BilledSubscription) -> bool:
+    known = (link.billed_state, link.period_started_at, link.period_ends_at)
+    return known != (theirs.state, theirs.period_started_at, theirs.period_ends_at)
+
+
+def _unseen_since_its_end(link: SubscriptionLink, now: datetime) -> bool:
+    ends_at = link.period_ends_at
+    return ends_at is not None and ends_at <= now and (link.seen_at is None or link.seen_at < ends_at)
