@@ -24,6 +24,7 @@ from billingd.admin.server import AdminListener, FarSide, Parts
 from billingd.domain.attempts import Patience
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import (
+    AUDIT_USAGE,
     END_SUBSCRIPTION,
     PROVISION_PLAN,
     PROVISION_SUBSCRIPTION,
@@ -40,7 +41,7 @@ from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
 from billingd.settings import Settings, host_port, parse_duration
 from billingd.store import events, migrate, outbox
 from billingd.store.engine import Store
-from billingd.traffic.audit import AUDIT_USAGE, UsageAuditor
+from billingd.traffic.audit import UsageAuditor
 from billingd.traffic.periods import PeriodWatch
 from billingd.traffic.poll import TrafficPoller
 from billingd.traffic.report import REPORT_USAGE, UsageReporter

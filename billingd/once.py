@@ -7,9 +7,11 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from billingd.domain.errors import BillingdError, NotFound, Refused, Retryable, Unknown
+from billingd.domain.errors import BillingdError, NotFound, Refused, Retryable, Settling, Unknown
+from billingd.domain.events import audit_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.sending import (
+    SECOND_LOOK,
     Intent,
     Send,
     Settle,
@@ -152,7 +154,7 @@ class Once:
                 async with self._store.write() as tx:
                     await intents.missed(tx, intent.name, sends=intent.sends, now=now)
             name = "it" if intent is None else intent.name
-            raise Unknown(
+            raise Settling(
                 f"{name}: no clear outcome yet and not found; waiting out the settling time",
                 retry_after=until - now,
             )
@@ -243,6 +245,9 @@ class Once:
                 f"{DOUBTED}:{now.isoformat()}", "Recurly may ignore idempotency keys", reason
             )
             await outbox.insert(tx, [notice], now=now)
+            if about is not None:
+                audit = audit_action(about, because=f"doubt:{now.isoformat()}")
+                await outbox.insert(tx, [audit], now=now, due_at=now + self._trust.settling + SECOND_LOOK)
 
     async def _found(
         self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any], sent: bool

@@ -296,7 +296,7 @@ async def test_whoever_lost_its_lease_writes_nothing(bench: Bench) -> None:
 
 
 async def test_a_process_that_died_leaves_its_actions_to_the_next_after_the_lease(bench: Bench) -> None:
-    """No rescuer is needed: what was leased is due again."""
+    """No rescuer is needed: what was leased is due again, as the same attempt."""
     await bench.add("1")
     bench.gate.clear()
     await bench.engine.run_once()
@@ -309,7 +309,7 @@ async def test_a_process_that_died_leaves_its_actions_to_the_next_after_the_leas
     bench.clock.advance(LEASE)
     assert await bench.turn()
     row = await bench.row("1")
-    assert (row["state"], row["attempt"]) == ("done", 2)
+    assert (row["state"], row["attempt"], row["fence"]) == ("done", 1, 2)
 
 
 async def test_a_drain_waits_for_what_is_under_way(bench: Bench) -> None:

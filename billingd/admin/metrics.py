@@ -60,6 +60,9 @@ class Metrics:
         self._lag = self._gauge("billingd_traffic_lag_seconds", "Now less the watermark")
         self._unreported = self._gauge("billingd_usage_unreported_units", "Recorded and not reported")
         self._unknown = self._gauge("billingd_unknown_outcomes", "Writes to Recurly with no clear outcome")
+        self._missed = self._gauge(
+            "billingd_period_missed_units", "Units that missed the invoice of the last billing period"
+        )
         self._held = Gauge("billingd_held", "Things held for a person", ["what"], registry=self._registry)
         Gauge("billingd_build_info", "The version", ["version"], registry=self._registry).labels(
             __version__
@@ -93,6 +96,7 @@ class Metrics:
         self._lag.set(traffic["lag_seconds"] or 0)
         self._unreported.set(traffic["unreported_units"])
         self._unknown.set(traffic["unknown_outcomes"])
+        self._missed.set(status["periods"]["missed_units"])
         for what in ("plans", "subscriptions", "units"):
             self._held.labels(what).set(status["held"][what])
         self._usage.units = {

@@ -1,11 +1,14 @@
 """What an operator may do to the outbox and to held items, through the daemon or on the store itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
 from billingd.domain.attempts import Action, State
+from billingd.domain.errors import BillingdError
 from billingd.domain.events import END_SUBSCRIPTION
+from billingd.once import DOUBTED
 from billingd.store import held, outbox, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
@@ -13,6 +16,13 @@ from billingd.store.stakes import usage_hold
 
 IDS_MAX: Final = 10_000
 """Ids in one statement: both databases bound its parameters."""
+
+FACTS: Final = frozenset({"reading_shrank", "foreign_record", "double_record", "wrong_amount"})
+"""Kinds of held items that only tell of something: there is nothing of ours to send or to mend."""
+
+
+class NotForWritingOff(BillingdError):
+    """What is held can be mended, so it is not given up; the message says what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +115,41 @@ async def release(store: Store, held_id: int, *, now: datetime) -> bool:
             key = f"{again['kind']}:released:{held_id}"
             await outbox.insert(tx, [Action(again["kind"], again["subject"], key, again["args"])], now=now)
         return True
+
+
+async def write_off(store: Store, held_id: int, *, reason: str, now: datetime) -> bool:
+    """Give a held item up for good; False when nothing of that id is held. Raises NotForWritingOff.
+
+    A usage record is never sent from here on. If one that was sent before without a clear answer turns out
+    to be at Recurly after all, the ledger says so again (`store.usage.reported`): what is billed is reported.
+    """
+    async with store.write() as tx:
+        item = await held.find(tx, held_id)
+        if item is None or item["closed_at"] is not None:
+            return False
+        record_id = (item["action"] or {"args": {}})["args"].get("record")
+        if record_id is None and item["kind"] not in FACTS:
+            raise NotForWritingOff(_instead(item))
+        if not await held.write_off(tx, held_id, reason=reason, now=now):
+            return False
+        if record_id is not None and not await usage.write_off(tx, record_id):
+            state = (await usage.find(tx, record_id)).state
+            raise NotForWritingOff(
+                f"the usage record of held item {held_id} is {state}, so nothing of it is left to write off; "
+                f"`billingd held release {held_id}` closes the item"
+            )
+        return True
+
+
+def _instead(item: Mapping[str, Any]) -> str:
+    """What to do about a held item that is not written off."""
+    release_it = f"`billingd held release {item['id']}`"
+    if item["kind"] == DOUBTED:
+        return (
+            f"a doubt is not written off: once you know that Recurly heeds idempotency keys, {release_it}, "
+            "and they are relied on again"
+        )
+    return (
+        f"{item['kind']} is not written off, for no usage record hangs on it: mend what its reason says, "
+        f"then {release_it}"
+    )

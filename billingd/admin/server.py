@@ -11,7 +11,7 @@ from aiohttp import web
 
 from billingd.admin import operations, status
 from billingd.admin.metrics import Metrics
-from billingd.admin.operations import Selection
+from billingd.admin.operations import NotForWritingOff, Selection
 from billingd.domain.attempts import State
 from billingd.domain.errors import BillingdError, NotFound, Retryable
 from billingd.loops import Clock, Progress
@@ -22,6 +22,8 @@ log = structlog.get_logger()
 
 REACHED_LATELY: Final = timedelta(minutes=3)
 LIST_MAX: Final = 1_000
+SHOWN_MAX: Final = 100
+"""Subscriptions on the page."""
 
 
 class FarSide(Protocol):
@@ -84,6 +86,7 @@ class AdminListener:
                 web.get("/subscriptions", self._subscriptions),
                 web.get("/held", self._held),
                 web.post("/held/{id:[0-9]+}/release", self._release),
+                web.post("/held/{id:[0-9]+}/write-off", self._write_off),
                 web.get("/traffic/windows", self._windows),
                 web.post("/traffic/poll", self._poll),
                 web.post("/traffic/backfill", self._backfill),
@@ -139,7 +142,9 @@ class AdminListener:
     async def _show(self, _request: web.Request) -> web.Response:
         rows = await operations.selected(self._parts.store, Selection(), limit=50)
         html = self._page.render(
-            status=await self._document(), dead=[status.action_item(row) for row in rows]
+            status=await self._document(),
+            dead=[status.action_item(row) for row in rows],
+            subscriptions=await self._waiting_first(),
         )
         headers = {
             "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -148,6 +153,11 @@ class AdminListener:
             "Cache-Control": "no-store",
         }
         return web.Response(text=html, content_type="text/html", headers=headers)
+
+    async def _waiting_first(self) -> list[dict[str, Any]]:
+        """Subscriptions for the page: those whose billing period is not complete come first."""
+        rows = await status.subscriptions(self._parts.store, now=self._parts.clock.now())
+        return sorted(rows, key=lambda row: row["period"] is None or row["period"]["complete"])[:SHOWN_MAX]
 
     async def _list(self, request: web.Request) -> web.Response:
         query = request.query
@@ -190,9 +200,7 @@ class AdminListener:
         return web.json_response({"retried": _id(request)})
 
     async def _discard(self, request: web.Request) -> web.Response:
-        reason = (await _body(request)).get("reason")
-        if not isinstance(reason, str) or not reason.strip():
-            raise _bad_request("reason: say in a few words why this action is given up")
+        reason = _reason(await _body(request), "why this action is given up")
         now = self._parts.clock.now()
         if not await operations.discard(self._parts.store, _id(request), reason=reason, now=now):
             raise _not_found("dead or pending action", _id(request))
@@ -200,7 +208,8 @@ class AdminListener:
         return web.json_response({"discarded": _id(request)})
 
     async def _subscriptions(self, _request: web.Request) -> web.Response:
-        return web.json_response({"subscriptions": await status.subscriptions(self._parts.store)})
+        rows = await status.subscriptions(self._parts.store, now=self._parts.clock.now())
+        return web.json_response({"subscriptions": rows})
 
     async def _held(self, _request: web.Request) -> web.Response:
         async with self._parts.store.read() as tx:
@@ -213,6 +222,19 @@ class AdminListener:
         self._parts.wake_outbox()
         log.info("held.released", held=_id(request))
         return web.json_response({"released": _id(request)})
+
+    async def _write_off(self, request: web.Request) -> web.Response:
+        reason = _reason(await _body(request), "why this is written off")
+        try:
+            found = await operations.write_off(
+                self._parts.store, _id(request), reason=reason, now=self._parts.clock.now()
+            )
+        except NotForWritingOff as error:
+            raise _http(web.HTTPConflict, "conflict", str(error)) from None
+        if not found:
+            raise _not_found("held item", _id(request))
+        log.info("held.written_off", held=_id(request), reason=reason)
+        return web.json_response({"written_off": _id(request)})
 
     async def _windows(self, request: web.Request) -> web.Response:
         limit = _number(request.query.get("limit", "48"), "limit", at_most=LIST_MAX)
@@ -302,6 +324,13 @@ async def _body(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise _bad_request("the body must be a JSON object")
     return body
+
+
+def _reason(body: dict[str, Any], what: str) -> str:
+    reason = body.get("reason")
+    if not isinstance(reason, str) or not reason.strip():
+        raise _bad_request(f"reason: say in a few words {what}")
+    return reason
 
 
 def _optional_text(body: dict[str, Any], name: str) -> str | None:

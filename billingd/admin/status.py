@@ -1,12 +1,14 @@
 """The state of things in one document: what /status and `billingd status` say."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from billingd import __version__
 from billingd.domain.attempts import State
-from billingd.store import events, held, intents, links, outbox, usage, watermarks
+from billingd.store import completeness, events, held, intents, links, outbox, usage, watermarks
+from billingd.store.completeness import ClosedPeriod, Completeness, CurrentPeriod
 from billingd.store.engine import Store
 
 
@@ -28,6 +30,7 @@ async def read(
         held_counts = await held.count(tx)
         held_items = await held.standing(tx)
         accepted = await events.count(tx)
+        periods = await completeness.summary(tx, now=now)
     by_state = {state: sum(n for (of, _), n in counts.items() if of == state) for state in State}
     recorded = sum(totals.values())
     reported = totals.get("reported", 0)
@@ -57,21 +60,33 @@ async def read(
             "unreported_units": recorded - reported,
             "unknown_outcomes": unknown,
             "unlinked_units": unlinked,
+            "written_off_units": totals.get("written_off", 0),
+        },
+        "periods": {
+            "open": periods.open,
+            "incomplete": periods.incomplete,
+            "ends_next": plain(periods.ends_next),
+            "missed_units": periods.missed_units,
         },
         "held": {**held_counts, "items": [held_item(item) for item in held_items]},
         "links": {"plans": plans, "subscriptions": subscriptions},
     }
 
 
-async def subscriptions(store: Store) -> list[dict[str, Any]]:
-    """Every linked subscription with its units: recorded in all, of these reported, of these held."""
+async def subscriptions(store: Store, *, now: datetime) -> list[dict[str, Any]]:
+    """Every linked subscription with its units: recorded in all, of these reported, of these held.
+
+    `period` and `last_period` say the same of its billing periods; null where none is known.
+    """
     async with store.read() as tx:
         linked = await links.subscriptions(tx)
         plans = {plan.plan_id: plan for plan in await links.plans(tx)}
         totals = await usage.totals_by_subscription(tx)
+        periods = await completeness.of_all(tx, now=now)
     rows = []
     for link in linked:
         units = totals.get(link.subscription_id, {})
+        known = periods.get(link.subscription_id, Completeness())
         rows.append(
             {
                 "subscription": link.subscription_id,
@@ -80,12 +95,22 @@ async def subscriptions(store: Store) -> list[dict[str, Any]]:
                 "account": link.account_code,
                 "recurly_uuid": link.uuid,
                 "state": link.state,
+                "billed_state": link.billed_state,
                 "recorded_units": sum(units.values()),
                 "reported_units": units.get("reported", 0),
                 "held_units": units.get("held", 0),
+                "period": _period(known.current),
+                "last_period": _period(known.last),
             }
         )
     return rows
+
+
+def _period(period: CurrentPeriod | ClosedPeriod | None) -> dict[str, Any] | None:
+    if period is None:
+        return None
+    fields = {name: plain(value) for name, value in asdict(period).items()}
+    return fields | {"complete": period.complete}
 
 
 def timestamp(moment: datetime) -> str:

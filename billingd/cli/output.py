@@ -65,13 +65,18 @@ def plain(text: str) -> str:
     )
 
 
+def terminal() -> bool:
+    """Whether a person reads along."""
+    return sys.stdout.isatty()
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Rows in columns: folded to the terminal's width, one line each elsewhere."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
+    folded = terminal()
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         grid.add_column(column, overflow="fold")
@@ -79,12 +84,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         grid.add_row(*(Text(_cell(value)) for value in row))
     console = Console(
         file=sys.stdout,
-        force_terminal=terminal,
-        color_system="auto" if terminal and not os.environ.get("NO_COLOR") else None,
-        width=None if terminal else WIDTH_WITHOUT_TERMINAL,
+        force_terminal=folded,
+        color_system="auto" if folded and not os.environ.get("NO_COLOR") else None,
+        width=None if folded else WIDTH_WITHOUT_TERMINAL,
         highlight=False,
     )
-    if terminal:
+    if folded:
         console.print(grid)
         return
     with console.capture() as captured:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -19,41 +19,54 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Tell how things stand.")
 @click.option("--check", is_flag=True, help="Exit with 3 when there are dead letters or held items.")
+@click.option(
+    "--subscriptions",
+    "each",
+    is_flag=True,
+    help="Also each subscription, and whether its billing period is complete.",
+)
 @output.json_option
 @click.pass_context
-def status(ctx: click.Context, check: bool, as_json: bool) -> None:
+def status(ctx: click.Context, check: bool, each: bool, as_json: bool) -> None:
     """Ask the running daemon how things stand; without one, read the store and say so.
 
     \b
     Example:
       billingd status
+      billingd status --subscriptions
       billingd status --check --json
     """
     config: Path | None = ctx.obj
-    found = asyncio.run(_read(settings_of(config), as_json))
+    found = asyncio.run(_read(settings_of(config), each, as_json))
     if as_json:
         output.document(found)
     else:
         for line in lines(found):
             output.say(line)
+        if each:
+            output.say("")
+            output.table(COLUMNS, map(_row, found["subscriptions"]))
     if check and needs_a_person(found):
         ctx.exit(output.LOOK)
 
 
-async def _read(settings: "Settings", as_json: bool) -> dict[str, Any]:
+async def _read(settings: "Settings", each: bool, as_json: bool) -> dict[str, Any]:
     from billingd.admin import status as admin
 
     async def ask(daemon: "Daemon") -> dict[str, Any]:
-        return {"daemon": True} | await daemon.get("/status", key="outbox")
+        told = {"daemon": True} | await daemon.get("/status", key="outbox")
+        return told | (await daemon.get("/subscriptions", key="subscriptions") if each else {})
 
     async def read(store: "Store") -> dict[str, Any]:
-        return {"daemon": False} | await admin.read(
+        now = datetime.now(UTC)
+        told = {"daemon": False} | await admin.read(
             store,
             source=settings.traffic.source,
-            now=datetime.now(UTC),
+            now=now,
             reasons=["the daemon does not answer; read from the store"],
             webhooks={},
         )
+        return told | ({"subscriptions": await admin.subscriptions(store, now=now)} if each else {})
 
     return await ask_or_read(settings, ask, read, quiet=as_json)
 
@@ -82,7 +95,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         if traffic["watermark"] is None
         else f"traffic   read up to {traffic['watermark']}, {_length(lag)} ago",
         f"usage     {traffic['recorded_units']} units recorded, {traffic['reported_units']} reported, "
-        f"{traffic['unreported_units']} to report, {traffic['unknown_outcomes']} calls of unknown outcome",
+        f"{traffic['unreported_units']} not ({traffic.get('written_off_units', 0)} of them written off), "
+        f"{traffic['unknown_outcomes']} calls of unknown outcome",
+        *_periods(found.get("periods")),
         f"held      {len(items)} items: {held['plans']} plans, {held['subscriptions']} subscriptions, "
         f"{held['units']} units",
         f"links     {links['plans']} plans, {links['subscriptions']} subscriptions",
@@ -92,6 +107,37 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if items:
         written.append("look      `billingd held list` shows what is held, and why")
     return written
+
+
+COLUMNS: Final = (
+    *("SUBSCRIPTION", "NAME", "STATE", "PERIOD ENDS", "RECORDED", "REPORTED", "TO REPORT", "HELD"),
+    *("COMPLETE", "LAST ENDED", "UNITS", "CORRECTED", "MISSED"),
+)
+
+
+def _row(subscription: Mapping[str, Any]) -> list[Any]:
+    """One subscription in the table: its current period, then the one before."""
+    period, last = subscription["period"] or {}, subscription["last_period"] or {}
+    complete = {True: "yes", False: "no"}.get(period.get("complete", ""))
+    return [
+        *(subscription[name] for name in ("subscription", "name", "state")),
+        f"{period['ends_at']} (trial)" if period.get("trial") else period.get("ends_at"),
+        *(period.get(name) for name in ("recorded_units", "reported_units")),
+        *(period.get(name) for name in ("unreported_units", "held_units")),
+        complete,
+        *(last.get(name) for name in ("ends_at", "units", "corrected_units", "missed_units")),
+    ]
+
+
+def _periods(periods: Mapping[str, Any] | None) -> list[str]:
+    """The line about billing periods; a daemon that is still the release before has none."""
+    if periods is None:
+        return []
+    ends = f"the next ends {periods['ends_next']}" if periods["ends_next"] else "no end known"
+    return [
+        f"periods   {periods['open']} open, {periods['incomplete']} of them not complete, {ends}; "
+        f"{periods['missed_units']} units missed the last invoice"
+    ]
 
 
 def _length(seconds: float) -> str:

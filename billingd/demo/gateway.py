@@ -24,14 +24,22 @@ class Gateway:
         self._random = Random(SEED)  # noqa: S311 - the same traffic every time
         self._open: dict[str, Subscriber] = {}
         self._sending = asyncio.Lock()
-        self.served: Counter[tuple[str, str]] = Counter()
-        """Units by (subscription, quota)."""
+        self._served: Counter[tuple[str, str, int]] = Counter()
+        """Units by (subscription, quota, second)."""
         self.last_at = datetime.now(UTC)
 
     @property
     def units(self) -> int:
         """All units served."""
-        return sum(self.served.values())
+        return self._served.total()
+
+    def of(self, subscriber: Subscriber, *, before: datetime | None = None) -> Counter[str]:
+        """Units of each quota that a subscription used, in all or before a whole second."""
+        found: Counter[str] = Counter()
+        for (subscription, quota, second), units in self._served.items():
+            if subscription == subscriber.subscription and (before is None or second < before.timestamp()):
+                found[quota] += units
+        return found
 
     def open(self, subscriber: Subscriber) -> None:
         """From now on it is used."""
@@ -65,7 +73,7 @@ class Gateway:
     async def serve(self, subscriber: Subscriber, units: int, at: datetime) -> None:
         """Units of one subscription from a moment that lies back: its metric arrives only now."""
         quota = BY_NAME[subscriber.plan].quotas[0].name
-        await self._send([_metric(subscriber, quota, units) | {"at": at.isoformat()}])
+        await self._send([_metric(subscriber, quota, units)], at)
 
     async def _run(self) -> None:
         while True:
@@ -78,15 +86,18 @@ class Gateway:
             await self._send(metrics)
             await asyncio.sleep(TICK_SECONDS)
 
-    async def _send(self, metrics: list[dict[str, Any]]) -> None:
-        """All or none; counted once the sandbox has taken them."""
+    async def _send(self, metrics: list[dict[str, Any]], at: datetime | None = None) -> None:
+        """All or none, of now or of an earlier moment; counted once the sandbox has taken them."""
         async with self._sending:
             sent = [each for each in metrics if each["subscription"] in self._open]
             if not sent:
                 return
-            await self._talk.control("POST", "traffic", {"traffic": sent})
+            moment = datetime.now(UTC) if at is None else at
+            timed = [each | {"at": moment.isoformat()} for each in sent]
+            await self._talk.control("POST", "traffic", {"traffic": timed})
             for each in sent:
-                self.served[each["subscription"], each["quota"]] += each["units"]
+                second = int(moment.timestamp())
+                self._served[each["subscription"], each["quota"], second] += each["units"]
             self.last_at = datetime.now(UTC)
 
 

@@ -141,7 +141,7 @@ VOLUME: Final = Plan(
         Quota(
             "payments",
             "Payments",
-            {"type": "volume", "limit": _tiers((400, 0.1, 0), (1500, 0.08, 0), (None, 0.045, 0))},
+            {"type": "volume", "limit": _tiers((400, 0.1, 0), (900, 0.08, 0), (None, 0.045, 0))},
         ),
     ),
     terms=WEEKLY,
@@ -216,10 +216,17 @@ IGNORED: Final = Plan(
     (Quota("views", "Views", {"type": "perunit", "cost": 0.01}),),
 )
 
-FIRST: Final = (
+CORRECTED: Final = (
     Subscriber("Maya Okafor", "Maya Okafor", "user", PER_UNIT.name, 40),
     Subscriber("Jonas Lindqvist", "Jonas Lindqvist", "user", GRADUATED.name, 60),
-    Subscriber("Priya Raman", "Priya Raman", "user", VOLUME.name, 35),
+)
+"""Billed while units are still to come: their prices take corrections."""
+CUT_SHORT: Final = Subscriber("Priya Raman", "Priya Raman", "user", VOLUME.name, 35)
+"""Billed while units are still to come: volume prices take none."""
+
+FIRST: Final = (
+    *CORRECTED,
+    CUT_SHORT,
     Subscriber("Kenji Watanabe", "Kenji Watanabe", "user", LOOSE.name, 12),
     Subscriber("Alpine Rescue", "Lena Hofer", "team", GRADUATED.name, 15),
     Subscriber("Kiosk Crew", "Tom Baker", "team", STAIRSTEP.name, 45),
@@ -228,7 +235,7 @@ FIRST: Final = (
 """They subscribe before the traffic begins."""
 
 LEAVING: Final = Subscriber("Checkout Squad", "Ines Duarte", "team", VOLUME.name, 70)
-"""Cancels before the end."""
+"""Falls silent before its bill date, so that its bill is complete; cancels before the end."""
 WITHOUT_ACCOUNT: Final = Subscriber("Sofia Rossi", "Sofia Rossi", "user", STAIRSTEP.name, 25)
 """Has no account at Recurly at first."""
 ANNOUNCED_TWICE: Final = Subscriber("Ferry Dispatch", "Nils Berg", "team", PER_UNIT.name, 50)
@@ -240,14 +247,17 @@ INTERRUPTED: Final = Subscriber("Blue Lantern", "Amir Haddad", "org", PER_UNIT.n
 HELD: Final = Subscriber("Rosa Jimenez", "Rosa Jimenez", "user", INEXPRESSIBLE.name, 1)
 """Wants the plan that Recurly cannot express: stays pending."""
 
+RENEWED: Final = (LEAVING, *CORRECTED, CUT_SHORT)
+"""Their bill date comes while traffic flows."""
+
 LINKED: Final = (*FIRST, LEAVING, WITHOUT_ACCOUNT, ANNOUNCED_TWICE, UNHEARD, INTERRUPTED)
 """The dozen that are billed in the end."""
 
 BURST_UNITS_LEAST: Final = 1
 
 
-def amplify_price(pricing: Mapping[str, Any], units: int, currency: str) -> Decimal:
-    """What Amplify's rules charge for so many units in one period, in the currency's smallest unit.
+def amplify_charge(pricing: Mapping[str, Any], units: int) -> Decimal:
+    """What Amplify's rules charge for so many units in one period, not rounded.
 
     Written from amplify.md 3.3 alone and shares nothing with billingd's translation: per unit; graduated
     charges each unit at its own tier's price and each tier reached its fee; volume all units at the tier
@@ -271,8 +281,14 @@ def amplify_price(pricing: Mapping[str, Any], units: int, currency: str) -> Deci
             total = beyond * _exact(pricing["limit"]["overages"]["value"])
         case other:
             raise ValueError(f"no price for {other}")
+    return total
+
+
+def amplify_price(pricing: Mapping[str, Any], units: int, currency: str, *, on_top_of: int = 0) -> Decimal:
+    """The same in the currency's smallest unit; what so many more cost when some of the period are billed."""
+    charge = amplify_charge(pricing, on_top_of + units) - amplify_charge(pricing, on_top_of)
     smallest = Decimal(1) if currency in WITHOUT_CENTS else Decimal("0.01")
-    return total.quantize(smallest, rounding=ROUND_HALF_UP)
+    return charge.quantize(smallest, rounding=ROUND_HALF_UP)
 
 
 def _exact(amount: float) -> Decimal:

@@ -3,27 +3,31 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, Final
 
 from billingd.demo import marketplace as data
 from billingd.demo.failure import DemoFailed
 from billingd.demo.gateway import Gateway
 from billingd.demo.marketplace import Subscriber
-from billingd.demo.processes import Stage
-from billingd.demo.proof import Injected, Proof, first_sentence, row
+from billingd.demo.processes import WINDOW_SECONDS, Stage
+from billingd.demo.proof import Cycle, Injected, Line, Proof, first_sentence, renewal, row, worth
 from billingd.demo.relay import LosesAnswers
+from billingd.demo.renewals import Renewals
 from billingd.demo.story import Story
 from billingd.demo.talk import Json, Talk, instant
 from billingd.demo.trouble import SUBSCRIPTIONS, USAGE, Trouble
 
-SECONDS: Final = 45
+SECONDS: Final = 24
 """How long traffic is made, unless told otherwise; what happens meanwhile takes its own time."""
 OUTAGE_SHARE: Final = 12
 OUTAGE_SECONDS_LEAST: Final = 1.5
 OUTAGE_SECONDS_MOST: Final = 8.0
 KILL_TRIES: Final = 3
+SETTLED_SECONDS: Final = 180.0
+"""How long billingd may take at most for a write that a kill has left in the dark."""
 LATE_UNITS: Final = 777
-WINDOW: Final = timedelta(seconds=2)
+WINDOW: Final = timedelta(seconds=WINDOW_SECONDS)
 
 
 class Play:
@@ -36,6 +40,7 @@ class Play:
         self._seconds = SECONDS if seconds is None else seconds
         self._gateway = Gateway(talk)
         self._trouble = Trouble(stage, talk, story)
+        self._renewals = Renewals(stage, talk, story, self._gateway)
         self._injected: list[Injected] = []
         self._accounts: dict[str, str] = {}
         """The account code of each subscriber, by name."""
@@ -59,15 +64,17 @@ class Play:
             self._announced_twice,
             self._answer_lost,
             self._account_appears,
+            self._renewals.fall_silent,
+            self._late_traffic,
+            self._renewals.come,
             self._killed_while_subscribing,
             self._trouble.strike,
-            self._late_traffic,
             lambda: self._trouble.outage("recurly", outage),
-            self._killed_between,
             self._deprecated,
             lambda: self._trouble.outage("amplify", outage),
-            lambda: self._trouble.kill_under_way(USAGE, "a usage record"),
+            self._killed_between,
             self._cancelled,
+            lambda: self._trouble.kill_under_way(USAGE, "a usage record"),
         )
         began = self._story.seconds
         for number, happening in enumerate(happenings):
@@ -230,14 +237,21 @@ class Play:
             status = await self._talk.admin("/status")
             traffic = (status or {}).get("traffic", {})
             mark = traffic.get("watermark")
-            done = mark and instant(mark) > last and not traffic["unreported_units"]
-            return status if done else None
+            if status is None or not mark or instant(mark) <= last:
+                return None
+            settled = traffic["reported_units"] + traffic["written_off_units"] + status["held"]["units"]
+            return status if settled == traffic["recorded_units"] else None
 
-        status = await self._talk.until("all traffic is read and reported", reported)
-        self._story.tell("billingd", f"has reported {status['traffic']['reported_units']:,} units")
+        what = "all traffic is read, and reported or held"
+        status = await self._talk.until(what, reported, seconds=SETTLED_SECONDS)
+        held = status["held"]["units"] + status["traffic"]["written_off_units"]
+        self._story.tell(
+            "billingd",
+            f"has reported {status['traffic']['reported_units']:,} units; {held:,} are held or written off",
+        )
 
         async def ended() -> bool | None:
-            found = await self._linked()
+            found = await self._talk.subscriptions()
             return found.get(data.LEAVING.subscription, {}).get("state") == "ended" or None
 
         await self._talk.until(f"{data.LEAVING.name}'s subscription has ended at Recurly", ended)
@@ -249,7 +263,10 @@ class Play:
         """Both sides are read once more; then the daemon is asked to stop."""
         ledger = await self._talk.control("GET", "ledger")
         status = await self._talk.until("the daemon's status", lambda: self._talk.admin("/status"))
-        recorded = await self._linked()
+        linked = await self._talk.subscriptions()
+        lines = {each.subscription: await self._lines(each, linked) for each in data.LINKED}
+        known = {each.subscription: self._known(each, linked) for each in data.LINKED}
+        cycles = {each.subscription: self._cycles(each, known[each.subscription]) for each in data.LINKED}
         code = await self._stage.daemon.stop()
         self._story.tell("billingd", f"stopped on SIGTERM with exit code {code}")
         if code != 0:
@@ -257,26 +274,35 @@ class Play:
         letters = (await self._talk.control("GET", "mailbox"))["letters"]
         by_name = {each["name"]: each for each in ledger["subscriptions"]}
         self._see_to_the_rest(by_name, ledger, status)
+        self._see_to_the_held(status, known, cycles[data.CUT_SHORT.subscription][0])
         held = tuple(str(item["reason"]) for item in status["held"]["items"])
+        complete = self._renewals.bills.complete
         self._story.tell("billingd", f"sent {len(letters)} notifications to its provider")
         return Proof(
             rows=tuple(
                 row(
                     each,
                     by_name[each.subscription],
-                    {
-                        quota: units
-                        for (name, quota), units in self._gateway.served.items()
-                        if name == each.subscription
-                    },
-                    recorded.get(each.subscription, {}).get("recorded_units", 0),
+                    lines[each.subscription],
+                    cycles[each.subscription],
+                    known[each.subscription],
                 )
                 for each in data.LINKED
             ),
+            renewals=tuple(
+                renewal(
+                    each,
+                    cycles[each.subscription][0],
+                    lines[each.subscription],
+                    known[each.subscription],
+                    complete=complete[each.subscription],
+                )
+                for each in data.RENEWED
+            ),
             kills=self._stage.kills,
-            injected=(*self._injected, *self._trouble.injected),
+            injected=(*self._injected, *self._renewals.injected, *self._trouble.injected),
             held=held,
-            faults=tuple(self._faults),
+            faults=(*self._faults, *self._renewals.faults),
             seconds=self._story.seconds,
         )
 
@@ -288,10 +314,53 @@ class Play:
             self._faults.append(f"Recurly has {len(ledger['foreign'])} subscription(s) of nobody.")
         if dead := status["outbox"]["dead"]:
             self._faults.append(f"billingd gave up {dead} action(s).")
-        if units := status["held"]["units"]:
-            self._faults.append(f"billingd holds {units} unit(s).")
         if not any(item["kind"] == "plan_inexpressible" for item in status["held"]["items"]):
             self._faults.append(f'Plan "{data.INEXPRESSIBLE.title}" is not held.')
+
+    def _see_to_the_held(self, status: Json, known: dict[str, dict[str, int]], cycle: Cycle) -> None:
+        """Units are held of one subscription only, and what billingd says they are worth is right."""
+        bills = self._renewals.bills
+        for subscription, units in known.items():
+            kept = units["held_units"] + units["written_off_units"]
+            if kept and subscription != data.CUT_SHORT.subscription:
+                self._faults.append(f"billingd holds {kept} unit(s) of {subscription}.")
+        if (units_held := status["held"]["units"]) != known[data.CUT_SHORT.subscription]["held_units"]:
+            self._faults.append(f"billingd's list has {units_held} held unit(s), and its ledger has others.")
+        if (right := worth(data.CUT_SHORT, cycle)) != bills.at_stake:
+            self._faults.append(f"What is held is worth {right}, and billingd says {bills.at_stake}.")
+
+    async def _lines(self, subscriber: Subscriber, linked: dict[str, Json]) -> tuple[Line, ...]:
+        """What Recurly's invoices charge for usage."""
+        uuid = linked[subscriber.subscription]["recurly_uuid"]
+        return tuple(
+            Line(
+                add_on=line["add_on_code"],
+                starts=instant(line["start_date"]),
+                ends=instant(line["end_date"]),
+                units=line["quantity"],
+                amount=Decimal(str(line["amount"])),
+            )
+            for line in await self._talk.recurly_lines(uuid)
+        )
+
+    def _known(self, subscriber: Subscriber, linked: dict[str, Json]) -> dict[str, int]:
+        """billingd's own sums of a subscription."""
+        row = linked[subscriber.subscription]
+        written_off = self._renewals.bills.written_off if subscriber is data.CUT_SHORT else 0
+        return {
+            "recorded_units": row["recorded_units"],
+            "held_units": row["held_units"],
+            "written_off_units": written_off,
+        }
+
+    def _cycles(self, subscriber: Subscriber, known: dict[str, int]) -> tuple[Cycle, ...]:
+        """What it used in each billing period, by the gateway's count."""
+        bills, used = self._renewals.bills, self._gateway.of(subscriber)
+        if subscriber not in data.RENEWED:
+            return (Cycle(used),)
+        before = self._gateway.of(subscriber, before=bills.at)
+        kept = known["held_units"] + known["written_off_units"]
+        return (Cycle(before, kept, ends=bills.at), Cycle(used - before, starts=bills.at))
 
     async def _meet(self, subscriber: Subscriber, *, account: bool) -> None:
         """The person, the team or organisation, and the account that pays."""
@@ -355,10 +424,3 @@ class Play:
     async def _duplicates(self) -> int:
         status = await self._talk.until("the daemon's status", lambda: self._talk.admin("/status"))
         return int(status["webhooks"]["duplicates"])
-
-    async def _linked(self) -> dict[str, Json]:
-        """What the daemon knows of each linked subscription, by its name."""
-        found = await self._talk.until(
-            "the daemon's subscriptions", lambda: self._talk.admin("/subscriptions")
-        )
-        return {each["name"]: each for each in found["subscriptions"]}

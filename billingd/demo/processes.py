@@ -20,6 +20,8 @@ from billingd.demo.failure import DemoFailed
 HOST: Final = "127.0.0.1"
 PORTS: Final = range(20_000, 32_000)
 """Below the range from which connections take theirs, so that a port is still free after a restart."""
+WINDOW_SECONDS: Final = 2
+"""How much traffic is read at a time."""
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 30.0
 STEP_SECONDS: Final = 0.05
@@ -122,6 +124,7 @@ class Stage:
         self.directory = directory
         self.webhook_port, self.admin_port = free_port(), free_port()
         self.webhook_url = f"http://{HOST}:{self.webhook_port}/webhooks/amplify"
+        self.recurly_webhook_url = f"http://{HOST}:{self.webhook_port}/webhooks/recurly"
         self.admin_url = f"http://{HOST}:{self.admin_port}"
         self.webhook_secret = secrets.token_urlsafe(24)
         self.api_key = ""
@@ -214,7 +217,12 @@ class Stage:
             },
             "webhooks": dict(sandbox["webhooks"]),
             "admin": {"listen": f"{HOST}:{self.admin_port}"},
-            "traffic": {"window": "2s", "settle": "1s", "horizon": "60s", "schedule": "1s"},
+            "traffic": {
+                "window": f"{WINDOW_SECONDS}s",
+                "settle": "1s",
+                "horizon": "60s",
+                "schedule": "1s",
+            },
             "outbox": {
                 "attempts_max": 100,
                 "backoff": "200ms",

@@ -3,8 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
@@ -12,13 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from billingd.demo.marketplace import BY_NAME, Subscriber, amplify_price
+from billingd.demo.marketplace import BY_NAME, Subscriber, amplify_charge, amplify_price
 
 Json = dict[str, Any]
 
 ADD_ON: Final = "amplify-quota-"
 WIDTH_WITHOUT_TERMINAL: Final = 160
-COLUMNS: Final = ("subscriber", "plan", "pricing", "served", "recorded", "reported", "billed", "invoiced")
+COLUMNS: Final = (
+    *("subscriber", "plan", "pricing"),
+    *("served", "recorded", "reported", "billed", "held", "written off", "invoiced"),
+)
+UNITS: Final = ("served", "recorded", "reported", "billed", "held", "written_off")
 NUMBERS: Final = frozenset(COLUMNS[3:])
 
 
@@ -37,6 +43,8 @@ class Row:
     reported: int
     billed: int
     invoiced: Decimal
+    held: int = 0
+    written_off: int = 0
     mispriced: tuple[str, ...] = ()
     """Sentences about invoice lines that are not what Amplify's rules charge."""
     subscriptions: int = 1
@@ -45,8 +53,73 @@ class Row:
 
     @property
     def drift(self) -> int:
-        """How many units any later stage differs from what was served."""
-        return max(abs(self.served - other) for other in (self.recorded, self.reported, self.billed))
+        """How many units any later stage differs from what was served; what is not billed must be known."""
+        kept = self.held + self.written_off
+        later = (self.recorded, self.reported + kept, self.billed + kept)
+        return max(abs(self.served - other) for other in later)
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A bill that came in between: what its period used, and where that went.
+
+    `billed` is on that bill, `corrected` on a later one; `complete` is billingd's own word for the period.
+    """
+
+    subscriber: str
+    at: datetime
+    served: int
+    billed: int
+    corrected: int
+    held: int
+    written_off: int
+    complete: bool
+    money: str = ""
+    """What the units that were held are worth."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it."""
+        gone = self.billed + self.corrected + self.held + self.written_off
+        if gone != self.served:
+            yield f"{self.subscriber}: {self.served} units served before the bill, {gone} accounted for."
+        if self.complete is not (self.billed == self.served):
+            word = "complete" if self.complete else "incomplete"
+            yield f"{self.subscriber}: {self.billed} of {self.served} units on the bill, and it is {word}."
+
+    def told(self) -> str:
+        """In a line."""
+        parts = [f"{self.subscriber} at {self.at:%H:%M:%S}, {'' if self.complete else 'in'}complete:"]
+        parts.append(f"{self.billed:,} of {self.served:,} units on the bill")
+        if self.corrected:
+            parts.append(f"+ {self.corrected:,} corrections on the next")
+        if self.held or self.written_off:
+            parts.append(f"+ {self.held:,} held + {self.written_off:,} written off ({self.money} at stake)")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What one invoice charges for one quota of one billing period."""
+
+    add_on: str
+    starts: datetime
+    ends: datetime
+    units: int
+    amount: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """One billing period: what was used of each quota, and what of it is not to be billed."""
+
+    served: Mapping[str, int]
+    kept: int = 0
+    starts: datetime | None = None
+    ends: datetime | None = None
+
+    def has(self, line: Line) -> bool:
+        """Whether a line's dates are of this period, as far as its own are known."""
+        return self.starts in {None, line.starts} and self.ends in {None, line.ends}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +139,7 @@ class Proof:
     kills: int
     injected: tuple[Injected, ...]
     held: tuple[str, ...]
+    renewals: tuple[Renewal, ...] = ()
     faults: tuple[str, ...] = ()
     seconds: float = 0.0
     notes: Mapping[str, int] = field(default_factory=dict)
@@ -86,14 +160,22 @@ class Proof:
 
     def problems(self) -> list[str]:
         """Everything for which the demo fails, in sentences."""
-        return [*self._of_the_demo(), *(told for row in self.rows for told in _problems(row)), *self.faults]
+        return [
+            *self._of_the_demo(),
+            *(told for row in self.rows for told in _problems(row)),
+            *(told for renewal in self.renewals for told in renewal.problems()),
+            *self.faults,
+        ]
 
     def verdict(self) -> str:
         """The closing line."""
-        served, billed, drift = self.total("served"), self.total("billed"), self.drift
+        served, drift = self.total("served"), self.drift
+        parts = [f"billed {self.total('billed')}"]
+        parts += [f"held {held}"] if (held := self.total("held")) else []
+        parts += [f"written off {given_up}"] if (given_up := self.total("written_off")) else []
         if drift == 0:
-            return f"served {served} = billed {billed}, drift 0"
-        return f"served {served}, billed {billed}, drift {drift}"
+            return f"served {served} = {' + '.join(parts)}, drift 0"
+        return f"served {served}, {', '.join(parts)}, drift {drift}"
 
     def document(self) -> Json:
         """What `--json` prints."""
@@ -103,9 +185,12 @@ class Proof:
             "recorded_units": self.total("recorded"),
             "reported_units": self.total("reported"),
             "billed_units": self.total("billed"),
+            "held_units": self.total("held"),
+            "written_off_units": self.total("written_off"),
             "kills": self.kills,
             "faults": self.faults_happened,
             "subscriptions": [_shown(row) for row in self.rows],
+            "renewals": [_renewal(each) for each in self.renewals],
             "injected": [
                 {"what": each.what, "planned": each.planned, "happened": each.happened}
                 for each in self.injected
@@ -120,6 +205,10 @@ class Proof:
             yield "No traffic was served, so nothing is proved."
         if self.kills < 1:
             yield "The daemon was never killed, so nothing is proved about crashes."
+        if not any(each.complete for each in self.renewals):
+            yield "No bill came in between that was complete, so nothing is proved about renewals."
+        if all(each.complete for each in self.renewals):
+            yield "No bill came in between that was incomplete, so nothing is proved about late units."
         if self.faults_happened < 1:
             yield "No fault struck, so nothing is proved about faults."
         for each in self.injected:
@@ -127,8 +216,17 @@ class Proof:
                 yield f"Planned {each.planned} time(s), happened {each.happened}: {each.what}."
 
 
-def row(subscriber: Subscriber, seen: Mapping[str, Any], served: Mapping[str, int], recorded: int) -> Row:
-    """One subscription from the sandbox's ledger, the demo's count per quota, and billingd's ledger."""
+def row(
+    subscriber: Subscriber,
+    seen: Mapping[str, Any],
+    lines: Sequence[Line],
+    cycles: Sequence[Cycle],
+    known: Mapping[str, int],
+) -> Row:
+    """One subscription from the sandbox's ledger, Recurly's lines, the demo's count, and billingd's ledger.
+
+    `known` has billingd's own sums: recorded_units, held_units, written_off_units.
+    """
     plan = BY_NAME[subscriber.plan]
     invoices = seen["invoices"]
     return Row(
@@ -137,16 +235,52 @@ def row(subscriber: Subscriber, seen: Mapping[str, Any], served: Mapping[str, in
         plan=plan.title,
         model=plan.model,
         currency=plan.currency,
-        served=sum(served.values()),
+        served=sum(sum(cycle.served.values()) for cycle in cycles),
         counted=seen["served_units"],
-        recorded=recorded,
+        recorded=known["recorded_units"],
         reported=seen["reported_units"],
         billed=seen["billed_units"],
         invoiced=sum((Decimal(invoice["total"]) for invoice in invoices), Decimal(0)),
-        mispriced=tuple(_mispriced(subscriber, seen, served)),
+        held=known["held_units"],
+        written_off=known["written_off_units"],
+        mispriced=tuple(_mispriced(subscriber, seen, lines, cycles)),
         subscriptions=len(seen["recurly"]),
         tags_twice=tuple(seen["duplicate_tags"]),
     )
+
+
+def renewal(
+    subscriber: Subscriber, cycle: Cycle, lines: Sequence[Line], known: Mapping[str, int], *, complete: bool
+) -> Renewal:
+    """One bill that came in between: the first line of each quota is on that bill, others on later ones."""
+    assert cycle.ends is not None
+    first: dict[str, int] = {}
+    corrected = 0
+    for line in lines:
+        if not cycle.has(line):
+            continue
+        if line.add_on in first:
+            corrected += line.units
+        else:
+            first[line.add_on] = line.units
+    return Renewal(
+        subscriber=subscriber.name,
+        at=cycle.ends,
+        served=sum(cycle.served.values()),
+        billed=sum(first.values()),
+        corrected=corrected,
+        held=known["held_units"],
+        written_off=known["written_off_units"],
+        complete=complete,
+        money=_stake(subscriber, cycle),
+    )
+
+
+def worth(subscriber: Subscriber, cycle: Cycle) -> Decimal:
+    """What Amplify charges for the units of a period that are not billed, not rounded; one quota only."""
+    (quota,) = BY_NAME[subscriber.plan].quotas
+    served = cycle.served.get(quota.name, 0)
+    return amplify_charge(quota.pricing, served) - amplify_charge(quota.pricing, served - cycle.kept)
 
 
 def show(proof: Proof) -> None:
@@ -162,10 +296,10 @@ def show(proof: Proof) -> None:
         table.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
     for each in proof.rows:
         money = f"{each.currency} {each.invoiced:,}"
-        units = (f"{getattr(each, column):,}" for column in COLUMNS[3:7])
+        units = (f"{getattr(each, column):,}" for column in UNITS)
         style = "red" if each.drift else ""
         table.add_row(Text(each.subscriber), Text(each.plan), each.model, *units, money, style=style)
-    totals = (f"{proof.total(column):,}" for column in COLUMNS[3:7])
+    totals = (f"{proof.total(column):,}" for column in UNITS)
     table.add_row("total", "", "", *totals, "", style="bold")
     with console.capture() as captured:
         console.print(table)
@@ -193,8 +327,10 @@ def first_sentence(reason: str) -> str:
 
 def _told(proof: Proof) -> Iterator[str]:
     yield f"killed    the daemon, by SIGKILL: {proof.kills} times"
-    for each in proof.injected:
-        yield f"injected  {each.what}: {each.happened}"
+    for struck in proof.injected:
+        yield f"injected  {struck.what}: {struck.happened}"
+    for each in proof.renewals:
+        yield f"renewed   {each.told()}"
     for reason in proof.held:
         yield f"held      {first_sentence(reason)}"
     priced = "no" if any(each.mispriced for each in proof.rows) else "yes"
@@ -204,10 +340,12 @@ def _told(proof: Proof) -> Iterator[str]:
 
 def _problems(row: Row) -> Iterator[str]:
     """What is wrong with one subscription."""
-    for stage in ("recorded", "reported", "billed"):
+    kept = row.held + row.written_off
+    for stage, elsewhere in (("recorded", 0), ("reported", kept), ("billed", kept)):
         units = getattr(row, stage)
-        if units != row.served:
-            yield f"{row.subscriber}: {row.served} units served, {units} {stage}."
+        if units + elsewhere != row.served:
+            also = f" and {elsewhere} held or written off" if elsewhere else ""
+            yield f"{row.subscriber}: {row.served} units served, {units} {stage}{also}."
     if row.counted != row.served:
         yield f"{row.subscriber}: the demo served {row.served} units, and Amplify counted {row.counted}."
     if row.subscriptions != 1:
@@ -217,24 +355,46 @@ def _problems(row: Row) -> Iterator[str]:
     yield from row.mispriced
 
 
-def _mispriced(subscriber: Subscriber, seen: Mapping[str, Any], served: Mapping[str, int]) -> Iterator[str]:
-    """Usage lines that are not what Amplify's rules charge; there was one period, so one line per quota."""
+def _mispriced(
+    subscriber: Subscriber, seen: Mapping[str, Any], lines: Sequence[Line], cycles: Sequence[Cycle]
+) -> Iterator[str]:
+    """Usage lines that are not what Amplify's rules charge for each period, or of no period at all.
+
+    What one period used may be on several invoices: each line is charged on top of those before it.
+    """
     plan = BY_NAME[subscriber.plan]
-    charged: dict[str, list[Decimal]] = {}
-    for invoice in seen["invoices"]:
-        for line in invoice["lines"]:
-            if line["add_on"]:
-                charged.setdefault(line["add_on"], []).append(Decimal(line["amount"]))
     add_ons = {quota["name"]: quota["add_on"] for quota in seen["quotas"]}
-    for quota in plan.quotas:
-        right = amplify_price(quota.pricing, served.get(quota.name, 0), plan.currency)
-        lines = charged.get(add_ons.get(quota.name, ""), [])
-        if len(lines) != 1 or lines[0] != right:
-            amounts = " and ".join(map(str, lines)) or "nothing"
-            yield (
-                f"{subscriber.name}: {served.get(quota.name, 0)} units of {quota.title} cost {plan.currency} "
-                f"{right} by Amplify's rules, and Recurly invoiced {amounts}."
-            )
+    by_cycle: dict[tuple[int, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        number = next((number for number, cycle in enumerate(cycles) if cycle.has(line)), None)
+        if number is None:
+            yield f"{subscriber.name}: a line from {line.starts} to {line.ends} is of no billing period."
+        else:
+            by_cycle[number, line.add_on].append(line)
+    for number, cycle in enumerate(cycles):
+        for quota in plan.quotas:
+            right = cycle.served.get(quota.name, 0) - cycle.kept
+            charged = by_cycle[number, add_ons.get(quota.name, "")]
+            already = 0
+            for line in charged:
+                price = amplify_price(quota.pricing, line.units, plan.currency, on_top_of=already)
+                if line.amount != price:
+                    yield (
+                        f"{subscriber.name}: {line.units} units of {quota.title} on top of {already} cost "
+                        f"{plan.currency} {price} by Amplify's rules, and Recurly invoiced {line.amount}."
+                    )
+                already += line.units
+            if not charged or already != right:
+                yield (
+                    f"{subscriber.name}: {right} units of {quota.title} belong on the invoices of billing "
+                    f"period {number + 1}, and Recurly has {already} there."
+                )
+
+
+def _stake(subscriber: Subscriber, cycle: Cycle) -> str:
+    if not cycle.kept:
+        return ""
+    return f"{BY_NAME[subscriber.plan].currency} {worth(subscriber, cycle).normalize():f}"
 
 
 def _shown(row: Row) -> Json:
@@ -244,9 +404,24 @@ def _shown(row: Row) -> Json:
         "recorded": row.recorded,
         "reported": row.reported,
         "billed": row.billed,
+        "held": row.held,
+        "written_off": row.written_off,
         "subscriber": row.subscriber,
         "plan": row.plan,
         "currency": row.currency,
         "invoiced": str(row.invoiced),
         "priced_as_amplify": not row.mispriced,
+    }
+
+
+def _renewal(renewal: Renewal) -> Json:
+    return {
+        "subscriber": renewal.subscriber,
+        "at": renewal.at.isoformat(),
+        "complete": renewal.complete,
+        "served": renewal.served,
+        "billed": renewal.billed,
+        "corrected": renewal.corrected,
+        "held": renewal.held,
+        "written_off": renewal.written_off,
     }

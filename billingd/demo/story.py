@@ -12,6 +12,7 @@ COLOURS: Final = {
     "Amplify": "cyan",
     "Recurly": "magenta",
     "billingd": "green",
+    "operator": "yellow",
     "traffic": "blue",
     "fault": "bold red",
     "demo": "bold",

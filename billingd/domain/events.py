@@ -12,6 +12,7 @@ PROVISION_PLAN: Final = "provision_plan"
 PROVISION_SUBSCRIPTION: Final = "provision_subscription"
 END_SUBSCRIPTION: Final = "end_subscription"
 REFRESH_SUBSCRIPTION: Final = "refresh_subscription"
+AUDIT_USAGE: Final = "audit_usage"
 
 EVENT_TYPES: Final = frozenset(
     {"ResourceCreated", "ResourceUpdated", "ResourceDeleted", "SubResourceUpdated"}
@@ -159,6 +160,16 @@ def refresh_action(uuid: str, *, because: str) -> Action:
         f"refresh:{uuid}",
         f"{REFRESH_SUBSCRIPTION}:{uuid}:{because}",
         {"uuid": uuid},
+    )
+
+
+def audit_action(subscription_id: str, *, because: str) -> Action:
+    """Compare the open billing cycle of a subscription with the ledger."""
+    return Action(
+        AUDIT_USAGE,
+        f"audit:{subscription_id}",
+        f"{AUDIT_USAGE}:{subscription_id}:{because}",
+        {"id": subscription_id},
     )
 
 

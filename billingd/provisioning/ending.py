@@ -1,7 +1,7 @@
 """The end of a subscription: the last usage is reported, then it is over at Recurly too."""
 
-from datetime import timedelta
-from typing import Literal, Protocol
+from datetime import datetime, timedelta
+from typing import Final, Literal, Protocol
 
 import structlog
 
@@ -12,11 +12,18 @@ from billingd.domain.events import END_SUBSCRIPTION
 from billingd.domain.notices import provider_notice
 from billingd.loops import Clock
 from billingd.once import Once
+from billingd.provisioning.holding import hold
 from billingd.store import links, outbox, usage, watermarks
 from billingd.store.engine import Store
+from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
 
 log = structlog.get_logger()
+
+SOON: Final = timedelta(seconds=5)
+
+LAST_CALL: Final = timedelta(minutes=2)
+"""How long before a renewal a subscription that is over at Amplify is ended at the latest."""
 
 
 def end_action(subscription_id: str) -> Action:
@@ -33,6 +40,7 @@ class Billing(Protocol):
     """What is read and written at Recurly."""
 
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    def far_now(self) -> datetime: ...
     async def cancel_subscription(
         self, uuid: str, *, key: str, retried: bool = False
     ) -> BilledSubscription: ...
@@ -72,7 +80,10 @@ class SubscriptionEnder:
     async def end(self, action: Leased) -> Wait | None:
         """End it only when every window up to its end has been read and everything in them reported.
 
-        A terminated subscription takes no usage afterwards, so ending first would lose units for ever.
+        A terminated subscription takes no usage afterwards, so ending first would lose units for ever. But
+        nobody may pay for another period because billingd still waits: right before a renewal, when the
+        poller has read up to the present, it ends with what is known; what shows up later is held. One that
+        is only cancelled takes usage until its bill date, so that waits for nothing.
         """
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, action.args["id"])
@@ -81,10 +92,14 @@ class SubscriptionEnder:
         if link is None or link.state != "ending" or link.usage_until is None:
             return None
         # A pass that reads past `linked_at` began after the link was there: it read older windows again.
-        if watermark is None or watermark.at < max(link.usage_until, link.linked_at):
-            return Wait(self._look_again, "waits until all traffic before its end has been read")
-        if unreported:
-            return Wait(self._look_again, f"waits until {unreported} usage record(s) are reported")
+        all_read = watermark is not None and watermark.at >= max(link.usage_until, link.linked_at)
+        terminated = self._ended_as(link) == "expired"
+        left = self._until_renewal(link)
+        pause = self._look_again if left is None else min(self._look_again, max(left, SOON))
+        if terminated and not all_read and (left is None or left > timedelta(0)):
+            return Wait(pause, "waits until all traffic before its end has been read")
+        if terminated and unreported:
+            return Wait(pause, f"waits until {unreported} usage record(s) are reported")
         await self._once.write(
             f"end:{link.uuid}",
             {"on_cancel": self._on_cancel},
@@ -99,10 +114,20 @@ class SubscriptionEnder:
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
             + _how(link, self._on_cancel),
         )
+        renewed = link.period_started_at is not None and link.period_started_at > link.usage_until
         async with self._store.write() as tx:
+            if renewed and link.approved_at is not None:
+                await hold(tx, *_renewed(link, now), now=now)
             await links.end(tx, link.subscription_id, billed_state=self._ended_as(link), now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
+
+    def _until_renewal(self, link: SubscriptionLink) -> timedelta | None:
+        """How long it may still wait before it would renew; None when it renewed already, or never will."""
+        now = self._billing.far_now()
+        if link.period_ends_at is None or link.period_ends_at <= now:
+            return None
+        return max(link.period_ends_at - LAST_CALL - now, timedelta(0))
 
     async def _send(self, link: SubscriptionLink, key: str, *, retried: bool) -> str:
         try:
@@ -128,6 +153,20 @@ class SubscriptionEnder:
             over.add("canceled")
         state = (await self._billing.get_subscription(link.uuid)).state
         return link.uuid if state in over else None
+
+
+def _renewed(link: SubscriptionLink, now: datetime) -> tuple[Hold, Action]:
+    """It was over at Amplify, and renewed at Recurly before all its usage could be reported."""
+    reason = (
+        f"Subscription {link.title} was over at {link.usage_until}, but Recurly renewed {link.uuid} at "
+        f"{link.period_started_at} before its last usage was reported. Refund the base price of that period "
+        "there, then release this."
+    )
+    subject = f"subscription:{link.subscription_id}:renewed"
+    item = Hold("renewed_after_end", subject, reason, None, link.subscription_id)
+    return item, provider_notice(
+        f"held:{subject}:{now.isoformat()}", f"{link.title} renewed too late", reason
+    )
 
 
 def _how(link: SubscriptionLink, on_cancel: str) -> str:

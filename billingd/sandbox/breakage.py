@@ -10,6 +10,8 @@ from uuid import uuid4
 
 from aiohttp import web
 
+from billingd.sandbox.clock import http_date
+
 RETRY_AFTER_SECONDS: Final = 1
 RESET_SECONDS: Final = 60
 LIMIT: Final = 2_000
@@ -82,8 +84,13 @@ def _gateway_page(_: Blow) -> web.StreamResponse:
     return web.Response(status=502, text=GATEWAY_PAGE, content_type="text/html")
 
 
-def _lost(blow: Blow, _: web.StreamResponse) -> web.StreamResponse:
+def hung_up(blow: Blow) -> web.StreamResponse:
+    """The connection is closed without an answer."""
     return _sent(blow, b"")
+
+
+def _lost(blow: Blow, _: web.StreamResponse) -> web.StreamResponse:
+    return hung_up(blow)
 
 
 def _garbage(blow: Blow, _: web.StreamResponse) -> web.StreamResponse:
@@ -93,13 +100,13 @@ def _garbage(blow: Blow, _: web.StreamResponse) -> web.StreamResponse:
 def _cut(blow: Blow, answer: web.StreamResponse) -> web.StreamResponse:
     """Half of the body under a Content-Length that promises more than there ever was."""
     body = _body(answer)
-    return _sent(blow, _head(answer, len(body) + MISSING_BYTES) + body[: len(body) // 2])
+    return _sent(blow, _head(blow, answer, len(body) + MISSING_BYTES) + body[: len(body) // 2])
 
 
 def _fin(blow: Blow, answer: web.StreamResponse) -> web.StreamResponse:
     """A whole answer that announces nothing: the client keeps the connection, and it is gone."""
     body = _body(answer)
-    return _sent(blow, _head(answer, len(body)) + body)
+    return _sent(blow, _head(blow, answer, len(body)) + body)
 
 
 def _not_json(_: Blow, answer: web.StreamResponse) -> web.StreamResponse:
@@ -120,9 +127,10 @@ def _sent(blow: Blow, raw: bytes) -> web.StreamResponse:
     return web.Response()
 
 
-def _head(answer: web.StreamResponse, length: int) -> bytes:
-    kept = (item for item in answer.headers.items() if item[0].lower() != "content-length")
+def _head(blow: Blow, answer: web.StreamResponse, length: int) -> bytes:
+    kept = (item for item in answer.headers.items() if item[0].lower() not in ("content-length", "date"))
     lines = [f"HTTP/1.1 {answer.status} {answer.reason}", f"Content-Length: {length}"]
+    lines.append(f"Date: {http_date(blow.now)}")
     return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in kept), "", ""]).encode()
 
 
@@ -152,6 +160,7 @@ BEFORE: Final[Mapping[str, Callable[[Blow], web.StreamResponse]]] = {
 
 AFTER: Final[Mapping[str, Callable[[Blow, web.StreamResponse], web.StreamResponse]]] = {
     "lost": _lost,
+    "key_expired": _lost,
     "fin": _fin,
     "cut": _cut,
     "garbage": _garbage,

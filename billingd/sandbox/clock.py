@@ -1,6 +1,10 @@
 """The sandbox's time: the real one plus an offset, or one that stands still until it is moved."""
 
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+from aiohttp import web
 
 
 class SandboxClock:
@@ -38,3 +42,17 @@ class ManualClock(SandboxClock):
 
     def _real(self) -> datetime:
         return self._standing
+
+
+def http_date(at: datetime) -> str:
+    """As HTTP writes times: whole seconds."""
+    return format_datetime(at.astimezone(UTC), usegmt=True)
+
+
+def dating(clock: SandboxClock) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """For an application's `on_response_prepare`: its `Date` headers tell the sandbox's time."""
+
+    async def date(_: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Date"] = http_date(clock.now())
+
+    return date

@@ -9,6 +9,7 @@ from aiohttp import web
 from billingd.sandbox import control_amplify as amplify
 from billingd.sandbox import control_both as both
 from billingd.sandbox import control_faults as faults
+from billingd.sandbox import control_recurly as recurly
 from billingd.sandbox import control_traffic as traffic
 from billingd.sandbox.amplify.errors import Refused
 from billingd.sandbox.asked import Asked, Wrong
@@ -122,6 +123,32 @@ OPERATIONS: Final = (
         "email, first_name, last_name, company",
     ),
     Operation("POST", "/control/renew", both.renew, {"subscription": "all"}),
+    Operation(
+        "POST",
+        "/control/recurly-plans/{plan}/trial",
+        recurly.trial_of_plan,
+        {"length": 14},
+        "plan: a Recurly code, or an Amplify plan; length, unit (days, months)",
+        at="/control/recurly-plans/weather-metered/trial",
+    ),
+    Operation(
+        "POST",
+        "/control/recurly-subscriptions/{key}/{step}",
+        recurly.move_subscription,
+        {"cycles": 2},
+        recurly.FIELDS,
+        at="/control/recurly-subscriptions/weather-ada/pause",
+    ),
+    Operation(
+        "POST",
+        "/control/recurly-hooks",
+        recurly.add_hook,
+        {"url": "http://127.0.0.1:8080/webhooks/recurly", "secret": "s"},
+        "url, secret, old_secret, events (all), drop_every (1: lose all), duplicate",
+    ),
+    Operation("GET", "/control/recurly-hooks", recurly.list_hooks),
+    Operation("POST", "/control/recurly-hooks/settle", recurly.settle_hooks, {}),
+    Operation("DELETE", "/control/recurly-hooks", recurly.remove_hooks),
     Operation("GET", "/control/clock", both.read_clock),
     Operation("POST", "/control/clock", both.move_clock, {"advance": "31d"}, "advance or set"),
     Operation(
@@ -155,7 +182,7 @@ OPERATIONS: Final = (
         "/control/settings",
         both.change_settings,
         {"amplify": {"sample_percent": 10}},
-        "amplify, recurly, revoke_tokens; {} shows all",
+        "amplify, recurly (list_lag_seconds, bill_run_lag_seconds, …), revoke_tokens; {} shows all",
     ),
     Operation("GET", "/control/ledger", both.read_ledger),
     Operation("GET", "/control/calls", both.read_calls),

@@ -8,6 +8,7 @@ from billingd.sandbox.amplify.resources import Json
 from billingd.sandbox.amplify.terms import end_finished
 from billingd.sandbox.asked import Asked, Wrong
 from billingd.sandbox.control_amplify import subscription_of
+from billingd.sandbox.control_recurly import live_subscriptions
 from billingd.sandbox.ledger import ledger
 from billingd.sandbox.world import World
 
@@ -31,7 +32,7 @@ async def renew(world: World, asked: Asked, _: dict[str, str]) -> Json:
     """Ends the current billing period now, which bills it."""
     wanted = asked.text("subscription")
     asked.done()
-    live = {each.uuid: each.given.get("po_number") for each in world.site.subscriptions.values() if each.live}
+    live = {each.uuid: each.given.get("po_number") for each in live_subscriptions(world)}
     if wanted != "all":
         subscription = subscription_of(world, wanted, "subscription")
         live = {uuid: po_number for uuid, po_number in live.items() if po_number == subscription.id}
@@ -62,6 +63,7 @@ async def move_clock(world: World, asked: Asked, _: dict[str, str]) -> Json:
         asked.done()
         world.clock.set(to)
     world.site.run_due_bills()
+    await world.faults.carry_out_due()
     end_finished(world.tenant)
     return {"now": world.clock.now().isoformat()}
 

@@ -29,9 +29,10 @@ async def add_fault(world: World, asked: Asked, _: dict[str, str]) -> Json:
 
 
 async def list_faults(world: World, asked: Asked, _: dict[str, str]) -> Json:
-    """Shows the faults in force, and how often each kind has struck."""
+    """Shows the faults in force, how often each kind has struck, and what is late until when."""
     asked.done()
-    return {"faults": world.faults.describe(), "struck": dict(world.faults.counts)}
+    waiting = sorted(late.at.isoformat() for late in world.faults.late)
+    return {"faults": world.faults.describe(), "struck": dict(world.faults.counts), "late": waiting}
 
 
 async def clear_faults(world: World, asked: Asked, _: dict[str, str]) -> Json:

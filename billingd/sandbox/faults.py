@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
 from aiohttp import web
@@ -35,15 +36,21 @@ KINDS: Final[Mapping[str, str]] = {
     "html_502": "a gateway's HTML page without a request id; nothing done",
     "html_502_committed": "commit, then a gateway's HTML page",
     "slow": "sleeps args.seconds, then commits and answers",
+    "late": "no answer; committed once the sandbox's clock is args.seconds further",
+    "stored_500": "a JSON error, kept under the Idempotency-Key; nothing done (recurly writes)",
+    "key_expired": "commit, no answer, and the Idempotency-Key is forgotten at once",
     "list_lag": "reads do not show what is younger than args.seconds",
     "ignore_idempotency_key": "the Idempotency-Key is not looked at",
 }
 MODIFIERS: Final = frozenset({"list_lag", "ignore_idempotency_key"})
-WITHIN: Final = frozenset({"slow", "500", "500_committed"})
+WITHIN: Final = frozenset({"slow", "late", "500", "500_committed", "stored_500"})
 SLOW_SECONDS: Final = 5.0
+LATE_SECONDS: Final = 30.0
+_DELAYS: Final[Mapping[str, float]] = {"slow": SLOW_SECONDS, "late": LATE_SECONDS}
 
 _LAG: Final = "sandbox.list_lag"
 _NO_IDEMPOTENCY: Final = "sandbox.ignore_idempotency_key"
+_FORGET: Final = "sandbox.forget_idempotency_key"
 _WITHIN: Final = "sandbox.within"
 
 T = TypeVar("T")
@@ -103,6 +110,15 @@ class Armed:
         return True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Late:
+    """A request whose client has been left without an answer, and which is still to be carried out."""
+
+    at: datetime
+    task: "asyncio.Task[Any]"
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Faults:
     """The rules in force. `counts` says how often each kind has struck since the start."""
 
@@ -113,6 +129,9 @@ class Faults:
         self._ids = 0
         self._sleep = sleep
         self._tasks: set[asyncio.Task[web.StreamResponse]] = set()
+        self._turn = asyncio.Lock()
+        self.late: list[Late] = []
+        """Requests that wait for the clock to reach their time."""
 
     def add(self, rule: Rule) -> int:
         """Arms a rule; the number is for `remove`."""
@@ -142,18 +161,42 @@ class Faults:
 
         @web.middleware
         async def strike(request: web.Request, handler: Handler) -> web.StreamResponse:
+            await self.carry_out_due()
             side = side_of(request)
             rule = self._struck(side, request) if side else None
             if rule is None or side is None:
                 return await handler(request)
             if rule.kind not in WITHIN:
                 return await self._at_gateway(rule, request, handler)
+            faulty = handler if side in within else self._around(side, handler)
+            if rule.kind == "late":
+                return await self._held_back(rule, request, faulty)
             request[_WITHIN] = (rule, self._sleep)
-            if side not in within:
-                return await self._around(side, request, handler)
-            return await self._finished(request, handler)
+            return await self._finished(request, faulty)
 
         return strike
+
+    async def carry_out_due(self) -> int:
+        """Carries out the late requests whose time has come, earliest first; every request asks for it too.
+
+        What they do bears the time of this call, not the one that they waited for.
+        """
+        async with self._turn:
+            now = self._clock.now()
+            due = sorted((late for late in self.late if late.at <= now), key=lambda late: late.at)
+            for late in due:
+                self.late.remove(late)
+                late.go.set()
+                await asyncio.wait([late.task])
+            return len(due)
+
+    async def close(self) -> None:
+        """Forgets the late requests that still wait."""
+        waiting = [late.task for late in self.late]
+        self.late.clear()
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     def _struck(self, side: str, request: web.Request) -> Rule | None:
         """Notes modifiers on the request; the first other rule that fires is the one."""
@@ -172,9 +215,10 @@ class Faults:
         blow = breakage.Blow(request, rule.side, rule.args, self._clock.now())
         if rule.kind in breakage.BEFORE:
             return breakage.BEFORE[rule.kind](blow)
+        request[_FORGET] = rule.kind == "key_expired"
         return breakage.AFTER[rule.kind](blow, await self._finished(request, handler))
 
-    async def _around(self, side: str, request: web.Request, handler: Handler) -> web.StreamResponse:
+    def _around(self, side: str, handler: Handler) -> Handler:
         """For a side that has no idempotency store of its own."""
 
         async def broken() -> web.StreamResponse:
@@ -183,15 +227,37 @@ class Faults:
         async def faulty(request: web.Request) -> web.StreamResponse:
             return await carried_out(request, lambda: handler(request), broken)
 
-        return await self._finished(request, faulty)
+        return faulty
+
+    async def _held_back(self, rule: Rule, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Hangs up on the client once its request waits; what never came to wait is answered as it was."""
+        held = asyncio.get_running_loop().create_future()
+
+        async def wait(seconds: float) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            late = Late(self._clock.now() + timedelta(seconds=seconds), task)
+            self.late.append(late)
+            held.set_result(None)
+            await late.go.wait()
+
+        request[_WITHIN] = (rule, wait)
+        task = await self._started(request, handler)
+        await asyncio.wait({task, held}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return breakage.hung_up(breakage.Blow(request, rule.side, rule.args, self._clock.now()))
 
     async def _finished(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Runs the handler to its end, even if this request is cancelled meanwhile."""
+        return await asyncio.shield(await self._started(request, handler))
+
+    async def _started(self, request: web.Request, handler: Handler) -> "asyncio.Task[web.StreamResponse]":
         await request.read()
         task: asyncio.Task[web.StreamResponse] = asyncio.ensure_future(_awaited(handler, request))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
+        return task
 
     def _forget(self, task: asyncio.Task[web.StreamResponse]) -> None:
         self._tasks.discard(task)
@@ -202,12 +268,12 @@ class Faults:
 async def carried_out(
     request: web.Request, perform: Callable[[], Awaitable[T]], broken: Callable[[], Awaitable[T]]
 ) -> T:
-    """What a handler does instead of `perform()` alone, so that `slow` and the `500`s strike within it."""
+    """What a handler does instead of `perform()` alone, so that delays and `500`s strike within it."""
     if _WITHIN not in request:
         return await perform()
-    rule, sleep = request[_WITHIN]
-    if rule.kind == "slow":
-        await sleep(float(rule.args.get("seconds", SLOW_SECONDS)))
+    rule, wait = request[_WITHIN]
+    if rule.kind in _DELAYS:
+        await wait(float(rule.args.get("seconds", _DELAYS[rule.kind])))
         return await perform()
     if rule.kind == "500_committed":
         await perform()
@@ -222,6 +288,11 @@ def lag_seconds(request: web.Request) -> float:
 def ignores_idempotency_key(request: web.Request) -> bool:
     """Whether this request's Idempotency-Key is to be overlooked."""
     return bool(request.get(_NO_IDEMPOTENCY, False))
+
+
+def forgets_idempotency_key(request: web.Request) -> bool:
+    """Whether this request's Idempotency-Key is to be forgotten as soon as it has been answered."""
+    return bool(request.get(_FORGET, False))
 
 
 async def _awaited(handler: Handler, request: web.Request) -> web.StreamResponse:

@@ -1,6 +1,7 @@
 """Both far sides and the control interface on one loopback port."""
 
 import asyncio
+import contextlib
 import ipaddress
 import signal
 import sys
@@ -18,8 +19,9 @@ from billingd.sandbox.amplify.routes import PREFIXES
 from billingd.sandbox.amplify.routes import routes as amplify_routes
 from billingd.sandbox.amplify.tenant import Tenant
 from billingd.sandbox.asked import Wrong
-from billingd.sandbox.clock import SandboxClock
+from billingd.sandbox.clock import SandboxClock, dating
 from billingd.sandbox.faults import Faults
+from billingd.sandbox.recurly.hooks import Notifier
 from billingd.sandbox.recurly.routes import routes as recurly_routes
 from billingd.sandbox.recurly.site import Site
 from billingd.sandbox.world import World
@@ -27,6 +29,7 @@ from billingd.sandbox.world import World
 WORLD: Final = web.AppKey("world", World)
 BODY_BYTES_MAX: Final = 64 * 1024 * 1024
 DRAIN_SECONDS: Final = 2.0
+TICK_SECONDS: Final = 0.2
 WEBHOOK_URL: Final = "http://127.0.0.1:8080/webhooks/amplify"
 WEBHOOK_SECRET: Final = "sandbox-webhook-secret"  # noqa: S105 - of the sandbox's own making
 API_KEY: Final = "sandbox"
@@ -45,12 +48,17 @@ def build(
     webhook_url: str | None = None,
     webhook_secret: str = WEBHOOK_SECRET,
     watch_topic: str | None = "billingd",
+    ticking: bool = False,
 ) -> web.Application:
-    """The whole sandbox as an application; `app[WORLD]` is what it is made of."""
+    """The whole sandbox as an application; `app[WORLD]` is what it is made of.
+
+    `ticking`: bills, late requests and Recurly's webhooks follow the clock without being asked for.
+    """
     clock = clock or SandboxClock()
     tenant = Tenant(clock)
     webhooks = Webhooks(tenant)
-    world = World(clock, tenant, webhooks, Site(clock), Faults(clock))
+    site = Site(clock)
+    world = World(clock, tenant, webhooks, site, Faults(clock), Notifier(site))
     if webhook_url:
         webhooks.add(Hook(webhook_url, {"Authorization": webhook_secret}))
     app = web.Application(
@@ -65,18 +73,33 @@ def build(
     if watch_topic:
         tenant.create("WatchTopic", _topic(watch_topic))
 
-    async def close_webhooks(_: web.Application) -> AsyncIterator[None]:
+    async def background(_: web.Application) -> AsyncIterator[None]:
+        ticker = asyncio.create_task(_tick(world)) if ticking else None
         yield
+        if ticker is not None:
+            ticker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ticker
+        await world.faults.close()
+        await world.notifier.close()
         await webhooks.close()
 
-    app.cleanup_ctx.append(close_webhooks)
+    app.cleanup_ctx.append(background)
+    app.on_response_prepare.append(dating(clock))
     return app
+
+
+async def _tick(world: World) -> None:
+    while True:
+        await world.faults.carry_out_due()
+        await world.notifier.run_due()
+        await asyncio.sleep(TICK_SECONDS)
 
 
 async def serve(listen: str, *, webhook_url: str = WEBHOOK_URL, webhook_secret: str = WEBHOOK_SECRET) -> None:
     """Serves until SIGINT, SIGTERM or POST /control/shutdown; prints the configuration for billingd first."""
     host, port = _loopback(listen)
-    app = build(webhook_url=webhook_url, webhook_secret=webhook_secret)
+    app = build(webhook_url=webhook_url, webhook_secret=webhook_secret, ticking=True)
     world = app[WORLD]
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN_SECONDS)
     await runner.setup()

@@ -9,6 +9,7 @@ from billingd.sandbox.amplify.tenant import Tenant
 from billingd.sandbox.clock import SandboxClock
 from billingd.sandbox.faults import Faults
 from billingd.sandbox.mailbox import Mailbox
+from billingd.sandbox.recurly.hooks import Notifier
 from billingd.sandbox.recurly.site import Site
 
 
@@ -21,6 +22,7 @@ class World:
     webhooks: Webhooks
     site: Site
     faults: Faults
+    notifier: Notifier
     mailbox: Mailbox = field(default_factory=Mailbox)
     calls: Counter[str] = field(default_factory=Counter)
     stop: asyncio.Event = field(default_factory=asyncio.Event)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -11,6 +11,9 @@ from billingd.domain.attempts import Action
 from billingd.store.engine import Tx
 from billingd.store.rows import insert
 from billingd.store.schema import held
+
+WRITTEN_OFF: Final = "written off: "
+"""How the resolution of what was written off begins; the operator's reason follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class Hold:
 async def add(tx: Tx, hold: Hold, *, now: datetime) -> bool:
     """Hold something; True when it was not held already (then somebody should be told).
 
-    What is held already keeps its beginning and takes the newest reason.
+    What is held already keeps its beginning and takes the newest reason. What was written off stays so for
+    as long as the same is said of it, in units and in words: other units, or other records, are new.
     """
     action = hold.action
     row: dict[str, Any] = {
@@ -53,10 +57,24 @@ async def add(tx: Tx, hold: Hold, *, now: datetime) -> bool:
     }
     standing = sa.and_(held.c.kind == hold.kind, held.c.subject == hold.subject, held.c.closed_at.is_(None))
     moved = await tx.execute(sa.update(held).where(standing).values(**row))
-    if moved.rowcount:
+    if moved.rowcount or await _written_off(tx, hold):
         return False
     statement = insert(tx, held).values(**row, since=now).on_conflict_do_nothing()
     return (await tx.execute(statement)).rowcount == 1
+
+
+async def _written_off(tx: Tx, hold: Hold) -> bool:
+    """Whether this was the last that was held of its subject, and a person wrote it off."""
+    statement = (
+        sa.select(held.c.units, held.c.reason, held.c.resolution)
+        .where(held.c.kind == hold.kind, held.c.subject == hold.subject)
+        .order_by(held.c.id.desc())
+        .limit(1)
+    )
+    last = (await tx.execute(statement)).one_or_none()
+    if last is None or not (last.resolution or "").startswith(WRITTEN_OFF):
+        return False
+    return bool(last.units == hold.units and last.reason == hold.reason)
 
 
 async def close(tx: Tx, *, subject: str, resolution: str, now: datetime, but_kind: str | None = None) -> int:
@@ -75,6 +93,11 @@ async def close_one(tx: Tx, held_id: int, *, resolution: str, now: datetime) -> 
         .values(closed_at=now, resolution=resolution)
     )
     return moved.rowcount == 1
+
+
+async def write_off(tx: Tx, held_id: int, *, reason: str, now: datetime) -> bool:
+    """A person gives one held item up, and says why; False when it was not standing."""
+    return await close_one(tx, held_id, resolution=WRITTEN_OFF + reason, now=now)
 
 
 async def find(tx: Tx, held_id: int) -> Mapping[str, Any] | None:

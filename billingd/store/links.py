@@ -7,6 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billingd.domain.charges import Prices
+from billingd.domain.delivery import OVER
 from billingd.store.engine import Tx
 from billingd.store.rows import upsert
 from billingd.store.schema import add_on_links, plan_links, subscription_links
@@ -68,6 +69,9 @@ class SubscriptionLink:
 
 _PLAN = [plan_links.c[name] for name in PlanLink.__slots__]
 _ADD_ON = [add_on_links.c[name] for name in AddOnLink.__slots__]
+_BILLING = sa.or_(
+    subscription_links.c.billed_state.is_(None), subscription_links.c.billed_state.not_in(sorted(OVER))
+)
 _SUBSCRIPTION = [subscription_links.c[name] for name in SubscriptionLink.__slots__]
 
 
@@ -232,12 +236,16 @@ async def _move(tx: Tx, subscription_id: str, leaves: tuple[str, ...], **values:
     return moved.rowcount == 1
 
 
+async def billing(tx: Tx) -> list[SubscriptionLink]:
+    """Subscriptions that Recurly may still invoice: all but those it showed as over."""
+    statement = sa.select(*_SUBSCRIPTION).where(_BILLING).order_by(subscription_links.c.subscription_id)
+    return [SubscriptionLink(*row) for row in await tx.execute(statement)]
+
+
 async def next_period_end(tx: Tx, *, after: datetime) -> datetime | None:
-    """When the next billing period ends after a moment, of all subscriptions that still bill."""
+    """When the next billing period ends after a moment, of all subscriptions that may still be invoiced."""
     columns = subscription_links.c
-    statement = sa.select(sa.func.min(columns.period_ends_at)).where(
-        columns.period_ends_at > after, columns.state != "ended"
-    )
+    statement = sa.select(sa.func.min(columns.period_ends_at)).where(columns.period_ends_at > after, _BILLING)
     ends_at: datetime | None = (await tx.execute(statement)).scalar_one()
     return ends_at
 

@@ -58,7 +58,8 @@ async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[
     """Lease up to `limit` due actions, the oldest first, each the first unfinished one of its subject.
 
     An action whose lease ran out is simply due again, so that no rescuer is needed. On PostgreSQL an older
-    action may be committed after a younger one was claimed; then it waits for that one.
+    action may be committed after a younger one was claimed; then it waits for that one. An attempt that was
+    cut off with its process goes on as the same attempt: its end says nothing about the action.
     """
     other = outbox.alias("other")
     older = other.c.id < outbox.c.id
@@ -78,7 +79,10 @@ async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[
         sa.update(outbox)
         .where(outbox.c.id.in_(sa.select(due.c.id)))
         .values(
-            state=State.LEASED, attempt=outbox.c.attempt + 1, fence=outbox.c.fence + 1, due_at=now + lease
+            state=State.LEASED,
+            attempt=outbox.c.attempt + sa.case((outbox.c.state == State.PENDING, 1), else_=0),
+            fence=outbox.c.fence + 1,
+            due_at=now + lease,
         )
         .returning(outbox)
     )
@@ -133,9 +137,7 @@ async def settle(tx: Tx, leased: Leased, verdict: Verdict, *, now: datetime) -> 
 
 async def take_back_leases(tx: Tx, *, now: datetime) -> int:
     """Make every leased action due at once: on SQLite a new start knows that no worker is left."""
-    moved = await tx.execute(
-        sa.update(outbox).where(outbox.c.state == State.LEASED).values(state=State.PENDING, due_at=now)
-    )
+    moved = await tx.execute(sa.update(outbox).where(_in(outbox, [State.LEASED])).values(due_at=now))
     return moved.rowcount
 
 

@@ -104,13 +104,14 @@ async def find(tx: Tx, record_id: int) -> Recorded:
     )
 
 
-async def by_tags(tx: Tx, tags: Sequence[str]) -> dict[str, UsageRecord]:
-    """The records that have these merchant tags."""
-    found: dict[str, UsageRecord] = {}
+async def by_tags(tx: Tx, tags: Sequence[str]) -> dict[str, tuple[int, str, UsageRecord]]:
+    """The records that have these merchant tags, each with its id and state."""
+    found: dict[str, tuple[int, str, UsageRecord]] = {}
     for start in range(0, len(tags), PARAMETERS_MAX):
         some = tags[start : start + PARAMETERS_MAX]
         statement = sa.select(usage_records).where(usage_records.c.merchant_tag.in_(some))
-        found.update({row.merchant_tag: _record(row) for row in await tx.execute(statement)})
+        for row in await tx.execute(statement):
+            found[row.merchant_tag] = (row.id, row.state, _record(row))
     return found
 
 
@@ -226,7 +227,7 @@ async def by_window(tx: Tx, *, limit: int) -> list[dict[str, Any]]:
             reported_units.label("reported_units"),
         )
         .group_by(columns.window_start, columns.window_end)
-        .order_by(columns.window_start.desc())
+        .order_by(columns.window_start.desc(), columns.window_end.desc())
         .limit(limit)
     )
     return [

@@ -7,37 +7,27 @@ from typing import Final, Protocol
 
 import structlog
 
-from billingd.domain.attempts import Action, Leased
+from billingd.domain.attempts import Leased
 from billingd.domain.billing import BilledUsage
 from billingd.domain.delivery import OVER
 from billingd.domain.errors import NotFound, Refused
+from billingd.domain.events import audit_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.usage import TAG_PREFIX
 from billingd.loops import Clock
 from billingd.once import KEYS, Once
-from billingd.store import held, links, outbox, periods, usage
+from billingd.store import held, intents, links, outbox, periods, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
-from billingd.traffic.report import kept
+from billingd.traffic.report import kept, usage_intent
 
 log = structlog.get_logger()
 
-AUDIT_USAGE: Final = "audit_usage"
 DOUBLE: Final = "double_record"
 FOREIGN: Final = "foreign_record"
 WRONG: Final = "wrong_amount"
 GONE: Final = "gone"
-
-
-def audit_action(subscription_id: str, *, because: str) -> Action:
-    """Compare the open billing cycle of a subscription with the ledger."""
-    return Action(
-        AUDIT_USAGE,
-        f"audit:{subscription_id}",
-        f"{AUDIT_USAGE}:{subscription_id}:{because}",
-        {"id": subscription_id},
-    )
 
 
 class Billing(Protocol):
@@ -99,9 +89,11 @@ class UsageAuditor:
         foreign = [one for tag, records in by_tag.items() if tag not in ours for one in records]
         await self._tell_foreign(link, add_on, foreign)
         clean = True
-        for tag, record in ours.items():
+        for tag, (record_id, state, record) in ours.items():
             records = by_tag[tag]
             first = kept(records)
+            if state != "reported":
+                await self._there_after_all(tag, record_id, first)
             if first.units != record.units:
                 clean = False
                 reason = f"Recurly has {first.units} unit(s) under {tag}, where {record.units} were recorded"
@@ -111,6 +103,15 @@ class UsageAuditor:
                     clean = False
                     await self._undo(link, add_on, tag, extra)
         return clean
+
+    async def _there_after_all(self, tag: str, record_id: int, found: BilledUsage) -> None:
+        """Recurly has a record that was given up (held, written off) while its outcome was unknown."""
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            await intents.done(tx, usage_intent(tag), result=found.id)
+            await usage.reported(tx, record_id, usage_id=found.id, now=now)
+            await held.close(tx, subject=f"usage:{tag}", resolution="Recurly has it after all", now=now)
+        log.info("usage.there_after_all", tag=tag, usage=found.id)
 
     async def _undo(self, link: SubscriptionLink, add_on: AddOnLink, tag: str, extra: BilledUsage) -> None:
         """Remove a record that is there twice; when it was billed already, a person must refund it."""

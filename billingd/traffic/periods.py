@@ -7,7 +7,6 @@ import structlog
 
 from billingd.domain.attempts import Leased
 from billingd.domain.billing import BilledAddOn, BilledSubscription
-from billingd.domain.delivery import OVER
 from billingd.domain.errors import NotFound
 from billingd.domain.periods import Period, between
 from billingd.loops import Clock
@@ -54,7 +53,7 @@ class PeriodWatch:
         """
         now = self._clock.now()
         async with self._store.read() as tx:
-            watched = [link for link in await links.subscriptions(tx) if _watched(link)]
+            watched = await links.billing(tx)
         if not watched or not self._due(watched, now):
             return
         live = {one.uuid: one for one in await self._billing.list_live_subscriptions()}
@@ -117,8 +116,8 @@ class PeriodWatch:
         async with self._store.read() as tx:
             ends = [
                 link.period_ends_at
-                for link in await links.subscriptions(tx)
-                if _watched(link) and link.period_ends_at is not None and _unseen_since_its_end(link, now)
+                for link in await links.billing(tx)
+                if link.period_ends_at is not None and _unseen_since_its_end(link, now)
             ]
         return min(ends, default=None)
 
@@ -157,11 +156,6 @@ class PeriodWatch:
         return now >= last + REFRESH_SOONEST and any(
             link.period_ends_at is not None and link.period_ends_at <= now for link in watched
         )
-
-
-def _watched(link: SubscriptionLink) -> bool:
-    """Whether its periods still matter: what is over stays over."""
-    return link.billed_state not in OVER
 
 
 def _differs(link: SubscriptionLink, theirs: BilledSubscription) -> bool:

@@ -10,6 +10,7 @@ import structlog
 
 from billingd.domain.attempts import Leased
 from billingd.domain.errors import BillingdError, NotFound
+from billingd.domain.events import audit_action
 from billingd.domain.periods import cut, edges
 from billingd.domain.usage import Booked, Reading
 from billingd.domain.windows import Window, floor, settled_end, shared_edge
@@ -19,7 +20,6 @@ from billingd.store.engine import Store, Tx
 from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.usage import Pair
 from billingd.store.watermarks import Watermark
-from billingd.traffic.audit import audit_action
 from billingd.traffic.keep import Keeper, Key
 from billingd.traffic.periods import PeriodWatch
 
@@ -146,9 +146,8 @@ class TrafficPoller:
         async with self._store.read() as tx:
             closing = [
                 link
-                for link in await links.subscriptions(tx)
-                if link.state != "ended"
-                and link.linked_at < now - FLUSH_MARGIN
+                for link in await links.billing(tx)
+                if link.linked_at < now - FLUSH_MARGIN
                 and link.period_ends_at is not None
                 and now < link.period_ends_at <= now + FLUSH_LEADS[0]
             ]
@@ -174,7 +173,7 @@ class TrafficPoller:
         if self._audited_on == now.date():
             return
         async with self._store.read() as tx:
-            open_ = await links.subscriptions(tx, states=("active", "ending"))
+            open_ = await links.billing(tx)
         async with self._store.write() as tx:
             audits = [audit_action(one.subscription_id, because=f"{now:%Y-%m-%d}") for one in open_]
             await outbox.insert(tx, audits, now=now)

@@ -100,7 +100,7 @@ class UsageReporter:
         }
         try:
             await self._once.write(
-                _name(new),
+                usage_intent(new.merchant_tag),
                 body,
                 send=send,
                 find=lambda: self._find(new),
@@ -112,7 +112,10 @@ class UsageReporter:
         return None
 
     async def _keep(self, tx: Tx, recorded: Recorded, usage_id: str) -> None:
-        await usage.reported(tx, recorded.id, usage_id=usage_id, now=self._clock.now())
+        now = self._clock.now()
+        await usage.reported(tx, recorded.id, usage_id=usage_id, now=now)
+        subject = f"usage:{recorded.record.merchant_tag}"
+        await held.close(tx, subject=subject, resolution="Recurly has it", now=now)
 
     async def _obstacle(self, recorded: Recorded) -> Obstacle | None:
         """What stands in its way. What is not plainly alive is looked at first, as it is now."""
@@ -133,7 +136,7 @@ class UsageReporter:
         """It is not sent; but an earlier attempt may have reached Recurly, and then it is reported."""
         if stop.kind == PAUSED:
             return Wait(self._look_again, stop.reason)
-        found = await self._once.look(_name(new), find=lambda: self._find(new))
+        found = await self._once.look(usage_intent(new.merchant_tag), find=lambda: self._find(new))
         if found is None:
             await self._hold(recorded, new, stop.kind, stop.reason)
             return None
@@ -199,8 +202,9 @@ def kept(doubles: Iterable[BilledUsage]) -> BilledUsage:
     return min(doubles, key=lambda one: (one.billed_at is None, one.id))
 
 
-def _name(new: NewUsage) -> str:
-    return f"usage:{new.merchant_tag}"
+def usage_intent(merchant_tag: str) -> str:
+    """The name of the intent to report a record."""
+    return f"usage:{merchant_tag}"
 
 
 def _new(recorded: Recorded) -> NewUsage:

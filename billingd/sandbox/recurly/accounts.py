@@ -1,6 +1,7 @@
 """Accounts: created once by code, closed and opened again."""
 
 from billingd.sandbox.recurly import schemas
+from billingd.sandbox.recurly.billing import bring_up
 from billingd.sandbox.recurly.checks import TAKEN, check_custom_fields
 from billingd.sandbox.recurly.errors import invalid, unprocessable
 from billingd.sandbox.recurly.fields import Body
@@ -39,6 +40,7 @@ def deactivate_account(state: State, account: Account) -> Account:
     if account.deleted_at:
         raise unprocessable("Account may already be inactive")
     for subscription in account.subscriptions:
+        bring_up(state, subscription)
         if subscription.status in {"active", "future"}:
             cancel(state, subscription, {"timeframe": "bill_date"})
     account.deleted_at = state.now()

@@ -1,40 +1,67 @@
 """The bill run: closes a cycle, invoices it, opens the next one or ends the subscription."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from heapq import heappop, heappush
+from typing import Final
 
 from billingd.sandbox.recurly.invoicing import Draft, issue, period_drafts, trial_drafts, usage_drafts
 from billingd.sandbox.recurly.model import Cycle, Subscription
 from billingd.sandbox.recurly.periods import boundary
 from billingd.sandbox.recurly.state import State
 
+NOTICE: Final = timedelta(days=1)
+"""How long before a bill date `renewal.scheduled` comes; days configurable at the real one (4.10)."""
+
 
 def run_due_bills(state: State) -> int:
-    """Bills all that is due, as often as it is due, as of each bill date; returns how many bills."""
+    """Bills and announces all that is due, as of each date and in that order; returns how many bills.
+
+    With `bill_run_lag_seconds` a bill runs that much later, still as of its date.
+    """
     now, count = state.now(), 0
-    while state.due and state.due[0][0] <= now:
-        at, _, subscription = heappop(state.due)
-        if subscription.live and subscription.cycle.ends_at == at:  # else it was moved meanwhile
-            bill(state, subscription, at)
-            count += 1
-    return count
+    lag = timedelta(seconds=state.settings.bill_run_lag_seconds)
+    while True:
+        bill_at = state.due[0][0] + lag if state.due else None
+        if state.reminders and (bill_at is None or state.reminders[0][0] <= bill_at):
+            if state.reminders[0][0] > now:
+                return count
+            remind_at, _, subscription, ends_at = heappop(state.reminders)
+            if subscription.live and subscription.cycle.ends_at == ends_at:
+                state.announce(subscription, "renewal.scheduled", remind_at)
+        elif bill_at is not None and bill_at <= now:
+            at, _, subscription = heappop(state.due)
+            if subscription.live and subscription.cycle.ends_at == at:  # else it was moved meanwhile
+                bill(state, subscription, at)
+                count += 1
+        else:
+            return count
+
+
+def bring_up(state: State, subscription: Subscription) -> None:
+    """Bills what is due on one subscription without waiting for the bill run."""
+    while subscription.live and subscription.cycle.ends_at <= state.now():
+        bill(state, subscription, subscription.cycle.ends_at)
 
 
 def bill(state: State, subscription: Subscription, at: datetime) -> None:
     """Closes the current cycle at `at`; earlier than planned, the later bill dates count from there."""
-    cycle, over = subscription.cycle, _over(subscription)
+    cycle, ends = subscription.cycle, over(subscription)
     if at != cycle.ends_at:
         subscription.anchor, subscription.periods, cycle.ends_at = at, 0, at
+    if at < state.now() and not ends:
+        _carry_over(subscription, at)
     if subscription.status == "future":
         begin(state, subscription, at)
-    elif over:
+        state.announce(subscription, "updated", at)
+    elif ends:
         expire(state, subscription, at, "canceled" if subscription.canceled_at else "nonrenewing")
     elif cycle.kind == "paused":
         _after_pause(state, subscription, at)
     elif cycle.kind == "trial":
         _first_payment(state, subscription, at)
+        state.announce(subscription, "renewed", at)
     else:
         _renew(state, subscription, at)
     state.touch(subscription)
@@ -66,6 +93,7 @@ def expire(state: State, subscription: Subscription, at: datetime, reason: str) 
     for attached in subscription.add_ons.values():
         attached.expired_at = at
     state.touch(subscription)
+    state.announce(subscription, "expired", at)
 
 
 def resume(state: State, subscription: Subscription, at: datetime) -> None:
@@ -76,6 +104,7 @@ def resume(state: State, subscription: Subscription, at: datetime) -> None:
     cycle = _open(state, subscription, "paid", at)
     issue(state, subscription, period_drafts(subscription, cycle), origin="renewal", at=at)
     state.touch(subscription)
+    state.announce(subscription, "resumed", at)
 
 
 def move_bill_date(state: State, subscription: Subscription, to: datetime) -> None:
@@ -84,12 +113,19 @@ def move_bill_date(state: State, subscription: Subscription, to: datetime) -> No
         subscription.expires_at = to
     subscription.cycle.ends_at = subscription.anchor = to
     subscription.periods = 0
-    schedule(state, subscription)
+    schedule(state, subscription, state.now())
 
 
-def schedule(state: State, subscription: Subscription) -> None:
-    """Puts the current cycle's end on the heap of bill dates."""
-    heappush(state.due, (subscription.cycle.ends_at, state.identifiers.order(), subscription))
+def schedule(state: State, subscription: Subscription, at: datetime) -> None:
+    """Puts the current cycle's end on the heap of bill dates, and announces it a day before, or at once."""
+    ends_at, order = subscription.cycle.ends_at, state.identifiers.order()
+    heappush(state.due, (ends_at, order, subscription))
+    if subscription.cycle.kind == "before":
+        return
+    if ends_at - NOTICE <= at:
+        state.announce(subscription, "renewal.scheduled", at)
+    else:
+        heappush(state.reminders, (ends_at - NOTICE, order, subscription, ends_at))
 
 
 def term_ends_at(subscription: Subscription) -> datetime:
@@ -100,12 +136,22 @@ def term_ends_at(subscription: Subscription) -> datetime:
     return boundary(subscription.anchor, plan.interval_unit, plan.interval_length, cycles)
 
 
-def _over(subscription: Subscription) -> bool:
+def over(subscription: Subscription) -> bool:
+    """Whether it ends with its current cycle."""
     cycle = subscription.cycle
     if subscription.status == "canceled":
         return subscription.expires_at is not None and subscription.expires_at <= cycle.ends_at
     term_over = subscription.remaining_billing_cycles == 0 and not subscription.auto_renew
     return cycle.kind == "paid" and term_over
+
+
+def _carry_over(subscription: Subscription, at: datetime) -> None:
+    """Usage from after the end of the cycle, taken before the bill run came, is of the next one."""
+    number = subscription.cycle.number
+    for attached in subscription.add_ons.values():
+        for record in list(attached.book.open.get(number, {}).values()):
+            if record.usage_timestamp >= at:
+                attached.book.move(record, number + 1)
 
 
 def _first_payment(
@@ -129,6 +175,7 @@ def _renew(state: State, subscription: Subscription, at: datetime) -> None:
         _next_in_term(subscription, at)
         drafts += period_drafts(subscription, _open(state, subscription, "paid", at))
     issue(state, subscription, drafts, origin="renewal", at=at)
+    state.announce(subscription, "paused" if subscription.status == "paused" else "renewed", at)
 
 
 def _after_pause(state: State, subscription: Subscription, at: datetime) -> None:
@@ -140,6 +187,7 @@ def _after_pause(state: State, subscription: Subscription, at: datetime) -> None
     _next_in_term(subscription, at)
     cycle = _open(state, subscription, "paid", at)
     issue(state, subscription, period_drafts(subscription, cycle), origin="renewal", at=at)
+    state.announce(subscription, "resumed", at)
 
 
 def _next_in_term(subscription: Subscription, at: datetime) -> None:
@@ -168,7 +216,7 @@ def _open(
         subscription.anchor, subscription.periods = ends_at, 0
     cycle = Cycle(len(subscription.cycles), kind, at, ends_at)
     subscription.cycles.append(cycle)
-    schedule(state, subscription)
+    schedule(state, subscription, at)
     return cycle
 
 

@@ -1,13 +1,14 @@
 """Subscriptions, usage, invoices and line items over HTTP."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from billingd.sandbox.recurly import billing_views as views
 from billingd.sandbox.recurly import lifecycle, metering, subscribing
 from billingd.sandbox.recurly.errors import not_found
 from billingd.sandbox.recurly.listing import answer, choice, listed
-from billingd.sandbox.recurly.model import Invoice, Line, Subscription, SubscriptionAddOn
-from billingd.sandbox.recurly.paging import read_query
+from billingd.sandbox.recurly.model import Invoice, Line, Subscription, SubscriptionAddOn, Usage
+from billingd.sandbox.recurly.paging import Entry, read_query
+from billingd.sandbox.recurly.usage_book import UsageBook
 from billingd.sandbox.recurly.wire import Call, Reply, reply
 
 USAGE_SORTS = ("usage_timestamp", "recorded_timestamp")
@@ -16,12 +17,17 @@ USAGE_SORTS = ("usage_timestamp", "recorded_timestamp")
 
 def list_subscriptions(call: Call) -> Reply:
     """All of them; no filter by plan or custom field exists."""
-    return listed(call, call.state.subscriptions.values(), views.subscription, _in_state(call))
+    keep = _in_state(call)
+    query = read_query(call.path, call.query, shown_until=call.shown_until)
+    if query.sort != "created_at":
+        return listed(call, call.state.subscriptions.values(), views.subscription, keep)
+    in_order, by_id = call.state.subscriptions_in_order, call.state.subscriptions
+    return answer(call, query, in_order, by_id, views.subscription, keep)
 
 
 def list_account_subscriptions(call: Call) -> Reply:
     """Those of an account."""
-    account = call.seen(call.state.account(call.names["account"]))
+    account = call.state.account(call.names["account"])
     return listed(call, account.subscriptions, views.subscription, _in_state(call))
 
 
@@ -76,13 +82,14 @@ def list_usage(call: Call) -> Reply:
     book, by_usage = _attached(call).book, query.sort == "usage_timestamp"
     known = {}
     for id_ in query.ids or ():
-        usage = call.state.usages.get(id_)
+        usage = _usage_if_any(call, id_)
         if usage is not None and usage.add_on.book is book:
             known[id_] = usage
     if status == "unbilled" and query.ids is None:
-        entries = book.unbilled_by_usage if by_usage else book.unbilled_by_recording
-        return answer(call, query, entries, known, views.usage)
-    entries = book.all_by_usage if by_usage else book.all_by_recording
+        kept = book.unbilled_by_usage if by_usage else book.unbilled_by_recording
+        return answer(call, query, _with_removed(call, book, kept, by_usage), known, views.usage)
+    kept = book.all_by_usage if by_usage else book.all_by_recording
+    entries = _with_removed(call, book, kept, by_usage)
     billed_only = status == "billed"
     return answer(
         call, query, entries, known, views.usage, lambda usage: not billed_only or usage.billed_at is not None
@@ -97,7 +104,8 @@ def create_usage(call: Call) -> Reply:
 
 def get_usage(call: Call) -> Reply:
     """By id."""
-    return reply(200, views.usage(call.seen(call.state.usage(call.names["usage"]))))
+    id_ = call.names["usage"]
+    return reply(200, views.usage(call.seen(_usage_if_any(call, id_) or call.state.usage(id_))))
 
 
 def update_usage(call: Call) -> Reply:
@@ -119,12 +127,12 @@ def list_invoices(call: Call) -> Reply:
 
 def list_subscription_invoices(call: Call) -> Reply:
     """Those of a subscription."""
-    return listed(call, call.seen(_subscription(call)).invoices, views.invoice, _of_kind(call))
+    return listed(call, _subscription(call).invoices, views.invoice, _of_kind(call))
 
 
 def list_account_invoices(call: Call) -> Reply:
     """Those of an account."""
-    account = call.seen(call.state.account(call.names["account"]))
+    account = call.state.account(call.names["account"])
     invoices = [invoice for each in account.subscriptions for invoice in each.invoices]
     return listed(call, invoices, views.invoice, _of_kind(call))
 
@@ -141,13 +149,13 @@ def list_line_items(call: Call) -> Reply:
 
 def list_invoice_line_items(call: Call) -> Reply:
     """Those of an invoice."""
-    invoice = call.seen(call.state.invoice(call.names["invoice"]))
+    invoice = call.state.invoice(call.names["invoice"])
     return listed(call, invoice.lines, views.line, _of_type(call))
 
 
 def list_subscription_line_items(call: Call) -> Reply:
     """Those of a subscription."""
-    invoices = call.seen(_subscription(call)).invoices
+    invoices = _subscription(call).invoices
     lines = [line for invoice in invoices for line in invoice.lines]
     return listed(call, lines, views.line, _of_type(call))
 
@@ -169,6 +177,31 @@ def _in_state(call: Call) -> Callable[[Subscription], bool]:
         return lambda subscription: subscription.live and subscription.cycle.kind == "trial"
     wanted = {"active", "canceled", "future"} if state == "live" else {state}
     return lambda subscription: subscription.status in wanted
+
+
+def _usage_if_any(call: Call, id_: str) -> Usage | None:
+    """A record, a removed one too where this read does not know of the removal yet."""
+    usage = call.state.usages.get(id_)
+    if usage is None and (removed := call.state.removed_usages.get(id_)) and _still_shown(call, removed):
+        return removed
+    return usage
+
+
+def _with_removed(
+    call: Call, book: UsageBook[Usage], entries: Sequence[Entry[Usage]], by_usage: bool
+) -> Sequence[Entry[Usage]]:
+    removed = [usage for usage in book.removed if _still_shown(call, usage)]
+    if not removed:
+        return entries
+    made = [
+        (each.usage_timestamp if by_usage else each.recording_timestamp, each.order, each) for each in removed
+    ]
+    return sorted([*entries, *made], key=lambda entry: entry[:2])
+
+
+def _still_shown(call: Call, removed: Usage) -> bool:
+    at = removed.removed_at
+    return call.shown_until is not None and at is not None and at > call.shown_until
 
 
 def _of_kind(call: Call) -> Callable[[Invoice], bool]:

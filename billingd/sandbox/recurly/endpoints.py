@@ -78,7 +78,7 @@ def remove_plan(call: Call) -> Reply:
 
 def list_plan_add_ons(call: Call) -> Reply:
     """A plan's add-ons."""
-    return listed(call, call.seen(_plan(call)).add_ons.values(), views.add_on, _in_state(call))
+    return listed(call, _plan(call).add_ons.values(), views.add_on, _in_state(call))
 
 
 def create_plan_add_on(call: Call) -> Reply:

@@ -52,6 +52,10 @@ class IdempotencyStore:
         if status is not None and status != 429:
             self._answers[identity] = Answer(status, body, self._clock.now())
 
+    def forget(self, identity: Identity) -> None:
+        """As if the hour had passed."""
+        self._answers.pop(identity, None)
+
     def _forget_old(self) -> None:
         horizon = self._clock.now() - RETENTION
         while self._answers and next(iter(self._answers.values())).kept_at <= horizon:

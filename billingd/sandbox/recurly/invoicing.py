@@ -75,9 +75,9 @@ def usage_drafts(
             continue
         if cycle.kind in {"paid", "before"} and (zeros or attached.book.open.get(cycle.number)):
             drafts.append(_usage_draft(attached, cycle, attached.book.take(cycle.number, at)))
-        for number in sorted(attached.book.open):
+        for number in sorted(each for each in attached.book.open if each < cycle.number):
             earlier = subscription.cycles[number]
-            if number < cycle.number and earlier.kind in {"paid", "before"}:
+            if earlier.kind in {"paid", "before"}:
                 taken = attached.book.take(number, at)
                 drafts += [_usage_draft(attached, earlier, taken, correction=True)] if taken else []
         attached.book.settle()

@@ -1,7 +1,7 @@
 """What happens to a subscription after its creation: update, cancel, pause, terminate (6)."""
 
 from billingd.sandbox.recurly import schemas
-from billingd.sandbox.recurly.billing import bill, expire, move_bill_date, resume, term_ends_at
+from billingd.sandbox.recurly.billing import bill, bring_up, expire, move_bill_date, resume, term_ends_at
 from billingd.sandbox.recurly.checks import check_custom_fields
 from billingd.sandbox.recurly.errors import bad_values, invalid, unprocessable
 from billingd.sandbox.recurly.fields import Body
@@ -14,6 +14,7 @@ from billingd.sandbox.recurly.state import State
 def update_subscription(state: State, subscription: Subscription, body: Body) -> Subscription:
     """Notes, terms and bill date; not once it has ended, nor when its plan was removed (DOC plans.md)."""
     given = schemas.SUBSCRIPTION_UPDATE.read(body)
+    bring_up(state, subscription)
     if not subscription.live or subscription.plan.deleted_at:
         raise unprocessable("The subscription cannot be changed", type_="immutable_subscription")
     check_custom_fields(state, given)
@@ -27,12 +28,14 @@ def update_subscription(state: State, subscription: Subscription, body: Body) ->
     if to is not None:
         move_bill_date(state, subscription, to.replace(microsecond=0))
     state.touch(subscription)
+    state.announce(subscription, "updated")
     return subscription
 
 
 def cancel(state: State, subscription: Subscription, body: Body) -> Subscription:
     """Ends it with the cycle or, by default, the term; a future one fails at once."""
     timeframe = schemas.SUBSCRIPTION_CANCEL.read(body).get("timeframe") or "term_end"
+    bring_up(state, subscription)
     if subscription.status not in {"active", "future"}:
         raise unprocessable("Only active and future subscriptions can be canceled")
     subscription.canceled_at = state.now()
@@ -45,27 +48,32 @@ def cancel(state: State, subscription: Subscription, body: Body) -> Subscription
         subscription.expires_at = subscription.cycle.ends_at if at_bill_date else term_ends_at(subscription)
         subscription.status = "canceled"
     state.touch(subscription)
+    state.announce(subscription, "canceled")
     return subscription
 
 
 def reactivate(state: State, subscription: Subscription) -> Subscription:
     """Takes a cancellation back."""
+    bring_up(state, subscription)
     if subscription.status != "canceled":
         raise unprocessable("Only canceled subscriptions can be reactivated")
     subscription.status, subscription.canceled_at, subscription.expires_at = "active", None, None
     state.touch(subscription)
+    state.announce(subscription, "reactivated")
     return subscription
 
 
 def pause(state: State, subscription: Subscription, body: Body) -> Subscription:
     """From the next bill date on, for so many cycles; 0 takes a pause back."""
     cycles = schemas.SUBSCRIPTION_PAUSE.read(body)["remaining_pause_cycles"]
+    bring_up(state, subscription)
     if subscription.status not in {"active", "paused"}:
         raise unprocessable("Only active subscriptions can be paused")
     if cycles == 0 and subscription.status == "paused":
         return resume_now(state, subscription)
     subscription.pause_cycles = cycles
     state.touch(subscription)
+    state.announce(subscription, "updated")
     return subscription
 
 
@@ -78,6 +86,7 @@ def pause_now(state: State, subscription: Subscription, cycles: int) -> None:
 
 def resume_now(state: State, subscription: Subscription) -> Subscription:
     """Back to active at once."""
+    bring_up(state, subscription)
     if subscription.status != "paused":
         raise unprocessable(f"Unable to resume {subscription.status} subscription")
     resume(state, subscription, state.now())
@@ -90,6 +99,7 @@ def terminate(state: State, subscription: Subscription, refund: str, charge: str
         raise bad_values(["refund"], status=422)
     if charge not in {"true", "false"}:
         raise bad_values(["charge"], status=422)
+    bring_up(state, subscription)
     if subscription.status not in {"active", "canceled", "paused"}:
         raise unprocessable("Cannot expire an inactive subscription.")
     now = state.now()

@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Final
 
 from billingd.sandbox.recurly import schemas
+from billingd.sandbox.recurly.billing import over
 from billingd.sandbox.recurly.errors import invalid, unprocessable
 from billingd.sandbox.recurly.fields import Body
 from billingd.sandbox.recurly.model import Cycle, Subscription, SubscriptionAddOn, Usage
@@ -76,7 +77,7 @@ def waive(state: State, subscription: Subscription, attached: SubscriptionAddOn)
     if waived <= 0 or cycle.kind != "paid":
         return None
     last_only = attached.usage_calculation_type == "last_in_period"
-    return record(
+    made = record(
         state,
         attached,
         subscription,
@@ -86,6 +87,8 @@ def waive(state: State, subscription: Subscription, attached: SubscriptionAddOn)
         usage_timestamp=now,
         recording_timestamp=now,
     )
+    state.announce(made, "created")
+    return made
 
 
 def update_usage(state: State, usage: Usage, body: Body) -> Usage:
@@ -125,7 +128,9 @@ def remove_usage(state: State, usage: Usage) -> None:
     if usage.billed_at:
         raise unprocessable("Billed usage cannot be deleted", ("usage_id", "is billed"))
     usage.add_on.book.remove(usage)
-    del state.usages[usage.id]
+    usage.add_on.book.removed.append(usage)
+    usage.removed_at = state.clock.now()
+    state.removed_usages[usage.id] = state.usages.pop(usage.id)
 
 
 def _cycle_for(state: State, subscription: Subscription, attached: SubscriptionAddOn, at: datetime) -> Cycle:
@@ -149,11 +154,17 @@ def _cycle_for(state: State, subscription: Subscription, attached: SubscriptionA
         raise invalid(("usage_timestamp", OUT_OF_RANGE))
     cycles = subscription.cycles
     cycle = cycles[bisect_right(cycles, at, key=lambda cycle: cycle.started_at) - 1]
-    if cycle.kind == "paused":
+    if cycle.kind == "paused" or (at >= cycle.ends_at and not _takes_usage_after(subscription)):
         raise invalid(("usage_timestamp", OUT_OF_RANGE))
     if cycle is not subscription.cycle and cycle.kind != "trial":
         _check_correction(attached)
     return cycle
+
+
+def _takes_usage_after(subscription: Subscription) -> bool:
+    """Whether the cycle after the current one will take usage: not if a pause or nothing follows."""
+    paid = subscription.status == "active" and subscription.cycle.kind == "paid"
+    return not (paid and subscription.pause_cycles) and not over(subscription)
 
 
 def _check_correction(attached: SubscriptionAddOn) -> None:

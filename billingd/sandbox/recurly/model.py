@@ -120,6 +120,8 @@ class Usage(Record):
     recording_timestamp: datetime
     cycle: int
     billed_at: datetime | None = None
+    removed_at: datetime | None = None
+    """To the microsecond: a lagging list shows it for a while still."""
 
 
 @dataclass(slots=True, kw_only=True)

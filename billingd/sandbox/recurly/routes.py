@@ -22,6 +22,7 @@ ADD_ON: Final = "/plans/{plan}/add_ons/{add_on}"
 ACCOUNT: Final = "/accounts/{account}"
 UNIT: Final = "/measured_units/{unit}"
 METER: Final = "/subscriptions/{subscription}/add_ons/{add_on}/usage"
+RECORD: Final = "/usage/{usage}"
 
 TABLE: Final[tuple[tuple[str, str, Endpoint, frozenset[str]], ...]] = (
     ("GET", "/sites", catalog.list_sites, STATE),
@@ -62,9 +63,9 @@ TABLE: Final[tuple[tuple[str, str, Endpoint, frozenset[str]], ...]] = (
     ("GET", f"{SUBSCRIPTION}/line_items", billing.list_subscription_line_items, LINES),
     ("GET", METER, billing.list_usage, USAGE),
     ("POST", METER, billing.create_usage, NONE),
-    ("GET", "/usage/{usage}", billing.get_usage, NONE),
-    ("PUT", "/usage/{usage}", billing.update_usage, NONE),
-    ("DELETE", "/usage/{usage}", billing.remove_usage, NONE),
+    ("GET", RECORD, billing.get_usage, NONE),
+    ("PUT", RECORD, billing.update_usage, NONE),
+    ("DELETE", RECORD, billing.remove_usage, NONE),
     ("GET", "/invoices", billing.list_invoices, INVOICES),
     ("GET", "/invoices/{invoice}", billing.get_invoice, NONE),
     ("GET", "/invoices/{invoice}/line_items", billing.list_invoice_line_items, LINES),
@@ -77,7 +78,7 @@ def routes(site: Site, *, others: bool = True) -> list[web.RouteDef]:
     """Every route, GET with HEAD; `others`: all other paths too answer as Recurly does, with a typed 404."""
     wire = Wire(site)
     defined = [
-        web.get(path, wire.serve(endpoint, query))
+        web.get(path, wire.serve(endpoint, query, lags=query >= PAGING or path == RECORD))
         if method == "GET"
         else web.route(method, path, wire.serve(endpoint, query))
         for method, path, endpoint, query in TABLE

@@ -1,6 +1,8 @@
 """What a site holds and how it is set; the rules are functions over it, one file per resource."""
 
 import dataclasses
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, TypeVar
@@ -20,6 +22,7 @@ from billingd.sandbox.recurly.model import (
     SubscriptionAddOn,
     Usage,
 )
+from billingd.sandbox.recurly.notices import Notice, notice
 
 T = TypeVar("T", bound=Record)
 
@@ -32,6 +35,7 @@ CURRENCIES: Final = frozenset({
 SANDBOX_PER_MINUTE: Final = 400
 PRODUCTION_PER_MINUTE: Final = 1_000
 """OAS:160-165."""
+NOTICES_KEPT: Final = 20_000
 
 
 @dataclass(slots=True)
@@ -52,6 +56,10 @@ class Settings:
     """refuse | cut: what happens if an accounting code defaults to a code of more than 20 characters."""
     custom_field_names: frozenset[str] = frozenset()
     """Custom fields defined in the admin UI; any other name is refused."""
+    list_lag_seconds: float = 0
+    """How long lists, and single usage records, do not show what was written; the delay is not documented."""
+    bill_run_lag_seconds: float = 0
+    """How long after `current_period_ends_at` a subscription is billed; until then the old period is open."""
 
     @property
     def per_minute(self) -> int:
@@ -66,6 +74,9 @@ class Settings:
         for name, value in changes.items():
             if name not in known:
                 raise ValueError(f"a Recurly site has no setting {name!r}")
+            if name.endswith("_seconds") and (type(value) not in (int, float) or value < 0):
+                raise ValueError(f"{name!r} takes a number of seconds from 0 on, not {value!r}")
+        for name, value in changes.items():
             current = getattr(self, name)
             setattr(self, name, type(current)(value) if isinstance(current, set | frozenset) else value)
 
@@ -86,12 +97,20 @@ class State:
         self.account_by_code: dict[str, Account] = {}
         self.subscriptions: dict[str, Subscription] = {}
         self.subscription_by_uuid: dict[str, Subscription] = {}
+        self.subscriptions_in_order: list[tuple[datetime, int, Subscription]] = []
+        """By `created_at`, so that a page of many costs no more than one of few."""
         self.usages: dict[str, Usage] = {}
+        self.removed_usages: dict[str, Usage] = {}
         self.invoices: dict[str, Invoice] = {}
         self.invoice_by_number: dict[str, Invoice] = {}
         self.lines: dict[str, Line] = {}
         self.due: list[tuple[datetime, int, Subscription]] = []
         """A heap of bill dates; an entry whose date is not the subscription's any more is stale."""
+        self.reminders: list[tuple[datetime, int, Subscription, datetime]] = []
+        """A heap of times to announce a bill date, the last of the entry; stale as in `due`."""
+        self.notices: deque[Notice] = deque(maxlen=NOTICES_KEPT)
+        """What happened, oldest first, whether or not a webhook wants to know."""
+        self.listeners: list[Callable[[Notice], None]] = []
 
     def now(self) -> datetime:
         """The time as Recurly stores it: whole seconds."""
@@ -108,6 +127,13 @@ class State:
             "updated_at": at,
             "committed_at": self.clock.now(),
         }
+
+    def announce(self, about: Subscription | Usage, event: str, at: datetime | None = None) -> None:
+        """Tells the webhooks of an event; `at`: when it happened, now if not given."""
+        told = notice(self.record.id, about, event, at or self.now())
+        self.notices.append(told)
+        for listener in self.listeners:
+            listener(told)
 
     def touch(self, record: Record) -> None:
         """Marks a record as changed now."""

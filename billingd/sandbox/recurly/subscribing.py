@@ -1,5 +1,6 @@
 """Creating a subscription: whom, to what, at which prices, from when (4.6)."""
 
+from bisect import insort
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final
@@ -62,9 +63,10 @@ def create_subscription(state: State, body: Body) -> Subscription:
     starts_at: datetime = given.get("starts_at") or now
     if starts_at > now:
         subscription.cycles.append(Cycle(0, "before", now, starts_at))
-        schedule(state, subscription)
+        schedule(state, subscription, now)
     else:
         begin(state, subscription, now)
+    state.announce(subscription, "created")
     return subscription
 
 
@@ -200,4 +202,9 @@ def _new(state: State, plan: Plan, account: Account, given: Body) -> Subscriptio
 def _keep(state: State, subscription: Subscription) -> None:
     state.subscriptions[subscription.id] = subscription
     state.subscription_by_uuid[subscription.uuid] = subscription
+    insort(
+        state.subscriptions_in_order,
+        (subscription.created_at, subscription.order, subscription),
+        key=lambda entry: entry[:2],
+    )
     subscription.account.subscriptions.append(subscription)

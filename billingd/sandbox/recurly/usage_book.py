@@ -37,6 +37,8 @@ class UsageBook(Generic[R]):
         self.units = 0
         """The sum of all amounts."""
         self.tags: Counter[str | None] = Counter()
+        self.removed: list[R] = []
+        """What was deleted, for lists that lag behind."""
 
     def add(self, record: R) -> None:
         """Takes in a record, wherever its times put it."""
@@ -57,6 +59,12 @@ class UsageBook(Generic[R]):
         self.tags[record.merchant_tag] -= 1
         if not self.tags[record.merchant_tag]:
             del self.tags[record.merchant_tag]
+
+    def move(self, record: R, cycle: int) -> None:
+        """Puts an unbilled record into another cycle."""
+        del self.open[record.cycle][record.order]
+        record.cycle = cycle
+        self.open.setdefault(cycle, {})[record.order] = record
 
     def take(self, cycle: int, billed_at: datetime) -> list[R]:
         """Marks what is open in a cycle as billed and returns it; `settle` must follow."""

@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 def time(at: datetime | None) -> str | None:
     """Whole seconds: the SDK cannot read fractions."""
-    return None if at is None else at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return None if at is None else at.isoformat(timespec="seconds")[:19] + "Z"  # much cheaper than strftime
 
 
 def amount(value: Decimal) -> float:

@@ -13,7 +13,12 @@ from uuid import uuid4
 
 from aiohttp import web
 
-from billingd.sandbox.faults import carried_out, ignores_idempotency_key, lag_seconds
+from billingd.sandbox.faults import (
+    carried_out,
+    forgets_idempotency_key,
+    ignores_idempotency_key,
+    lag_seconds,
+)
 from billingd.sandbox.recurly.billing import run_due_bills
 from billingd.sandbox.recurly.errors import RefusalError, not_found, unpermitted
 from billingd.sandbox.recurly.idempotency import (
@@ -110,13 +115,16 @@ class Wire:
         self._kept = IdempotencyStore(state.clock)
 
     def serve(
-        self, endpoint: Endpoint, query: frozenset[str] = frozenset()
+        self, endpoint: Endpoint, query: frozenset[str] = frozenset(), *, lags: bool = False
     ) -> Callable[[web.Request], Awaitable[web.Response]]:
-        """An aiohttp handler for an endpoint that knows these query parameters."""
+        """An aiohttp handler for an endpoint that knows these query parameters.
+
+        `lags`: what it shows lags behind by the site's `list_lag_seconds`.
+        """
 
         async def handle(request: web.Request) -> web.Response:
             try:
-                answer = await self._answer(request, endpoint, query)
+                answer = await self._answer(request, endpoint, query, lags=lags)
             except RefusalError as refusal:
                 answer = _refused(refusal)
             except web.HTTPRequestEntityTooLarge as error:
@@ -125,14 +133,16 @@ class Wire:
 
         return handle
 
-    async def _answer(self, request: web.Request, endpoint: Endpoint, query: frozenset[str]) -> Reply:
+    async def _answer(
+        self, request: web.Request, endpoint: Endpoint, query: frozenset[str], *, lags: bool
+    ) -> Reply:
         api_key = self._authenticated(request)
         _check_version(request.headers.get("Accept", ""))
         self._limit.check(request.method)
         raw = await request.read()
 
         async def perform() -> Reply:
-            return self._perform(request, raw, endpoint, query)
+            return self._perform(request, raw, endpoint, query, lags=lags)
 
         async def carry_out() -> Reply:
             return await carried_out(request, perform, _broken)
@@ -142,7 +152,11 @@ class Wire:
             return await carry_out()
         if len(key) > KEY_LENGTH_MAX:
             raise RefusalError(400, "bad_request", "Idempotency-Key must be 255 characters or fewer")
-        return await self._once((key, request.method, request.path, api_key), carry_out)
+        identity = (key, request.method, request.path, api_key)
+        answer = await self._once(identity, carry_out)
+        if forgets_idempotency_key(request):
+            self._kept.forget(identity)
+        return answer
 
     async def _once(
         self, identity: tuple[str, str, str, str], carry_out: Callable[[], Awaitable[Reply]]
@@ -163,10 +177,12 @@ class Wire:
             self._kept.end(identity, answer.status if answer else None, answer.body if answer else b"")
         return answer
 
-    def _perform(self, request: web.Request, raw: bytes, endpoint: Endpoint, query: frozenset[str]) -> Reply:
+    def _perform(
+        self, request: web.Request, raw: bytes, endpoint: Endpoint, query: frozenset[str], *, lags: bool
+    ) -> Reply:
         """The whole of a request's effect, without an await: no other request comes in between."""
         run_due_bills(self._state)
-        lag = lag_seconds(request)
+        lag = max(lag_seconds(request), self._state.settings.list_lag_seconds if lags else 0)
         try:
             strange = [name for name in request.query if name not in query]
             if strange:
