@@ -94,6 +94,7 @@ async def test_cancel_lets_it_run_to_the_bill_date(store_url: str) -> None:
         link = await rig.link(acme)
         assert link is not None
         assert link.state == "ended"
+        await rig.report()
         await rig.renew()
         assert billed(rig)["state"] == "expired"
         assert rig.ledger()["totals"]["billed_units"] == 4

@@ -224,6 +224,9 @@ class Stage:
                 "schedule": "1s",
             },
             "outbox": {
+                # A kill leaves no more than one write in the dark besides the one that it was aimed at: of
+                # several, each may have to wait for a minute until billingd is sure that it never arrived.
+                "workers": 2,
                 "attempts_max": 100,
                 "backoff": "200ms",
                 "backoff_max": "2s",

@@ -40,6 +40,10 @@ class NotDone(Retryable):
     """A write was clearly refused for now (rate limit, a change in progress): safe to send anew."""
 
 
+class Conflict(Retryable):
+    """The resource changed since it was read, and nothing was written: read it again, then decide again."""
+
+
 class Misconfigured(Retryable):
     """The far side refuses us altogether (credentials, permissions): waits until somebody mends it."""
 
@@ -62,10 +66,6 @@ class Refused(Permanent):
 
 class NotFound(Permanent):
     """The far side says clearly that there is no such thing."""
-
-
-class Conflict(Permanent):
-    """The resource changed since it was read: read it again, then decide again."""
 
 
 class Rejected(BillingdError):

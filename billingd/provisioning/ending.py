@@ -7,6 +7,7 @@ import structlog
 
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription
+from billingd.domain.delivery import OVER, PAUSED
 from billingd.domain.errors import Refused
 from billingd.domain.events import END_SUBSCRIPTION
 from billingd.domain.notices import provider_notice
@@ -19,6 +20,9 @@ from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
 
 log = structlog.get_logger()
+
+CANCELED: Final = "canceled"
+EXPIRED: Final = "expired"
 
 SOON: Final = timedelta(seconds=5)
 
@@ -93,18 +97,18 @@ class SubscriptionEnder:
             return None
         # A pass that reads past `linked_at` began after the link was there: it read older windows again.
         all_read = watermark is not None and watermark.at >= max(link.usage_until, link.linked_at)
-        terminated = self._ended_as(link) == "expired"
+        how = self._ended_as(link, (await self._billing.get_subscription(link.uuid)).state)
         left = self._until_renewal(link)
         pause = self._look_again if left is None else min(self._look_again, max(left, SOON))
-        if terminated and not all_read and (left is None or left > timedelta(0)):
+        if how == EXPIRED and not all_read and (left is None or left > timedelta(0)):
             return Wait(pause, "waits until all traffic before its end has been read")
-        if terminated and unreported:
+        if how == EXPIRED and unreported:
             return Wait(pause, f"waits until {unreported} usage record(s) are reported")
         await self._once.write(
             f"end:{link.uuid}",
-            {"on_cancel": self._on_cancel},
-            send=lambda key, *, retried: self._send(link, key, retried=retried),
-            find=lambda: self._find(link),
+            {"ends": how},
+            send=lambda key, *, retried: self._send(link, how, key, retried=retried),
+            find=lambda: self._find(link, how),
             look_first=True,
         )
         now = self._clock.now()
@@ -112,13 +116,13 @@ class SubscriptionEnder:
             f"subscription-ended:{link.subscription_id}",
             f"{link.title} has ended",
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
-            + _how(link, self._on_cancel),
+            + _told(link, how),
         )
         renewed = link.period_started_at is not None and link.period_started_at > link.usage_until
         async with self._store.write() as tx:
             if renewed and link.approved_at is not None:
                 await hold(tx, *_renewed(link, now), now=now)
-            await links.end(tx, link.subscription_id, billed_state=self._ended_as(link), now=now)
+            await links.end(tx, link.subscription_id, billed_state=how, now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
 
@@ -129,30 +133,31 @@ class SubscriptionEnder:
             return None
         return max(link.period_ends_at - LAST_CALL - now, timedelta(0))
 
-    async def _send(self, link: SubscriptionLink, key: str, *, retried: bool) -> str:
+    async def _send(self, link: SubscriptionLink, how: str, key: str, *, retried: bool) -> str:
         try:
-            if self._ended_as(link) == "canceled":
+            if how == CANCELED:
                 await self._billing.cancel_subscription(link.uuid, key=key, retried=retried)
             else:
                 # One that was never approved was never used: its first invoice is taken back in full.
                 refund: Literal["none", "full"] = "none" if link.approved_at is not None else "full"
                 await self._billing.terminate_subscription(link.uuid, refund=refund, key=key, retried=retried)
         except Refused:
-            if await self._find(link) is None:
+            if await self._find(link, how) is None:
                 raise
             log.info("subscription.ended_already", uuid=link.uuid)
         return link.uuid
 
-    def _ended_as(self, link: SubscriptionLink) -> str:
-        """What Recurly calls it then. One that was never approved has no period to run out."""
-        return "canceled" if self._on_cancel == "cancel" and link.approved_at is not None else "expired"
+    def _ended_as(self, link: SubscriptionLink, state: str) -> str:
+        """What Recurly shall call it then: CANCELED or EXPIRED.
 
-    async def _find(self, link: SubscriptionLink) -> str | None:
-        over = {"expired", "failed"}
-        if self._on_cancel == "cancel":
-            over.add("canceled")
+        One that was never approved has no period to run out, and a paused one cannot be cancelled.
+        """
+        runs_out = self._on_cancel == "cancel" and link.approved_at is not None and state != PAUSED
+        return CANCELED if runs_out else EXPIRED
+
+    async def _find(self, link: SubscriptionLink, how: str) -> str | None:
         state = (await self._billing.get_subscription(link.uuid)).state
-        return link.uuid if state in over else None
+        return link.uuid if state in OVER or state == how else None
 
 
 def _renewed(link: SubscriptionLink, now: datetime) -> tuple[Hold, Action]:
@@ -169,11 +174,15 @@ def _renewed(link: SubscriptionLink, now: datetime) -> tuple[Hold, Action]:
     )
 
 
-def _how(link: SubscriptionLink, on_cancel: str) -> str:
+def _told(link: SubscriptionLink, how: str) -> str:
     """What was done, and is left to do: Recurly refunds what was paid, and an open invoice stays open."""
     if link.approved_at is None:
         return (
             "was terminated. It was never approved: what was paid of its first invoice was refunded; "
             "mark the invoice as failed at Recurly if it is still open."
         )
-    return f"was {'terminated' if on_cancel == 'terminate' else 'cancelled'} after its last usage."
+    return (
+        "was terminated after its last usage."
+        if how == EXPIRED
+        else "was cancelled, and ends with its billing period."
+    )

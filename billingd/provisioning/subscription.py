@@ -10,7 +10,7 @@ import structlog
 from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import Account, BilledSubscription, NewSubscription
 from billingd.domain.catalog import Person, Product, ProductPlan, Subscription
-from billingd.domain.errors import NotDone, NotFound, Permanent, Refused
+from billingd.domain.errors import NotDone, NotFound, Permanent, Refused, Retryable
 from billingd.domain.events import plan_action, subscription_action
 from billingd.domain.notices import provider_notice, subscriber_notice
 from billingd.domain.windows import floor
@@ -268,7 +268,7 @@ class SubscriptionProvisioner:
                 raise
             # Recurly takes one new subscription of an account a minute (recurly.md 4.6): a queue, no failure
             return Wait(error.retry_after + SECOND, str(error))
-        made = await self._billing.get_subscription(uuid)
+        made = await self._made(uuid)
         if not made.live:
             reason = (
                 f"Subscription {subscription.title}: Recurly's subscription {uuid}, marked for it, is "
@@ -277,6 +277,13 @@ class SubscriptionProvisioner:
             )
             return await self._hold(subscription, "subscription_expired", reason)
         return await self._save_link(subscription, plan, made)
+
+    async def _made(self, uuid: str) -> BilledSubscription:
+        """The subscription that Recurly said it has; what it does not show yet, it will show later."""
+        try:
+            return await self._billing.get_subscription(uuid)
+        except NotFound as error:
+            raise Retryable(f"Recurly does not show it yet: {error}") from error
 
     async def _listed(self, account: str) -> tuple[BilledSubscription, ...]:
         """An account's subscriptions; none of an account that does not exist."""
@@ -407,7 +414,7 @@ class SubscriptionProvisioner:
         uuid = await self._once.look(intent, find=find)
         if uuid is None:
             return None
-        made = await self._billing.get_subscription(uuid)
+        made = await self._made(uuid)
         async with self._store.read() as tx:
             plan = await links.find_plan_by_code(tx, made.plan_code)
         if not made.live or plan is None:

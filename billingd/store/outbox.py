@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -10,7 +10,7 @@ from billingd.domain.attempts import UNFINISHED, Action, Leased, State, Verdict
 from billingd.domain.errors import Retryable
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
-from billingd.store.schema import outbox
+from billingd.store.schema import UtcDateTime, outbox
 
 
 class LeaseLost(Retryable):
@@ -61,6 +61,13 @@ async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[
     action may be committed after a younger one was claimed; then it waits for that one. An attempt that was
     cut off with its process goes on as the same attempt: its end says nothing about the action.
     """
+    given = {"now": now, "leased_until": now + lease, "at_most": limit}
+    rows = (await tx.execute(_CLAIM, given)).mappings().all()
+    return sorted((_leased(row) for row in rows), key=lambda leased: leased.id)
+
+
+def _claiming() -> sa.sql.dml.ReturningUpdate[Any]:
+    now = sa.bindparam("now", type_=UtcDateTime())
     other = outbox.alias("other")
     older = other.c.id < outbox.c.id
     under_way = sa.and_(other.c.state == State.LEASED, other.c.due_at > now, other.c.id != outbox.c.id)
@@ -71,23 +78,25 @@ async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[
         sa.select(outbox.c.id)
         .where(_in(outbox, UNFINISHED), outbox.c.due_at <= now, ~blocked)
         .order_by(outbox.c.due_at, outbox.c.id)
-        .limit(limit)
+        .limit(sa.bindparam("at_most", type_=sa.Integer()))
         .with_for_update(skip_locked=True)
         .cte("due")
     )
-    statement = (
+    return (
         sa.update(outbox)
         .where(outbox.c.id.in_(sa.select(due.c.id)))
         .values(
             state=State.LEASED,
             attempt=outbox.c.attempt + sa.case((outbox.c.state == State.PENDING, 1), else_=0),
             fence=outbox.c.fence + 1,
-            due_at=now + lease,
+            due_at=sa.bindparam("leased_until", type_=UtcDateTime()),
         )
         .returning(outbox)
     )
-    rows = (await tx.execute(statement)).mappings().all()
-    return sorted((_leased(row) for row in rows), key=lambda leased: leased.id)
+
+
+_CLAIM: Final = _claiming()
+"""Made once: building it takes longer than running it."""
 
 
 def _leased(row: Mapping[Any, Any]) -> Leased:

@@ -60,7 +60,7 @@ def test_what_is_finished_stays_finished() -> None:
         (Permanent("x"), 1, State.DEAD, False),
         (Refused("x"), 1, State.DEAD, False),
         (NotFound("x"), 1, State.DEAD, False),
-        (Conflict("x"), 1, State.DEAD, False),
+        (Conflict("x"), 1, State.PENDING, False),
         (KeyError("x"), 1, State.PENDING, False),
         (KeyError("x"), 5, State.DEAD, False),
         (MemoryError(), 1, State.PENDING, False),
