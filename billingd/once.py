@@ -156,7 +156,8 @@ class Once:
             name = "it" if intent is None else intent.name
             raise Settling(
                 f"{name}: no clear outcome yet and not found; waiting out the settling time",
-                retry_after=until - now,
+                # after a crash it may be long; meanwhile a look may well find it
+                retry_after=min(until - now, max(self._trust.settling, SECOND_LOOK)),
             )
 
     async def _keys_heeded(self) -> bool:

@@ -18,7 +18,16 @@ from billingd.domain.attempts import (
     describe,
     judge,
 )
-from billingd.domain.errors import Conflict, Misconfigured, NotFound, Permanent, Refused, Retryable, Unknown
+from billingd.domain.errors import (
+    Conflict,
+    Misconfigured,
+    NotFound,
+    Permanent,
+    Refused,
+    Retryable,
+    Settling,
+    Unknown,
+)
 
 NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
 PATIENCE = Patience(attempts_max=5, backoff=timedelta(seconds=2), backoff_max=timedelta(minutes=10))
@@ -56,6 +65,7 @@ def test_what_is_finished_stays_finished() -> None:
         (Retryable("x"), 4, State.PENDING, False),
         (Retryable("x"), 5, State.DEAD, False),
         (Unknown("x"), 1, State.PENDING, False),
+        (Settling("x", retry_after=timedelta(minutes=1)), 99, State.PENDING, True),
         (Misconfigured("x"), 1, State.PENDING, False),
         (Permanent("x"), 1, State.DEAD, False),
         (Refused("x"), 1, State.DEAD, False),

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from decimal import Decimal
 
 import pytest
 import sqlalchemy as sa
 from linked import PLAN, TEN, add_on, link, subscription
 
-from billingd.store import links, schema
+from billingd.domain.charges import Prices
+from billingd.domain.periods import Period
+from billingd.domain.tiers import TierSpec
+from billingd.store import links, periods, schema
 from billingd.store.engine import Store
 
 LATER = TEN + timedelta(days=1)
@@ -107,7 +111,7 @@ async def test_a_subscription_moves_one_way(store: Store, before: list[str], all
     moves = {
         "activate": lambda tx: links.activate(tx, "s1", now=LATER),
         "begin_ending": lambda tx: links.begin_ending(tx, "s1", usage_until=LATER),
-        "end": lambda tx: links.end(tx, "s1", now=LATER),
+        "end": lambda tx: links.end(tx, "s1", billed_state="expired", now=LATER),
     }
     await link(store, subscription(state="created", approved_at=None))
     async with store.write() as tx:
@@ -132,6 +136,65 @@ async def test_the_end_keeps_what_was_known(store: Store) -> None:
     async with store.write() as tx:
         assert await links.begin_ending(tx, "s1", usage_until=LATER)
         assert not await links.begin_ending(tx, "s1", usage_until=LATER + timedelta(days=1))
-        assert await links.end(tx, "s1", now=LATER)
+        assert await links.end(tx, "s1", billed_state="expired", now=LATER)
         link_ = await links.find_subscription(tx, "s1")
-    assert link_ == replace(subscription(), state="ended", usage_until=LATER)
+    ended = replace(subscription(), state="ended", usage_until=LATER)
+    assert link_ == replace(ended, billed_state="expired", seen_at=LATER)
+
+
+async def test_what_an_add_on_costs_is_kept(store: Store) -> None:
+    """Linked with its prices, learnt later, and brought up to date with the plan."""
+    price = Prices("volume", None, (TierSpec(10, Decimal("0.5")), TierSpec(None, Decimal("0.000001"))))
+    await link(store, add_ons=[add_on("q1", prices=price), add_on("q2")])
+    flat = Prices("flat", Decimal("0.5"))
+    async with store.write() as tx:
+        assert await links.add_ons(tx) == {"q1": add_on("q1", prices=price), "q2": add_on("q2")}
+        await links.priced(tx, "q2", flat)
+        assert await links.find_add_on(tx, "q2") == add_on("q2", prices=flat)
+        assert await links.find_add_on(tx, "q1") == add_on("q1", prices=price)
+
+
+async def test_the_next_bill_is_that_of_whoever_is_billed_next(store: Store) -> None:
+    """What is over at Recurly has none; what was seen is kept with the link."""
+    await link(store, *(subscription(f"s{number}") for number in range(1, 5)))
+    hours = {"s1": 5, "s2": 3, "s3": 1}
+    async with store.write() as tx:
+        assert await links.next_period_end(tx, after=TEN) is None
+        for name, number in hours.items():
+            state = "expired" if name == "s3" else "active"
+            end = TEN + timedelta(hours=number)
+            await periods.seen(tx, name, state=state, current=Period(TEN, end), now=LATER)
+        for after, expected in ((0, 3), (3, 5), (5, None)):
+            found = await links.next_period_end(tx, after=TEN + timedelta(hours=after))
+            assert found == (None if expected is None else TEN + timedelta(hours=expected))
+        assert [one.subscription_id for one in await links.billing(tx)] == ["s1", "s2", "s4"]
+        seen = await links.find_subscription_by_uuid(tx, "uuid-s1")
+        assert await links.find_subscription_by_uuid(tx, "uuid-s9") is None
+    assert seen is not None
+    assert (seen.billed_state, seen.seen_at, seen.period_ends_at) == (
+        "active",
+        LATER,
+        TEN + timedelta(hours=5),
+    )
+
+
+async def test_periods_are_kept_as_they_are_learnt(store: Store) -> None:
+    """A moved end replaces, a next one adds; what has no period keeps what it had."""
+    await link(store, subscription("s1"), subscription("s2"))
+
+    def period(start: int, end: int, *, trial: bool = False) -> Period:
+        return Period(TEN + timedelta(hours=start), TEN + timedelta(hours=end), trial)
+
+    async with store.write() as tx:
+        for current in (period(0, 10, trial=True), period(0, 8, trial=True), period(8, 18), None):
+            await periods.seen(tx, "s1", state="active", current=current, now=LATER)
+        assert await periods.of(tx, "s1") == [period(0, 8, trial=True), period(8, 18)]
+        link_ = await links.find_subscription(tx, "s1")
+        assert link_ is not None
+        assert link_.period_ends_at == TEN + timedelta(hours=18)
+        await periods.seen(tx, "s1", state="active", current=period(18, 28), now=LATER)
+        await periods.seen(tx, "s2", state="active", current=period(0, 40), now=LATER)
+        since = await periods.since(tx, TEN + timedelta(hours=20))
+        first, last = period(0, 8, trial=True), period(18, 28)
+        assert since == {"s1": [first, last], "s2": [period(0, 40)]}
+        assert await periods.since(tx, TEN, only={"s2"}) == {"s2": [period(0, 40)]}

@@ -64,6 +64,7 @@ SUBSCRIPTION: Row = {
     "linked_at": START,
     "usage_from": START,
 }
+PERIOD: Row = {"subscription_id": "s", "started_at": START, "ends_at": LATER, "trial": False}
 USAGE: Row = {
     "subscription_id": "s",
     "quota_id": "q",
@@ -89,6 +90,7 @@ HELD: Row = {"kind": "k", "subject": "s", "reason": "r", "since": START}
 BEFORE: dict[str, list[tuple[sa.Table, Row]]] = {
     "add_on_links": [(schema.plan_links, PLAN)],
     "subscription_links": [(schema.plan_links, PLAN)],
+    "billing_periods": [(schema.plan_links, PLAN), (schema.subscription_links, SUBSCRIPTION)],
     "usage_records": [
         (schema.plan_links, PLAN),
         (schema.add_on_links, ADD_ON),
@@ -113,6 +115,8 @@ GOOD: list[tuple[sa.Table, Row]] = [
     (schema.usage_records, USAGE),
     (schema.usage_records, USAGE | {"units": -999_999_999}),
     (schema.usage_records, USAGE | {"state": "reported", "reported_at": LATER, "usage_id": "x"}),
+    (schema.usage_records, USAGE | {"state": "written_off"}),
+    (schema.billing_periods, PERIOD),
     (schema.unlinked_traffic, UNLINKED),
     (schema.unlinked_traffic, UNLINKED | {"units": 2**62}),
     (schema.watermarks, WATERMARK),
@@ -125,6 +129,7 @@ BAD: list[tuple[str, sa.Table, Row, Row]] = [
     ("name", schema.events, EVENT, {"name": None}),
     ("ck_intents_state", schema.intents, INTENT, {"state": "lost"}),
     ("ck_intents_epoch", schema.intents, INTENT, {"epoch": 0}),
+    ("ck_intents_sends", schema.intents, INTENT, {"sends": 0}),
     ("ck_intents_last_sent_at", schema.intents, INTENT, {"first_sent_at": LATER}),
     ("ck_intents_result", schema.intents, INTENT, {"state": "done"}),
     ("ck_intents_result", schema.intents, INTENT, {"result": "r"}),
@@ -139,6 +144,8 @@ BAD: list[tuple[str, sa.Table, Row, Row]] = [
     ("ck_subscription_links_usage_until", schema.subscription_links, SUBSCRIPTION, {"usage_until": LATER}),
     ("ck_subscription_links_approved_at", schema.subscription_links, SUBSCRIPTION, {"state": "active"}),
     ("fk_subscription_links_plan_id", schema.subscription_links, SUBSCRIPTION, {"plan_id": "nobody"}),
+    ("ck_billing_periods_ends_at", schema.billing_periods, PERIOD, {"ends_at": START}),
+    ("fk_billing_periods_subscription_id", schema.billing_periods, PERIOD, {"subscription_id": "nobody"}),
     ("ck_usage_records_state", schema.usage_records, USAGE, {"state": "billed"}),
     ("ck_usage_records_revision", schema.usage_records, USAGE, {"revision": 0}),
     ("ck_usage_records_units", schema.usage_records, USAGE, {"units": 0}),
@@ -171,6 +178,7 @@ TWICE: list[tuple[str, sa.Table, Row, Row]] = [
     ("uq_subscription_links_uuid", schema.subscription_links, SUBSCRIPTION, {"subscription_id": "other"}),
     ("uq_usage_records_merchant_tag", schema.usage_records, USAGE, {"revision": 2}),
     ("uq_usage_records_record", schema.usage_records, USAGE, {"merchant_tag": "other"}),
+    ("pk_billing_periods", schema.billing_periods, PERIOD, {"trial": True}),
     ("pk_unlinked_traffic", schema.unlinked_traffic, UNLINKED, {"units": 2}),
     ("pk_watermarks", schema.watermarks, WATERMARK, {"at": LATER}),
     ("uq_held_standing", schema.held, HELD, {"reason": "other"}),

@@ -1,15 +1,21 @@
 """The ledger of usage on both databases: recorded once, moved only forward, summed to the unit."""
 
 from datetime import timedelta
+from decimal import Decimal
 
 import pytest
 import sqlalchemy as sa
 from linked import HOUR, TEN, add_on, link, subscription
 
-from billingd.domain.usage import UsageRecord, book
+from billingd.domain.attempts import Action
+from billingd.domain.charges import Prices
+from billingd.domain.periods import Period
+from billingd.domain.tiers import TierSpec
+from billingd.domain.usage import Booked, UsageRecord, book
 from billingd.domain.windows import Window
-from billingd.store import usage
+from billingd.store import periods, usage
 from billingd.store.engine import Store
+from billingd.store.stakes import at_stake, usage_hold
 
 WINDOW = Window(TEN, TEN + HOUR)
 
@@ -24,7 +30,8 @@ def booked(
     revisions: int = 0,
 ) -> list[UsageRecord]:
     window = Window(TEN + hours * HOUR, TEN + (hours + 1) * HOUR)
-    return list(book(subscription_id, quota, window, read=units, recorded=recorded, revisions=revisions))
+    known = {window: Booked(recorded, revisions)} if recorded else {}
+    return list(book(subscription_id, quota, {window: units}, known, before=window.end))
 
 
 @pytest.fixture
@@ -75,8 +82,8 @@ async def test_sums_are_by_window_with_the_newest_revision(ledger: Store) -> Non
     await insert(ledger, booked(9, hours=1))
     async with ledger.read() as tx:
         assert await usage.sums(tx, TEN, TEN + HOUR) == {
-            ("s1", "q1", WINDOW): usage.Sum(2_000_000_007, 4),
-            ("s2", "q2", WINDOW): usage.Sum(1, 1),
+            ("s1", "q1"): {WINDOW: Booked(2_000_000_007, 4)},
+            ("s2", "q2"): {WINDOW: Booked(1, 1)},
         }
         assert await usage.sums(tx, TEN - HOUR, TEN) == {}
         assert await usage.totals(tx) == {"recorded": 2_000_000_010, "held": 7}
@@ -87,7 +94,7 @@ async def test_sums_are_by_window_with_the_newest_revision(ledger: Store) -> Non
 
 
 async def test_a_record_moves_only_where_it_may(ledger: Store) -> None:
-    """recorded > held > recorded > reported, and from reported nowhere."""
+    """recorded > held > recorded > reported, and from reported nowhere; held may be written off."""
     [one] = await insert(ledger, booked(5))
     async with ledger.write() as tx:
         assert not await usage.release(tx, one)
@@ -137,3 +144,78 @@ async def test_traffic_of_nobody_is_kept_as_it_is_read_last(ledger: Store) -> No
             await usage.set_unlinked(tx, "x", "q", TEN, units, now=TEN)
         await usage.set_unlinked(tx, "x", "q", TEN + HOUR, 2**40, now=TEN + timedelta(days=1))
         assert await usage.unlinked_units(tx) == 8 + 2**40
+
+
+async def test_a_held_record_may_be_written_off_and_then_only_be_found_reported(ledger: Store) -> None:
+    """It is billed no more; but when it turns out to be at Recurly, the ledger says so."""
+    one, two = await insert(ledger, booked(5) + booked(6, hours=1))
+    async with ledger.write() as tx:
+        assert not await usage.write_off(tx, one), "it is not held"
+        assert await usage.hold(tx, one)
+        assert await usage.write_off(tx, one)
+        assert not await usage.write_off(tx, one)
+        assert not await usage.release(tx, one)
+        assert not await usage.hold(tx, one)
+        assert await usage.totals(tx) == {"written_off": 5, "recorded": 6}
+        assert (await usage.sums(tx, TEN, TEN + HOUR))["s1", "q1"] == {WINDOW: Booked(5, 1)}
+        await usage.reported(tx, one, usage_id="u1", now=TEN)
+        assert (await usage.find(tx, one)).state == "reported"
+        assert not await usage.write_off(tx, two)
+
+
+async def test_units_of_a_cycle_are_those_before_by_their_time(ledger: Store) -> None:
+    """Of the same add-on, recorded earlier, inside the cycle, and not written off."""
+    start, end = TEN, TEN + 2 * HOUR
+    ids = await insert(
+        ledger,
+        booked(1)
+        + booked(2, hours=1)
+        + booked(4, hours=2)
+        + booked(8, hours=-1)
+        + booked(16, quota="q2")
+        + booked(32, subscription_id="s2"),
+    )
+    last = max(ids) + 1
+    async with ledger.write() as tx:
+        assert await usage.units_in(tx, "s1", "q1", start, end, before_id=last) == 3
+        assert await usage.units_in(tx, "s1", "q1", start, end, before_id=ids[1]) == 1
+        assert await usage.units_in(tx, "s1", "q1", start, end, before_id=ids[0]) == 0
+        await usage.hold(tx, ids[0])
+        assert await usage.units_in(tx, "s1", "q1", start, end, before_id=last) == 3, "held ones count"
+        await usage.write_off(tx, ids[0])
+        assert await usage.units_in(tx, "s1", "q1", start, end, before_id=last) == 2
+
+
+async def test_records_are_found_by_their_tags(ledger: Store) -> None:
+    """However many are asked for; strangers are left out."""
+    [one], [two] = booked(5), booked(6, hours=1)
+    first, second = await insert(ledger, [one, two])
+    async with ledger.write() as tx:
+        await usage.hold(tx, second)
+        found = await usage.by_tags(tx, [one.merchant_tag, "bd1:stranger"])
+        assert found == {one.merchant_tag: (first, "recorded", one)}
+        many = [f"bd1:{number}" for number in range(40_000)]
+        found = await usage.by_tags(tx, [*many, two.merchant_tag])
+        assert found == {two.merchant_tag: (second, "held", two)}
+        assert await usage.by_tags(tx, []) == {}
+
+
+async def test_a_held_record_says_what_is_at_stake_of_its_cycle(store: Store) -> None:
+    """On top of what its cycle had before it; in the plan's currency; unknown without prices."""
+    tiers = (TierSpec(10, Decimal(2)), TierSpec(None, Decimal(1)))
+    await link(
+        store,
+        subscription("s1"),
+        add_ons=[add_on("q1", tier="volume", prices=Prices("volume", None, tiers)), add_on("q2")],
+    )
+    ids = await insert(store, booked(100, hours=-1) + booked(5) + booked(4, hours=1) + booked(3, quota="q2"))
+    async with store.write() as tx:
+        await periods.seen(tx, "s1", state="active", current=Period(TEN, TEN + 30 * HOUR), now=TEN)
+        recorded = await usage.find(tx, ids[2])
+        assert await at_stake(tx, recorded) == Decimal(8)
+        hold = await usage_hold(tx, recorded, "late_usage", "why", Action("k", "s", "key", {}))
+        assert (hold.amount, hold.currency, hold.units) == ("8", "USD", 4)
+        bare = await usage.find(tx, ids[3])
+        assert await at_stake(tx, bare) is None
+        hold = await usage_hold(tx, bare, "late_usage", "why", Action("k", "s", "key", {}))
+        assert (hold.amount, hold.currency) == (None, None)
