@@ -240,15 +240,16 @@ class Once:
             "once, or you release this, unanswered writes wait out the settling time and are looked up, "
             "never repeated under their key."
         )
-        if await held.add(tx, Hold(DOUBTED, KEYS, reason, subscription_id=about), now=now):
+        if not await held.standing(tx, subject=KEYS):
+            await held.add(tx, Hold(DOUBTED, KEYS, reason, subscription_id=about), now=now)
             log.warning("recurly.keys_doubted", operation=operation)
             notice = provider_notice(
                 f"{DOUBTED}:{now.isoformat()}", "Recurly may ignore idempotency keys", reason
             )
             await outbox.insert(tx, [notice], now=now)
-            if about is not None:
-                audit = audit_action(about, because=f"doubt:{now.isoformat()}")
-                await outbox.insert(tx, [audit], now=now, due_at=now + self._trust.settling + SECOND_LOOK)
+        if about is not None:
+            audit = audit_action(about, because=f"doubt:{now.isoformat()}")
+            await outbox.insert(tx, [audit], now=now, due_at=now + self._trust.settling + SECOND_LOOK)
 
     async def _found(
         self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any], sent: bool

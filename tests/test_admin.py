@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -11,14 +11,17 @@ import sqlalchemy as sa
 from aiohttp.test_utils import TestClient, TestServer
 from linked import HOUR, TEN, link, subscription
 from manual_clock import ManualClock
+from rig import a_rig
 
+from billingd.admin import operations
 from billingd.admin.metrics import Metrics
 from billingd.admin.server import AdminListener, Parts
 from billingd.domain.attempts import Action, State, Verdict
-from billingd.domain.usage import book
+from billingd.domain.periods import Period
+from billingd.domain.usage import Booked, book
 from billingd.domain.windows import Window
 from billingd.loops import Progress
-from billingd.store import held, outbox, usage
+from billingd.store import held, outbox, periods, schema, usage
 from billingd.store.engine import Store, StoreUnavailable
 from billingd.store.held import Hold
 
@@ -78,6 +81,41 @@ class Rig:
                 await outbox.settle(tx, one, Verdict(State.DEAD, now, error), now=now)
         return [one.id for one in leased]
 
+    async def record(
+        self,
+        units: int,
+        *,
+        ends: datetime,
+        state: str = "recorded",
+        reported: datetime | None = None,
+        subscription: str = "s1",
+    ) -> int:
+        """A record of the window that ends there, whose time is a second before; its id."""
+        window = Window(ends - HOUR, ends)
+        async with self.store.write() as tx:
+            known = (await usage.sums(tx, window.start, ends)).get((subscription, "q1"), {})
+            booked = known.get(window, Booked(0, 0))
+            reading = {window: units + booked.units}
+            records = list(book(subscription, "q1", reading, {window: booked}, before=ends))
+            [(record_id, _)] = await usage.insert(tx, records, now=self.clock.now(), state=state)
+            if reported is not None:
+                await usage.reported(tx, record_id, usage_id=f"u{record_id}", now=reported)
+        return record_id
+
+    async def sees(self, subscription: str, *known: Period, state: str = "active") -> None:
+        """Recurly shows these periods, one after the other."""
+        async with self.store.write() as tx:
+            for period in known:
+                await periods.seen(tx, subscription, state=state, current=period, now=self.clock.now())
+
+    async def hold(self, item: Hold) -> bool:
+        async with self.store.write() as tx:
+            return await held.add(tx, item, now=self.clock.now())
+
+    async def held(self) -> list[Any]:
+        _, document = await self.get("/held")
+        return list(document["held"])
+
 
 @pytest.fixture
 async def rig(store: Store, clock: ManualClock) -> AsyncIterator[Rig]:
@@ -122,7 +160,9 @@ async def test_the_status_document_has_the_keys_others_rely_on(rig: Rig) -> None
         "unreported_units": 0,
         "unknown_outcomes": 0,
         "unlinked_units": 0,
+        "written_off_units": 0,
     }
+    assert document["periods"] == {"open": 0, "incomplete": 0, "ends_next": None, "missed_units": 0}
     assert document["held"] == {"plans": 0, "subscriptions": 0, "units": 0, "items": []}
     assert document["links"] == {"plans": 0, "subscriptions": 0}
     assert (document["ready"], document["reasons"]) == (True, [])
@@ -189,7 +229,11 @@ async def test_metrics_carry_the_names_of_the_contract(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/outbox/replay", "/outbox/1/retry", "/outbox/1/discard", "/traffic/poll", "/held/1/release"]
+    "path",
+    [
+        *("/outbox/replay", "/outbox/1/retry", "/outbox/1/discard", "/traffic/poll"),
+        *("/held/1/release", "/held/1/write-off"),
+    ],
 )
 @pytest.mark.parametrize(
     ("content_type", "headers"),
@@ -227,6 +271,9 @@ async def test_replay_takes_all_dead_or_what_is_chosen(rig: Rig) -> None:
         ("/outbox/replay", {"kind": 3}, "kind"),
         ("/outbox/1/discard", {}, "reason"),
         ("/outbox/1/discard", {"reason": "  "}, "reason"),
+        ("/held/1/write-off", {}, "reason"),
+        ("/held/1/write-off", {"reason": "  "}, "reason"),
+        ("/held/1/write-off", {"reason": ["why"]}, "reason"),
         ("/traffic/backfill", {"since": "yesterday", "until": "2026-01-01T00:00:00Z"}, "since"),
         ("/traffic/backfill", {"since": "2026-01-01T00:00:00", "until": "2026-01-02T00:00:00Z"}, "zone"),
         ("/traffic/backfill", {"since": "2026-01-02T00:00:00Z", "until": "2026-01-01T00:00:00Z"}, "later"),
@@ -325,9 +372,8 @@ async def test_the_units_of_a_discarded_report_are_held_and_can_be_released(rig:
     """Giving up on a report forgets nothing: its units show as held, until it is tried again."""
     now = rig.clock.now()
     await link(rig.store, subscription(), now=now)
-    [record] = book("s1", "q1", Window(TEN, TEN + HOUR), read=5, recorded=0, revisions=0)
+    record_id = await rig.record(5, ends=TEN + HOUR)
     async with rig.store.write() as tx:
-        [(record_id, _)] = await usage.insert(tx, [record], now=now)
         await outbox.insert(tx, [Action("report_usage", "usage:s1:q1", "r", {"record": record_id})], now=now)
         [row] = await outbox.select(tx)
     assert (await rig.post(f"/outbox/{row['id']}/discard", {"reason": "billed by hand"}))[0] == 200
@@ -356,3 +402,298 @@ async def test_a_discarded_end_is_held_for_the_subscription_goes_on_being_billed
     assert (await rig.post(f"/held/{item['id']}/release"))[0] == 200
     [again] = (await rig.get("/outbox?state=pending"))[1]["actions"]
     assert (again["kind"], again["args"]) == ("end_subscription", {"id": "s1"})
+
+
+SECOND = timedelta(seconds=1)
+FIRST = Period(TEN, TEN + 10 * HOUR)
+BEFORE = Period(TEN + 10 * HOUR, TEN + 20 * HOUR)
+NOW = Period(TEN + 20 * HOUR, TEN + 30 * HOUR)
+
+
+async def a_life(rig: Rig) -> None:
+    """Of one subscription in its third period, with units of every sort, each a power of two."""
+    await link(rig.store, subscription("s1"), now=TEN)
+    await rig.sees("s1", FIRST, BEFORE, NOW)
+    end = BEFORE.ends_at
+    await rig.record(1, ends=FIRST.ends_at, state="held")
+    await rig.record(2, ends=end, reported=end - SECOND)
+    await rig.record(4, ends=end, reported=end)
+    await rig.record(8, ends=end - HOUR, reported=end + HOUR)
+    await rig.record(16, ends=end - HOUR, state="held")
+    await rig.record(32, ends=FIRST.ends_at + SECOND, state="written_off")
+    await rig.record(64, ends=end)
+    await rig.record(128, ends=end + HOUR, reported=end + HOUR)
+    await rig.record(256, ends=end + 2 * HOUR)
+    await rig.record(512, ends=end + 2 * HOUR, state="held")
+    await rig.record(1024, ends=end + 3 * HOUR, state="written_off")
+    await rig.record(2048, ends=end + SECOND)
+    rig.clock.advance(TEN + 25 * HOUR - rig.clock.now())
+
+
+async def of_subscriptions(rig: Rig) -> dict[str, Any]:
+    _, document = await rig.get("/subscriptions")
+    return {row["subscription"]: row for row in document["subscriptions"]}
+
+
+async def test_periods_say_what_their_invoice_has_and_what_misses_it(rig: Rig) -> None:
+    """A record belongs to the period of its time: its first second counts, its end is the next one's."""
+    await a_life(rig)
+    row = (await of_subscriptions(rig))["s1"]
+    assert row["billed_state"] == "active"
+    assert row["period"] == {
+        "started_at": "2026-03-03T06:00:00Z",
+        "ends_at": "2026-03-03T16:00:00Z",
+        "trial": False,
+        "recorded_units": 128 + 256 + 512 + 1024 + 2048,
+        "reported_units": 128,
+        "unreported_units": 256 + 2048,
+        "held_units": 512,
+        "complete": False,
+    }
+    assert row["last_period"] == {
+        "started_at": "2026-03-02T20:00:00Z",
+        "ends_at": "2026-03-03T06:00:00Z",
+        "trial": False,
+        "units": 2 + 4 + 8 + 16 + 32 + 64,
+        "corrected_units": 4 + 8,
+        "missed_units": 16 + 32 + 64,
+        "complete": False,
+    }
+    summary = {"open": 1, "incomplete": 1, "ends_next": "2026-03-03T16:00:00Z", "missed_units": 112}
+    assert (await rig.get("/status"))[1]["periods"] == summary
+    async with rig.client.get("/metrics") as answer:
+        assert "billingd_period_missed_units 112.0" in (await answer.text()).splitlines()
+
+
+@pytest.mark.parametrize("ends", ["its time", "expired", "failed"])
+async def test_a_period_is_over_by_its_end_or_with_its_subscription(rig: Rig, ends: str) -> None:
+    """Until Recurly shows the next one there is none; what is not reported has missed the invoice."""
+    await a_life(rig)
+    if ends == "its time":
+        rig.clock.advance(NOW.ends_at - SECOND - rig.clock.now())
+        assert (await of_subscriptions(rig))["s1"]["period"] is not None
+        rig.clock.advance(SECOND)
+    else:
+        await rig.sees("s1", NOW, state=ends)
+    row = (await of_subscriptions(rig))["s1"]
+    assert row["period"] is None
+    assert row["last_period"]["ends_at"] == "2026-03-03T16:00:00Z"
+    missed = row["last_period"]["missed_units"]
+    assert (row["last_period"]["corrected_units"], missed) == (0, 256 + 512 + 1024 + 2048)
+    summary = {"open": 0, "incomplete": 0, "ends_next": None, "missed_units": missed}
+    assert (await rig.get("/status"))[1]["periods"] == summary
+
+
+async def test_complete_periods_trials_and_unknown_ones(rig: Rig) -> None:
+    """What was written off waits for nobody; no invoice follows a trial; a cancelled one runs to its end."""
+    names = ("complete", "corrected", "empty", "held", "trial", "unknown")
+    await link(rig.store, *(subscription(name) for name in names), now=TEN)
+    await rig.sees("complete", BEFORE, NOW, state="canceled")
+    await rig.record(5, ends=BEFORE.ends_at, reported=BEFORE.ends_at - SECOND, subscription="complete")
+    await rig.record(6, ends=NOW.ends_at - HOUR, reported=NOW.ends_at, subscription="complete")
+    await rig.record(7, ends=NOW.ends_at - HOUR, state="written_off", subscription="complete")
+    await rig.sees("corrected", BEFORE, NOW)
+    await rig.record(5, ends=BEFORE.ends_at, reported=BEFORE.ends_at + HOUR, subscription="corrected")
+    await rig.sees("empty", NOW)
+    await rig.sees("held", Period(NOW.started_at, NOW.ends_at + HOUR))
+    await rig.record(8, ends=NOW.ends_at, state="held", subscription="held")
+    await rig.sees("trial", Period(BEFORE.started_at, BEFORE.ends_at, trial=True), NOW)
+    await rig.record(9, ends=BEFORE.ends_at, subscription="trial")
+    await rig.record(10, ends=BEFORE.ends_at, subscription="unknown")
+    rig.clock.advance(TEN + 25 * HOUR - rig.clock.now())
+    rows = await of_subscriptions(rig)
+    current = {name: row["period"] and row["period"]["complete"] for name, row in rows.items()}
+    assert current == {
+        **dict.fromkeys(("complete", "corrected", "empty", "trial"), True),
+        "held": False,
+        "unknown": None,
+    }
+    last = {name: row["last_period"] and row["last_period"]["complete"] for name, row in rows.items()}
+    assert last == {
+        "complete": True,
+        "corrected": False,
+        "trial": False,
+        **dict.fromkeys(("empty", "held", "unknown")),
+    }
+    assert rows["complete"]["period"]["recorded_units"] == 13
+    assert rows["trial"]["last_period"]["trial"] is True
+    summary = {"open": 5, "incomplete": 1, "ends_next": "2026-03-03T16:00:00Z", "missed_units": 0}
+    assert (await rig.get("/status"))[1]["periods"] == summary
+
+
+async def test_a_period_cut_short_keeps_its_records_apart(rig: Rig) -> None:
+    """A bill date that was moved ends one period where the next begins."""
+    await link(rig.store, subscription("s1"), now=TEN)
+    await rig.sees("s1", BEFORE)
+    await rig.record(1, ends=BEFORE.started_at + 2 * HOUR)
+    await rig.record(2, ends=BEFORE.started_at + 4 * HOUR)
+    await rig.sees("s1", Period(BEFORE.started_at + 3 * HOUR, NOW.ends_at))
+    rig.clock.advance(BEFORE.started_at + 5 * HOUR - rig.clock.now())
+    row = (await of_subscriptions(rig))["s1"]
+    assert (row["last_period"]["missed_units"], row["period"]["unreported_units"]) == (1, 2)
+
+
+async def test_the_period_before_is_over_when_a_later_one_is_known(rig: Rig) -> None:
+    """Whatever our own clock says: Recurly's decides, and may be ahead."""
+    await a_life(rig)
+    rig.clock.advance(BEFORE.ends_at - SECOND - rig.clock.now())
+    row = (await of_subscriptions(rig))["s1"]
+    assert row["period"]["ends_at"] == "2026-03-03T16:00:00Z"
+    assert row["last_period"]["ends_at"] == "2026-03-03T06:00:00Z"
+
+
+async def test_subscriptions_are_told_with_as_many_statements_as_one(rig: Rig) -> None:
+    """However many there are."""
+    asked: list[str] = []
+    engine = rig.store._reader.sync_engine
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def count(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.lstrip().upper().startswith("SELECT"):
+            asked.append(statement)
+
+    await link(rig.store, subscription("s0"), now=TEN)
+    await rig.sees("s0", NOW)
+    for path in ("/status", "/subscriptions"):
+        asked.clear()
+        await rig.get(path)
+        with_one = len(asked)
+        assert with_one > 0
+        names = [f"{path}:{number}" for number in range(30)]
+        await link(rig.store, *(subscription(name) for name in names), now=TEN)
+        for name in names:
+            await rig.sees(name, BEFORE, NOW)
+            await rig.record(3, ends=NOW.ends_at, subscription=name)
+        asked.clear()
+        await rig.get(path)
+        assert len(asked) == with_one
+    sa.event.remove(engine, "before_cursor_execute", count)
+
+
+async def test_the_page_shows_what_is_not_complete_first(rig: Rig) -> None:
+    """With how much is to be reported, and what missed the last invoice."""
+    await link(rig.store, subscription("a"), now=TEN)
+    await rig.sees("a", BEFORE, NOW)
+    await a_life(rig)
+    async with rig.client.get("/") as answer:
+        text = await answer.text()
+    waiting = "2304 to report, 512 held; ends 2026-03-03T16:00:00Z"
+    assert 0 < text.index(waiting) < text.index("complete; ends 2026-03-03T16:00:00Z")
+    assert "112 missed, 12 as a correction" in text
+
+
+def usage_item(record_id: int, units: int = 5) -> Hold:
+    again = Action("report_usage", "usage:s1:q1", "", {"record": record_id, "released": True})
+    return Hold("late_usage", f"usage:{record_id}", "late", again, "s1", "amplify-quota-q1", units)
+
+
+async def test_written_off_usage_is_never_sent_and_still_counted(rig: Rig) -> None:
+    """The record stays in the ledger, so that no later reading books it anew; its item is closed."""
+    await link(rig.store, subscription("s1"), now=TEN)
+    record_id = await rig.record(5, ends=TEN + HOUR, state="held")
+    await rig.hold(usage_item(record_id))
+    [item] = await rig.held()
+    path = f"/held/{item['id']}"
+    assert await rig.post(f"{path}/write-off", {"reason": "tiny"}) == (200, {"written_off": item["id"]})
+    assert await rig.held() == []
+    traffic = (await rig.get("/status"))[1]["traffic"]
+    assert [traffic[f"{name}_units"] for name in ("recorded", "reported", "written_off")] == [5, 0, 5]
+    assert (await rig.get("/outbox"))[1]["actions"] == []
+    for act in ("write-off", "release"):
+        assert (await rig.post(f"{path}/{act}", {"reason": "again"}))[0] == 404
+    async with rig.store.read() as tx:
+        row = await held.find(tx, item["id"])
+        assert row is not None
+        assert (row["resolution"], row["closed_at"]) == ("written off: tiny", rig.clock.now())
+        assert (await usage.find(tx, record_id)).state == "written_off"
+        assert await usage.unreported_of(tx, "s1") == 0
+
+
+async def test_what_recurly_took_after_all_is_reported_and_not_written_off(rig: Rig) -> None:
+    """Its answer came while the item stood: the item stays as it is and says how to close it."""
+    await link(rig.store, subscription("s1"), now=TEN)
+    record_id = await rig.record(5, ends=TEN + HOUR, state="held", reported=TEN + HOUR)
+    await rig.hold(usage_item(record_id))
+    [item] = await rig.held()
+    status, answer = await rig.post(f"/held/{item['id']}/write-off", {"reason": "tiny"})
+    assert (status, answer["error"]["code"]) == (409, "conflict")
+    assert "is reported" in answer["error"]["message"]
+    assert await rig.held() == [item]
+    assert (await rig.post(f"/held/{item['id']}/release"))[0] == 200
+    async with rig.store.read() as tx:
+        assert (await usage.find(tx, record_id)).state == "reported"
+
+
+@pytest.mark.parametrize("kind", ["reading_shrank", "foreign_record", "double_record", "wrong_amount"])
+async def test_a_finding_that_was_written_off_comes_back_only_when_it_is_another(rig: Rig, kind: str) -> None:
+    """The same units in the same words are known; other units or other words are held and told anew."""
+    again = None if kind == "reading_shrank" else Action("audit_usage", "audit:s1", "", {"id": "s1"})
+    item = Hold(kind, "about:this", "5 too few (record a)", again, "s1", "amplify-quota-q1", 5)
+    assert await rig.hold(item)
+    [shown] = await rig.held()
+    assert (await rig.post(f"/held/{shown['id']}/write-off", {"reason": "agreed"}))[0] == 200
+    assert not await rig.hold(item)
+    assert await rig.held() == []
+    assert await rig.hold(replace(item, subject="about:that"))
+    item = replace(item, reason="5 too few (record b)")
+    assert await rig.hold(item)
+    [_, other] = await rig.held()
+    assert (await rig.post(f"/held/{other['id']}/write-off", {"reason": "agreed"}))[0] == 200
+    assert not await rig.hold(item)
+    assert await rig.hold(replace(item, units=6))
+    [_, more] = await rig.held()
+    assert (more["kind"], more["units"]) == (kind, 6)
+    assert (await rig.post(f"/held/{more['id']}/release"))[0] == 200
+    assert await rig.hold(replace(item, units=6))  # released, not written off: it stands as before
+
+
+@pytest.mark.parametrize(
+    ("kind", "subject"),
+    [
+        ("plan_differs", "plan:p"),
+        ("subscription_orphaned", "subscription:s1:left"),
+        ("end_discarded", "subscription:s1:end"),
+        ("idempotency_doubted", "recurly:idempotency"),
+    ],
+)
+async def test_what_can_be_mended_is_not_written_off(rig: Rig, kind: str, subject: str) -> None:
+    """It is said what to do instead, and the item stands."""
+    await rig.hold(Hold(kind, subject, "why", Action("provision_plan", subject, "", {"name": "p"})))
+    await rig.hold(Hold(kind, f"{subject}:2", "why"))
+    for item in await rig.held():
+        status, answer = await rig.post(f"/held/{item['id']}/write-off", {"reason": "no more"})
+        assert status == 409
+        assert f"`billingd held release {item['id']}`" in answer["error"]["message"]
+    assert len(await rig.held()) == 2
+    assert (await rig.get("/outbox"))[1]["actions"] == []
+
+
+async def test_no_later_reading_books_or_sends_what_was_written_off(store_url: str) -> None:
+    """With the real daemon's parts: read again, late units are sent alone, and the refused ones never."""
+    async with a_rig(store_url) as far:
+        await far.product()
+        await far.plan()
+        await far.work()
+        await far.subscribe()
+        await far.work()
+        [attached] = [one for each in far.world.site.subscriptions.values() for one in each.add_ons.values()]
+        created_at = attached.created_at
+        await far.traffic("acme", 7)
+        attached.created_at += 5 * HOUR  # Recurly refuses usage from before the add-on
+        await far.report()
+        await far.work()
+        [item] = await far.rows(schema.held)
+        assert (item["kind"], item["units"]) == ("usage_refused", 7)
+        assert item["action"]["args"]["record"] == (await far.rows(schema.usage_records))[0]["id"]
+        now = far.far.now()
+        assert await operations.write_off(far.store, item["id"], reason="tiny", now=now)
+        attached.created_at = created_at  # it would take them now
+        [before] = await far.rows(schema.usage_records)
+        at = before["window_start"].isoformat()
+        await far.traffic("acme", 2, at=at)
+        await far.report()
+        await far.work(HOUR)
+        assert await far.totals() == {"written_off": 7, "reported": 2}
+        assert list(far.tags().values()) == [1]
+        assert far.units() == 2
+        assert (await far.unfinished(), await far.dead(), await far.held()) == ([], [], {})

@@ -9,12 +9,13 @@ import sqlalchemy as sa
 from manual_clock import ManualClock
 
 from billingd.domain.errors import Misconfigured, NotDone, NotFound, Permanent, Refused, Retryable, Unknown
-from billingd.domain.sending import KEY_WINDOW
-from billingd.once import Once
-from billingd.store import intents, schema
+from billingd.domain.sending import KEY_WINDOW, SECOND_LOOK
+from billingd.once import KEYS, Once
+from billingd.store import held, intents, outbox, schema
 from billingd.store.engine import Store, Tx
 
 SETTLING = timedelta(seconds=60)
+ATTEMPT = timedelta(seconds=150)
 SECOND = timedelta(seconds=1)
 FORGOTTEN = timedelta(hours=1)
 
@@ -33,6 +34,8 @@ class FarSide:
         self.sent: list[tuple[str, bool]] = []
         self.looks = 0
         self.blind: Exception | None = None
+        self.heeds_keys = True
+        self.doubt: str | None = None
 
     async def send(self, key: str, *, retried: bool) -> str:
         self.sent.append((key, retried))
@@ -44,7 +47,7 @@ class FarSide:
             raise NotDone("429")
         if fate == "locked out":
             raise Misconfigured("401")
-        stored = self.answers.get(key)
+        stored = self.answers.get(key) if self.heeds_keys else None
         if stored is not None and self.clock.now() - stored[0] < FORGOTTEN:
             answer = stored[1]
             if isinstance(answer, Unknown):
@@ -52,6 +55,8 @@ class FarSide:
         else:
             answer = self._perform(fate)
             self.answers[key] = (self.clock.now(), answer)
+            if retried and isinstance(answer, str):
+                self.doubt = "create w"
         if fate == "lost":
             raise Unknown("no answer")
         if isinstance(answer, Exception):
@@ -73,12 +78,20 @@ class FarSide:
         self.made.append(f"id-{len(self.made) + 1}")
         return self.made[-1]
 
+    def take_doubt(self) -> str | None:
+        doubt, self.doubt = self.doubt, None
+        return doubt
+
     async def find(self) -> str | None:
         self.looks += 1
         await asyncio.sleep(0)
         if self.blind is not None:
             raise self.blind
         return self.made[0] if self.made else None
+
+
+def an_once(store: Store, clock: ManualClock, far: FarSide) -> Once:
+    return Once(store, clock, settling=SETTLING, attempt=ATTEMPT, doubt=far.take_doubt)
 
 
 class Bench:
@@ -88,16 +101,30 @@ class Bench:
         self.store = store
         self.clock = clock
         self.far = FarSide(clock)
-        self.once = Once(store, clock, settling=SETTLING)
+        self.once = an_once(store, clock, self.far)
         self.kept: list[str] = []
 
     async def write(self, body: dict[str, Any] | None = None, **options: Any) -> str:
-        return await self.once.write("w", body or {"n": 1}, send=self.far.send, find=self.far.find, **options)
+        far = self.far
+        return await self.once.write(
+            "w", body or {"n": 1}, send=far.send, find=far.find, about="s1", **options
+        )
 
     async def fails(self, error: type[Exception], body: dict[str, Any] | None = None) -> Any:
         with pytest.raises(error) as caught:
             await self.write(body)
         return caught.value
+
+    def restart(self) -> None:
+        """Another process: it remembers nothing but what is on disk."""
+        self.once = an_once(self.store, self.clock, self.far)
+
+    async def settle(self, body: dict[str, Any] | None = None) -> None:
+        """Waits the settling time out, and the first of the two looks, which find nothing."""
+        self.clock.advance(SETTLING)
+        error = await self.fails(Unknown, body)
+        assert error.retry_after == SECOND_LOOK
+        self.clock.advance(SECOND_LOOK)
 
     async def intent(self) -> Any:
         async with self.store.read() as tx:
@@ -179,7 +206,7 @@ async def test_a_look_that_lags_is_covered_by_the_key(bench: Bench) -> None:
 
 
 async def test_after_the_key_is_forgotten_it_settles_and_takes_a_new_one(bench: Bench) -> None:
-    """The last request may still be running: not before the settling time after it, then epoch 2."""
+    """The last request may still be running: two looks after the settling time, then epoch 2."""
     bench.far.plan = ["never arrives", "never arrives"]
     await bench.fails(Unknown)
     bench.clock.advance(KEY_WINDOW - SECOND)
@@ -187,12 +214,153 @@ async def test_after_the_key_is_forgotten_it_settles_and_takes_a_new_one(bench: 
     bench.clock.advance(SECOND)
     error = await bench.fails(Unknown)
     assert error.retry_after == SETTLING - SECOND
-    assert len(bench.far.sent) == 2, "nothing was sent meanwhile"
     bench.clock.advance(SETTLING - SECOND)
+    error = await bench.fails(Unknown)
+    assert error.retry_after == SECOND_LOOK
+    bench.clock.advance(SECOND_LOOK - SECOND)
+    error = await bench.fails(Unknown)
+    assert error.retry_after == SECOND, "a look that is too soon is not the second"
+    assert len(bench.far.sent) == 2, "nothing was sent meanwhile"
+    bench.clock.advance(SECOND)
     assert await bench.write() == "id-1"
     assert len(set(bench.keys())) == 2
     assert bench.far.sent[-1][1] is False
-    assert bench.far.looks == 3, "looked before each"
+    assert bench.far.looks == 5, "looked before each"
+
+
+async def test_what_takes_effect_between_the_two_looks_is_found(bench: Bench) -> None:
+    """A list that lags behind its writes costs a look, not a double."""
+    bench.far.plan = ["broken"]
+    await bench.fails(Unknown)
+    await bench.fails(Unknown)
+    bench.clock.advance(SETTLING)
+    await bench.fails(Unknown)
+    bench.far.made.append("id-late")
+    bench.clock.advance(SECOND_LOOK)
+    assert await bench.write() == "id-late"
+    assert len(bench.far.sent) == 2
+
+
+async def test_a_slow_sending_settles_from_its_end(bench: Bench) -> None:
+    """Not from its beginning: until it was given up, the far side may have been at it."""
+
+    async def slowly(key: str, *, retried: bool) -> str:
+        bench.far.sent.append((key, retried))
+        bench.clock.advance(ATTEMPT)
+        raise Unknown("timed out", replayed=True)
+
+    with pytest.raises(Unknown):
+        await bench.once.write("w", {"n": 1}, send=slowly, find=bench.far.find)
+    assert (await bench.fails(Unknown)).retry_after == SETTLING
+    bench.restart()
+    assert (await bench.fails(Unknown)).retry_after == SETTLING
+    await bench.settle()
+    assert await bench.write() == "id-1"
+
+
+async def test_what_a_dead_process_sent_may_have_run_as_long_as_an_attempt_can(bench: Bench) -> None:
+    """Nobody wrote down when its sending ended: the settling time counts from the latest that it can."""
+    at = bench.clock.now()
+    async with bench.store.write() as tx:
+        await intents.opened(tx, "w", None, epoch=1, key="k", body_hash="h", first_sent_at=at, now=at)
+    bench.clock.advance(KEY_WINDOW)
+    at = bench.clock.now()
+    async with bench.store.write() as tx:
+        seen = await intents.find(tx, "w")
+        first = at - KEY_WINDOW
+        await intents.opened(tx, "w", seen, epoch=1, key="k", body_hash="h", first_sent_at=first, now=at)
+    ended = at + ATTEMPT
+    while bench.clock.now() < ended:
+        wait = (await bench.fails(Unknown)).retry_after
+        assert wait == SETTLING, "a look in between may well find it"
+        bench.clock.advance(wait)
+    bench.clock.at = ended + SETTLING - SECOND
+    assert (await bench.fails(Unknown)).retry_after == SECOND
+    bench.clock.at = ended
+    await bench.settle()
+    assert await bench.write() == "id-1"
+    assert len(bench.far.sent) == 1
+
+
+async def test_a_clock_that_is_set_forward_shortens_no_settling(bench: Bench) -> None:
+    """As long as the process lives, the settling time passes on a clock that nobody sets."""
+    steady = {"now": 0.0}
+    bench.clock.elapsed = lambda: steady["now"]  # type: ignore[method-assign]
+    bench.far.plan = ["broken"]
+    await bench.fails(Unknown)
+    await bench.fails(Unknown)
+    bench.clock.advance(timedelta(hours=2))
+    assert (await bench.fails(Unknown)).retry_after == SETTLING
+    bench.clock.advance(timedelta(hours=2))
+    assert (await bench.fails(Unknown)).retry_after == SETTLING
+    assert len(bench.far.sent) == 2
+    steady["now"] += SETTLING.total_seconds()
+    assert await bench.write() == "id-1"
+
+
+async def test_a_retry_that_is_no_replay_casts_doubt_on_all_keys(bench: Bench) -> None:
+    """Held and told once; from then on an unanswered write is looked up, not repeated under its key."""
+    bench.far.plan = ["never arrives"]
+    await bench.fails(Unknown)
+    assert await bench.write() == "id-1"
+    async with bench.store.read() as tx:
+        [item] = await held.standing(tx, kind="idempotency_doubted")
+        notice, audit = sorted(await outbox.select(tx, states=["pending"]), key=lambda row: -len(row["kind"]))
+    assert (item["subject"], item["subscription_id"]) == (KEYS, "s1")
+    assert (notice["kind"], audit["kind"]) == ("notify_provider", "audit_usage")
+    assert audit["due_at"] == bench.clock.now() + SETTLING + SECOND_LOOK, "when no request is under way"
+    bench.far.made.clear()
+    bench.far.plan = ["never arrives"]
+
+    async def write() -> str:
+        return await bench.once.write("v", {}, send=bench.far.send, find=bench.far.find)
+
+    with pytest.raises(Unknown):
+        await write()
+    with pytest.raises(Unknown) as caught:
+        await write()
+    assert caught.value.retry_after == SETTLING, "its key is young, but nobody relies on it"
+    assert len(bench.far.sent) == 3
+    bench.clock.advance(SETTLING)
+    with pytest.raises(Unknown):
+        await write()
+    bench.clock.advance(SECOND_LOOK)
+    assert await write() == "id-1"
+    assert len(set(bench.keys())) == 3
+    async with bench.store.read() as tx:
+        assert len(await outbox.select(tx, states=["pending"])) == 2, "told once, audited once"
+
+
+class Lagging:
+    """A site that ignores keys, whose list shows what was made only at the second look after it."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.looks = 0
+
+    async def send(self, key: str, *, retried: bool) -> str:
+        self.made.append(f"id-{len(self.made)}")
+        if len(self.made) == 1:
+            raise Unknown("no answer")
+        return self.made[-1]
+
+    async def find(self) -> str | None:
+        self.looks += 1
+        return self.made[0] if self.looks > 1 else None
+
+
+async def test_a_site_that_ignores_keys_bills_twice_only_until_it_shows(bench: Bench) -> None:
+    """The first retry that finds nothing (its list lags) is the price; after it, none is repeated."""
+    for name, expected in (("a", 2), ("b", 1), ("c", 1)):
+        far = Lagging()
+        for _ in range(4):
+            try:
+                await bench.once.write(name, {}, send=far.send, find=far.find)
+                break
+            except Unknown:
+                bench.far.doubt = "create" if len(far.made) == 1 else None
+                bench.clock.advance(SETTLING)
+        assert len(far.made) == expected, name
 
 
 async def test_a_stored_failure_burns_the_key(bench: Bench) -> None:
@@ -204,7 +372,7 @@ async def test_a_stored_failure_burns_the_key(bench: Bench) -> None:
     assert (await bench.intent()).burnt
     error = await bench.fails(Unknown)
     assert error.retry_after == SETTLING
-    bench.clock.advance(SETTLING)
+    await bench.settle()
     assert await bench.write() == "id-1"
     assert len(set(bench.keys())) == 2
     assert (await bench.intent()).state == "done"
@@ -254,7 +422,7 @@ async def test_a_refusal_on_a_second_try_is_unknown_until_it_has_settled(bench: 
     error = await bench.fails(Unknown)
     assert error.retry_after == SETTLING
     assert (await bench.intent()).burnt
-    bench.clock.advance(SETTLING)
+    await bench.settle()
     bench.far.plan = ["refused"]
     await bench.fails(Refused)
     assert (await bench.intent()).state == "refused"
@@ -267,7 +435,7 @@ async def test_a_changed_body_never_travels_under_the_old_key(bench: Bench) -> N
     await bench.fails(Unknown, {"n": 1})
     await bench.fails(Unknown, {"n": 2})
     assert len(bench.far.sent) == 1
-    bench.clock.advance(SETTLING)
+    await bench.settle({"n": 2})
     assert await bench.write({"n": 2}) == "id-1"
     assert len(set(bench.keys())) == 2
 
@@ -363,12 +531,13 @@ async def test_cut_off_anywhere_and_resumed_it_takes_effect_once(
     with pytest.raises(asyncio.CancelledError):
         await task
     bench.clock.advance(later)
-    for _ in range(3):
+    bench.restart()
+    for _ in range(4):
         try:
             assert await bench.write() == "id-1"
             break
-        except Unknown:
-            bench.clock.advance(SETTLING)
+        except Unknown as error:
+            bench.clock.advance(error.retry_after or SETTLING)
     assert far.made == ["id-1"]
     assert (await bench.intent()).state == "done"
 
@@ -385,6 +554,10 @@ async def test_what_is_no_longer_wanted_is_looked_for_and_never_sent(bench: Benc
         await look("w", find=bench.far.find)
     assert caught.value.retry_after == SETTLING
     bench.clock.advance(SETTLING)
+    with pytest.raises(Unknown) as caught:
+        await look("w", find=bench.far.find)
+    assert caught.value.retry_after == SECOND_LOOK
+    bench.clock.advance(SECOND_LOOK)
     assert await look("w", find=bench.far.find) is None
     assert (await bench.intent()).state == "refused"
     bench.far.plan = ["lost"]
@@ -397,7 +570,8 @@ async def test_what_is_no_longer_wanted_is_looked_for_and_never_sent(bench: Benc
 
 async def test_who_was_overtaken_sends_nothing(store: Store, clock: ManualClock) -> None:
     """A worker looks, stalls past its lease, and goes on after another one has made the write."""
-    once, far = Once(store, clock, settling=SETTLING), FarSide(clock)
+    far = FarSide(clock)
+    once = an_once(store, clock, far)
     looking, go_on = asyncio.Event(), asyncio.Event()
 
     async def stalled() -> str | None:
@@ -425,7 +599,8 @@ async def test_who_was_overtaken_while_sending_refuses_nothing(
     store: Store, clock: ManualClock, verdict: Exception, raised: type[Exception]
 ) -> None:
     """Its refusal comes after another worker has made the write and lost the answer: once all the same."""
-    once, far = Once(store, clock, settling=SETTLING), FarSide(clock)
+    far = FarSide(clock)
+    once = an_once(store, clock, far)
     sending, go_on = asyncio.Event(), asyncio.Event()
 
     async def stalled(key: str, *, retried: bool) -> str:
@@ -452,7 +627,8 @@ async def test_who_was_overtaken_while_sending_refuses_nothing(
 
 async def test_a_clock_that_is_set_back_stops_no_write(store: Store, clock: ManualClock) -> None:
     """The time of the last try may not lie before that of the first."""
-    once, far = Once(store, clock, settling=SETTLING), FarSide(clock)
+    far = FarSide(clock)
+    once = an_once(store, clock, far)
     far.plan = ["never arrives"]
 
     async def find() -> str | None:

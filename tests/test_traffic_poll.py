@@ -12,15 +12,17 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linked import HOUR, PLAN, TEN, Counted, add_on, link, subscription
+from linked import HOUR, PLAN, TEN, Bills, Counted, add_on, link, subscription
 from manual_clock import ManualClock
 
 from billingd.domain.errors import Retryable
+from billingd.domain.periods import Period
 from billingd.domain.usage import Reading
-from billingd.domain.windows import Window, floor
+from billingd.domain.windows import Window
 from billingd.store import held, links, schema, usage, watermarks
 from billingd.store.engine import Store, StoreUnavailable, Tx
 from billingd.store.watermarks import WatermarkMoved
+from billingd.traffic.periods import PeriodWatch
 from billingd.traffic.poll import WINDOWS_MAX, TrafficPoller
 
 
@@ -29,9 +31,12 @@ def source() -> Counted:
     return Counted()
 
 
-def a_poller(store: Store, clock: ManualClock, source: Counted, **changes: Any) -> TrafficPoller:
+def a_poller(
+    store: Store, clock: ManualClock, source: Counted, bills: Bills | None = None, **changes: Any
+) -> TrafficPoller:
     terms = {"length": HOUR, "settle": 2 * HOUR, "horizon": timedelta(days=1)} | changes
-    return TrafficPoller(store, clock, source, wake_outbox=asyncio.Event(), **terms)
+    watch = PeriodWatch(store, clock, bills or Bills(clock))
+    return TrafficPoller(store, clock, source, watch, wake_outbox=asyncio.Event(), **terms)
 
 
 async def rows(store: Store, table: sa.Table) -> list[dict[str, Any]]:
@@ -193,15 +198,20 @@ async def test_one_notice_tells_of_all_that_one_reading_holds(
 async def test_only_traffic_from_the_link_on_is_billed(
     store: Store, clock: ManualClock, source: Counted
 ) -> None:
-    """Windows before `usage_from` are counted as unlinked, also when `usage_from` cuts a window."""
+    """What was counted before `usage_from` is unlinked; the window in which it lies is cut there."""
     poller = a_poller(store, clock, source)
     await poller.run_once()
     await link(store, subscription(usage_from=TEN + HOUR / 2))
     source.serve(5)
+    source.serve(3, hours=0.5)
     source.serve(7, hours=1)
     clock.advance(4 * HOUR)
     await poller.run_once()
-    assert await records(store) == [(1, 1, 7, "recorded")]
+    found = await rows(store, schema.usage_records)
+    assert [(row["window_start"] - TEN, row["window_end"] - TEN, row["units"]) for row in found] == [
+        (HOUR / 2, HOUR, 3),
+        (HOUR, 2 * HOUR, 7),
+    ]
     assert await unlinked(store) == 5
 
 
@@ -263,7 +273,9 @@ async def test_more_than_nine_digits_are_split_over_several_records(
         ("ending", 0, "recorded"),
         ("ending", 1, "recorded"),  # the window in which it ended
         ("ending", 2, "held"),
-        ("ended", 0, "held"),
+        ("expired", 0, "held"),
+        ("canceled", 0, "recorded"),  # an invoice follows
+        ("canceled", 2, "held"),
     ],
 )
 async def test_usage_after_the_end_is_held(
@@ -274,9 +286,9 @@ async def test_usage_after_the_end_is_held(
     await poller.run_once()
     ending = subscription(state="ending", usage_until=TEN + 1.5 * HOUR)
     await link(store, ending)
-    if state == "ended":
+    if state != "ending":
         async with store.write() as tx:
-            await links.end(tx, "s1", now=TEN + 2 * HOUR)
+            await links.end(tx, "s1", billed_state=state, now=TEN + 2 * HOUR)
     source.serve(5, hours=hour)
     clock.advance(6 * HOUR)
     await poller.run_once()
@@ -453,9 +465,12 @@ async def test_what_is_recorded_equals_what_was_served_however_it_arrives(
         clock.advance(6 * HOUR)
         await poller.run_once()
         async with store.read() as tx:
-            sums = await usage.sums(tx, TEN, TEN + 9 * HOUR)
+            sums = await usage.sums(tx, TEN, TEN + 24 * HOUR)
             mark = await watermarks.find(tx, "metrics")
-        assert {key: one.units for key, one in sums.items()} == {
+        booked = {
+            (*pair, window): one.units for pair, pieces in sums.items() for window, one in pieces.items()
+        }
+        assert booked == {
             (sub, quota, Window(start, start + HOUR)): units
             for (sub, quota, start), units in source.units.items()
         }
@@ -464,18 +479,11 @@ async def test_what_is_recorded_equals_what_was_served_however_it_arrives(
 
 
 class Hours(Counted):
-    """A source of any name and window length, over one truth of hours."""
+    """A source of any name, over one truth."""
 
     def __init__(self, name: str, truth: Counted) -> None:
         super().__init__()
         self.name, self.units = name, truth.units
-
-    async def read(self, **asked: Any) -> tuple[Reading, ...]:
-        found = Counter[tuple[str, str, datetime]]()
-        for (subscription_id, quota_id, at), units in self.units.items():
-            if asked["start"] <= at < asked["end"]:
-                found[subscription_id, quota_id, floor(at, asked["length"])] += units
-        return tuple(Reading(*key, units) for key, units in found.items())
 
 
 async def test_another_source_goes_on_where_the_first_one_was(
@@ -533,3 +541,177 @@ async def test_what_ends_while_amplify_answers_is_judged_by_its_end(
     await poller.run_once()
     assert await records(store) == [(3, 1, 5, "held")]
     assert set(await held_now(store)) == {"usage_after_end"}
+
+
+async def pieces(store: Store) -> list[tuple[timedelta, timedelta, int]]:
+    """(start, end, units) of each usage record, counted from ten, in order of their windows."""
+    found = [
+        (row["window_start"] - TEN, row["window_end"] - TEN, row["units"])
+        for row in await rows(store, schema.usage_records)
+    ]
+    return sorted(found)
+
+
+async def test_a_window_is_cut_where_the_bill_is(store: Store, clock: ManualClock, source: Counted) -> None:
+    """Each side is asked for by itself; other subscriptions' windows stay whole."""
+    bills = Bills(clock)
+    poller = a_poller(store, clock, source, bills)
+    await poller.run_once()
+    await link(store, subscription("s1"), subscription("s2"))
+    bills.show(Period(TEN - 30 * HOUR, TEN + 5 * HOUR / 3))
+    bills.show(Period(TEN - 30 * HOUR, TEN + 30 * HOUR), subscription="s2")
+    for subscription_id in ("s1", "s2"):
+        source.serve(5, hours=1, subscription=subscription_id)
+        source.serve(7, hours=1.75, subscription=subscription_id)
+    await poller.run_once()
+    clock.advance(4 * HOUR)
+    bills.show(Period(TEN + 5 * HOUR / 3, TEN + 30 * HOUR))
+    await poller.run_once()
+    cut_at = 5 * HOUR / 3
+    assert await pieces(store) == [(HOUR, cut_at, 5), (HOUR, 2 * HOUR, 12), (cut_at, 2 * HOUR, 7)]
+    assert [(asked["start"] - TEN, asked["end"] - TEN) for asked in source.asked[-2:]] == [
+        (HOUR, cut_at),
+        (cut_at, 2 * HOUR),
+    ]
+    asked = len(source.asked)
+    clock.advance(HOUR)
+    await poller.run_once()
+    assert len(source.asked) == asked + 1, "what is recorded already is not asked for by piece again"
+    assert await held_now(store) == {}
+
+
+async def test_nothing_is_read_beyond_a_bill_that_nobody_has_seen(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Recurly is away when the period ends: where the next bill cuts is not known; nothing is lost by it."""
+    bills = Bills(clock)
+    poller = a_poller(store, clock, source, bills)
+    await poller.run_once()
+    await link(store, subscription())
+    bills.show(Period(TEN - 30 * HOUR, TEN + 1.5 * HOUR))
+    await poller.run_once()
+    for hour in range(6):
+        source.serve(2**hour, hours=hour + 0.75)
+    bills.away = True
+    for _ in range(9):
+        clock.advance(HOUR)
+        await poller.run_once()
+    assert await pieces(store) == [(0 * HOUR, HOUR, 1)]
+    bills.away = False
+    bills.show(Period(TEN + 1.5 * HOUR, TEN + 4.5 * HOUR))
+    clock.at = TEN + 4 * HOUR  # the list says what was true then
+    await poller.run_once()
+    bills.show(Period(TEN + 4.5 * HOUR, TEN + 30 * HOUR))
+    clock.at = TEN + 12 * HOUR
+    await poller.run_once()
+    assert await pieces(store) == [
+        (0 * HOUR, HOUR, 1),
+        (1.5 * HOUR, 2 * HOUR, 2),
+        (2 * HOUR, 3 * HOUR, 4),
+        (3 * HOUR, 4 * HOUR, 8),
+        (4.5 * HOUR, 5 * HOUR, 16),
+        (5 * HOUR, 6 * HOUR, 32),
+    ]
+
+
+async def test_before_a_bill_what_has_not_settled_is_read_too(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Ten and three minutes before its end: only of what is billed then, with times that have passed."""
+    bills = Bills(clock)
+    poller = a_poller(store, clock, source, bills)
+    await poller.run_once()
+    await link(store, subscription("s1"), subscription("s2"), now=TEN - HOUR)
+    bills.show(Period(TEN - 30 * HOUR, TEN + 2 * HOUR))
+    bills.show(Period(TEN - 30 * HOUR, TEN + 60 * HOUR), subscription="s2")
+    await poller.run_once()
+    assert await poller.until_flush() == 2 * HOUR - timedelta(minutes=10)
+    for subscription_id in ("s1", "s2"):
+        source.serve(5, hours=0.5, subscription=subscription_id)
+        source.serve(7, hours=1.5, subscription=subscription_id)
+    clock.at = TEN + 2 * HOUR - timedelta(minutes=10)
+    await poller.run_once()
+    assert await poller.until_flush() == timedelta(minutes=7)
+    source.serve(1, hours=1.9)
+    clock.advance(timedelta(minutes=7))
+    await poller.run_once()
+    found = await rows(store, schema.usage_records)
+    assert [(row["subscription_id"], row["revision"], row["units"]) for row in found] == [
+        ("s1", 1, 5),
+        ("s1", 1, 7),
+        ("s1", 2, 1),
+    ]
+    assert [row["usage_timestamp"] - TEN for row in found] == [
+        HOUR - timedelta(seconds=1),
+        2 * HOUR - timedelta(minutes=12, seconds=1),
+        2 * HOUR - timedelta(minutes=5, seconds=1),
+    ]
+    [mark] = await rows(store, schema.watermarks)
+    assert mark["at"] == TEN, "what was read early will be read again when it has settled"
+    audits = [row["key"] for row in await rows(store, schema.outbox) if row["kind"] == "audit_usage"]
+    assert audits == [f"audit_usage:s1:period:{TEN + 2 * HOUR:%Y%m%dT%H%M%S}"]
+    clock.at = TEN + 6 * HOUR
+    bills.show(Period(TEN + 2 * HOUR, TEN + 60 * HOUR))
+    source.serve(4, hours=1.99)
+    await poller.run_once()
+    found = await rows(store, schema.usage_records)
+    assert sum(row["units"] for row in found if row["subscription_id"] == "s1") == 17
+    assert found[-1]["usage_timestamp"] < TEN + 2 * HOUR
+
+
+async def test_each_open_cycle_is_audited_once_a_day(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Whatever is over at Recurly is left alone; a second process of the day asks for none."""
+    await link(store, subscription("s1"), subscription("s2", billed_state="expired"))
+    for _ in range(2):
+        poller = a_poller(store, clock, source)
+        await poller.run_once()
+        await poller.run_once()
+    clock.advance(24 * HOUR)
+    await poller.run_once()
+    audits = [row["key"] for row in await rows(store, schema.outbox) if row["kind"] == "audit_usage"]
+    assert audits == ["audit_usage:s1:2026-03-02", "audit_usage:s1:2026-03-03"]
+
+
+async def test_where_bills_are_is_asked_every_ten_minutes(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Sooner only while a period is over and no next one is shown, and then not at every turn."""
+    bills = Bills(clock)
+    poller = a_poller(store, clock, source, bills)
+    await poller.run_once()
+    assert bills.listed == 0, "nothing is linked"
+    await link(store, subscription())
+    bills.show(Period(TEN - HOUR, TEN + HOUR))
+    for minutes, listed in ((0, 1), (9, 1), (10, 2), (60, 3), (60.1, 3), (60.6, 4), (62, 5)):
+        clock.at = TEN + timedelta(minutes=minutes)
+        await poller.run_once()
+        assert bills.listed == listed, minutes
+    bills.show(Period(TEN + HOUR, TEN + 30 * HOUR))
+    for minutes, listed in ((63, 6), (64, 6), (72, 6), (73, 7)):
+        clock.at = TEN + timedelta(minutes=minutes)
+        await poller.run_once()
+        assert bills.listed == listed, minutes
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_one_that_is_gone_at_recurly_holds_nobody_else_up(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """Where its next bill would cut is never known; other subscriptions are read on all the same."""
+    bills = Bills(clock)
+    poller = a_poller(store, clock, source, bills)
+    await poller.run_once()
+    await link(store, subscription("s1"), subscription("s2"))
+    for name in ("s1", "s2"):
+        bills.show(Period(TEN - 30 * HOUR, TEN + 1.5 * HOUR), subscription=name)
+    await poller.run_once()
+    del bills.shown["uuid-s1"]
+    bills.show(Period(TEN + 1.5 * HOUR, TEN + 90 * HOUR), subscription="s2")
+    source.serve(5, hours=3, subscription="s2")
+    clock.at = TEN + 8 * HOUR
+    await poller.run_once()
+    clock.at = TEN + 9 * HOUR
+    await poller.run_once()
+    assert await pieces(store) == [(3 * HOUR, 4 * HOUR, 5)]

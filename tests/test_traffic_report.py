@@ -162,7 +162,7 @@ async def test_billed_usage_is_found_too(rig: Rig) -> None:
     assert await rig.unfinished() == []
 
 
-async def test_refused_usage_is_held_with_recurlys_words_and_told_once(rig: Rig) -> None:
+async def test_usage_of_one_that_expired_unseen_is_held_and_told_once(rig: Rig) -> None:
     """The subscription expired at Recurly behind our back: held, not dropped, and not tried for ever."""
     [subscription] = rig.world.site.subscriptions.values()
     await rig.traffic("acme", 7)
@@ -172,8 +172,8 @@ async def test_refused_usage_is_held_with_recurlys_words_and_told_once(rig: Rig)
     await rig.poll()
     await rig.work(HOUR)
     assert await rig.totals() == {"held": 7}
-    assert set(await rig.held()) == {"usage_refused"}
-    assert "Recurly answered" in (await rig.held())["usage_refused"]
+    assert set(await rig.held()) == {"usage_after_end"}
+    assert "expired" in (await rig.held())["usage_after_end"]
     assert sum("Usage is held" in told for told in rig.channels.provider) == 1
     assert (await rig.unfinished(), await rig.dead()) == ([], [])
     async with rig.store.read() as tx:
@@ -189,6 +189,8 @@ async def test_a_released_record_is_sent_under_a_new_key(rig: Rig) -> None:
     await rig.report()
     await rig.work()
     assert set(await rig.held()) == {"usage_refused"}
+    assert "Recurly answered" in (await rig.held())["usage_refused"]
+    assert await rig.dead() == []
     attached.created_at -= 5 * HOUR
     async with rig.store.write() as tx:
         [item] = await held.standing(tx)
@@ -220,8 +222,8 @@ async def test_usage_of_an_ended_subscription_is_never_sent(rig: Rig) -> None:
     assert await operations.release(rig.store, item["id"], now=rig.far.now())
     await rig.work(HOUR)
     [_, again] = await rig.rows(schema.held)
-    assert (again["kind"], again["units"], again["closed_at"]) == ("usage_refused", 2, None)
-    assert "has ended" in again["reason"]
+    assert (again["kind"], again["units"], again["closed_at"]) == ("usage_after_end", 2, None)
+    assert "the Recurly subscription is expired" in again["reason"]
     assert sum(rig.tags().values()) == sent
 
 
@@ -248,7 +250,7 @@ async def test_usage_read_while_the_end_has_no_answer_is_never_sent(rig: Rig) ->
     await rig.move("acme", "cancel")
     await rig.settled()
     assert await rig.totals() == {"held": 3}
-    assert set(await rig.held()) == {"usage_refused"}
+    assert set(await rig.held()) == {"usage_after_end"}
     assert posted == []
 
 

@@ -49,8 +49,8 @@ class Action:
 class Leased:
     """An action that a worker holds. `fence` grows with every claim: a settle with an old one moves nothing.
 
-    `attempt` counts attempts since the action last waited on purpose; it includes this one. One that was cut
-    off with its process says nothing about the action, and is not counted.
+    `attempt` counts attempts since the action last waited on purpose; it includes this one. Not counted are
+    those that only found that an earlier one must settle, and those that were cut off with their process.
     """
 
     id: int
@@ -73,12 +73,13 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an attempt led to. `waited` means the attempt does not count."""
+    """What an attempt led to. `waited`: the count begins anew; `uncounted`: it leaves this one out."""
 
     state: State
     due_at: datetime
     error: str | None = None
     waited: bool = False
+    uncounted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def judge(
         return Verdict(State.PENDING, due_at=now + outcome.delay, error=outcome.reason, waited=True)
     error = describe(outcome)
     if isinstance(outcome, Settling) and outcome.retry_after is not None:
-        return Verdict(State.PENDING, due_at=now + outcome.retry_after, error=error, waited=True)
+        return Verdict(State.PENDING, due_at=now + outcome.retry_after, error=error, uncounted=True)
     if isinstance(outcome, Permanent) or attempt >= patience.attempts_max:
         return Verdict(State.DEAD, due_at=now, error=error)
     wait = backoff(attempt, patience, rng)

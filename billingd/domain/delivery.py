@@ -14,6 +14,9 @@ OVER: Final = frozenset({"expired", "failed"})
 """States in which no invoice follows any more."""
 
 PAUSED: Final = "paused"
+MISSING: Final = "missing"
+"""Not Recurly's word: it says that it has no such subscription."""
+
 LATE: Final = "late_usage"
 AFTER_END: Final = "usage_after_end"
 
@@ -34,6 +37,8 @@ def obstacle(
     A cycle counts as billed once Recurly shows a later one as current. Usage of a trial is never billed, so
     it is never too late either.
     """
+    if state == MISSING:
+        return Obstacle(AFTER_END, "Recurly has no such subscription")
     if state in OVER:
         return Obstacle(AFTER_END, f"the Recurly subscription is {state}, and no invoice follows")
     if state == PAUSED:

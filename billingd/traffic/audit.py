@@ -1,9 +1,9 @@
 """Audit: each open billing cycle is compared with the ledger while its mistakes can still be undone."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import structlog
 
@@ -20,7 +20,7 @@ from billingd.store import held, intents, links, outbox, periods, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
-from billingd.traffic.report import kept, usage_intent
+from billingd.traffic.report import staying, usage_intent
 
 log = structlog.get_logger()
 
@@ -28,13 +28,20 @@ DOUBLE: Final = "double_record"
 FOREIGN: Final = "foreign_record"
 WRONG: Final = "wrong_amount"
 GONE: Final = "gone"
+SECOND: Final = timedelta(seconds=1)
 
 
 class Billing(Protocol):
     """What is read and removed at Recurly."""
 
     async def list_usage(
-        self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
+        self,
+        subscription_uuid: str,
+        add_on_code: str,
+        *,
+        begin: datetime,
+        end: datetime,
+        status: Literal["all", "unbilled"] = "all",
     ) -> tuple[BilledUsage, ...]: ...
     async def remove_usage(self, usage_id: str, *, key: str, retried: bool = False) -> None: ...
     def far_now(self) -> datetime: ...
@@ -70,39 +77,77 @@ class UsageAuditor:
         clean = True
         for add_on in add_ons:
             try:
-                there = await self._billing.list_usage(
-                    link.uuid, add_on.add_on_code, begin=begin, end=self._billing.far_now()
-                )
+                there = await self._listed(link, add_on, begin)
             except NotFound:
                 continue  # a quota that came after this subscription: it has no such add-on
             clean &= await self._add_on(link, add_on, there)
         if clean:
             await self._clear_doubt(link, began)
 
-    async def _add_on(self, link: SubscriptionLink, add_on: AddOnLink, there: Sequence[BilledUsage]) -> bool:
+    async def _listed(
+        self, link: SubscriptionLink, add_on: AddOnLink, begin: datetime
+    ) -> dict[str, list[BilledUsage]]:
+        """What can still be undone, by tag: all of the open cycle, and corrections of earlier ones.
+
+        Of a correction whose record is known under another id, the twin may be billed already: it is asked
+        for, too.
+        """
+        uuid, code = link.uuid, add_on.add_on_code
+        there = list(await self._billing.list_usage(uuid, code, begin=begin, end=self._billing.far_now()))
+        early: Sequence[BilledUsage] = ()
+        if link.usage_from < begin:
+            early = await self._billing.list_usage(
+                uuid, code, begin=link.usage_from, end=begin - SECOND, status="unbilled"
+            )
+        async with self._store.read() as tx:
+            ours = await usage.by_tags(tx, [one.merchant_tag for one in early if one.merchant_tag])
+        for one in early:
+            known = ours.get(one.merchant_tag or "")
+            if known is not None and known.usage_id not in {None, one.id}:
+                at = one.usage_timestamp
+                there += await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
+        by_tag: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
+        for one in (*there, *early):
+            by_tag[one.merchant_tag or ""][one.id] = one
+        return {tag: list(records.values()) for tag, records in by_tag.items()}
+
+    async def _add_on(
+        self, link: SubscriptionLink, add_on: AddOnLink, by_tag: Mapping[str, list[BilledUsage]]
+    ) -> bool:
         """Whether each of our tags is there once, with its units."""
-        by_tag: dict[str, list[BilledUsage]] = defaultdict(list)
-        for one in there:
-            by_tag[one.merchant_tag or ""].append(one)
         async with self._store.read() as tx:
             ours = await usage.by_tags(tx, [tag for tag in by_tag if tag.startswith(TAG_PREFIX)])
         foreign = [one for tag, records in by_tag.items() if tag not in ours for one in records]
         await self._tell_foreign(link, add_on, foreign)
+        wrong: set[str] = set()
         clean = True
-        for tag, (record_id, state, record) in ours.items():
-            records = by_tag[tag]
-            first = kept(records)
-            if state != "reported":
-                await self._there_after_all(tag, record_id, first)
-            if first.units != record.units:
+        for tag, known in ours.items():
+            first, *extra = sorted(by_tag[tag], key=staying)
+            if known.state != "reported":
+                await self._there_after_all(tag, known.id, first)
+            elif known.usage_id != first.id:
+                async with self._store.write() as tx:
+                    await usage.renamed(tx, known.id, usage_id=first.id)
+            if first.units != known.record.units:
+                wrong.add(f"audit:{tag}")
+                reason = (
+                    f"Recurly has {first.units} unit(s) under {tag}, where {known.record.units} were recorded"
+                )
+                await self._hold(link, add_on, WRONG, tag, reason, first.units - known.record.units)
+            for one in extra:
                 clean = False
-                reason = f"Recurly has {first.units} unit(s) under {tag}, where {record.units} were recorded"
-                await self._hold(link, add_on, WRONG, tag, reason, first.units - record.units)
-            for extra in records:
-                if extra.id != first.id:
-                    clean = False
-                    await self._undo(link, add_on, tag, extra)
-        return clean
+                await self._undo(link, add_on, tag, one)
+        await self._close_mended(link, add_on, wrong)
+        return clean and not wrong
+
+    async def _close_mended(self, link: SubscriptionLink, add_on: AddOnLink, wrong: set[str]) -> None:
+        """Amounts that were wrong and are right now need nobody any more."""
+        async with self._store.write() as tx:
+            for item in await held.standing(tx, kind=WRONG):
+                here = (item["subscription_id"], item["add_on_code"])
+                if here == (link.subscription_id, add_on.add_on_code) and item["subject"] not in wrong:
+                    resolution = "Recurly agrees with the ledger"
+                    await held.close_one(tx, item["id"], resolution=resolution, now=self._clock.now())
 
     async def _there_after_all(self, tag: str, record_id: int, found: BilledUsage) -> None:
         """Recurly has a record that was given up (held, written off) while its outcome was unknown."""

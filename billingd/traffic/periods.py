@@ -1,13 +1,14 @@
 """Periods: the state of each subscription as Recurly shows it, and where one bill ends."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
 import structlog
 
 from billingd.domain.attempts import Leased
 from billingd.domain.billing import BilledAddOn, BilledSubscription
-from billingd.domain.errors import NotFound
+from billingd.domain.delivery import MISSING
+from billingd.domain.errors import BillingdError, NotFound
 from billingd.domain.periods import Period, between
 from billingd.loops import Clock
 from billingd.store import links, periods
@@ -18,6 +19,9 @@ log = structlog.get_logger()
 
 REFRESH_EVERY: Final = timedelta(minutes=10)
 """How old the list of live subscriptions may be: a person may move a bill date at any time."""
+
+UNSEEN_MAX: Final = timedelta(days=1)
+"""How long a period that is over may be unseen before traffic is read all the same."""
 
 REFRESH_SOONEST: Final = timedelta(seconds=30)
 """How soon to ask again while a period is over and Recurly shows no next one: its bill run takes time."""
@@ -57,21 +61,15 @@ class PeriodWatch:
         if not watched or not self._due(watched, now):
             return
         live = {one.uuid: one for one in await self._billing.list_live_subscriptions()}
-        seen = []
         for link in watched:
             theirs = live.get(link.uuid)
-            if theirs is None:
-                theirs = await self._look(link)
-            if theirs is not None and (_differs(link, theirs) or _unseen_since_its_end(link, now)):
-                seen.append((link, theirs))
-        for link, theirs in seen:
-            await self._keep(link, theirs)
-            log.info(
-                "subscription.seen",
-                subscription=link.subscription_id,
-                state=theirs.state,
-                period_ends_at=None if theirs.period is None else theirs.period.ends_at.isoformat(),
-            )
+            try:
+                if theirs is None:
+                    await self.look_at(link)
+                elif _differs(link, theirs) or _unseen_since_its_end(link, now):
+                    await self._keep(link, theirs)
+            except BillingdError as error:  # of one; the others must not wait for it
+                log.warning("subscription.not_seen", subscription=link.subscription_id, error=str(error))
         self._refreshed_at = now
         await self._learn_prices()
 
@@ -82,11 +80,19 @@ class PeriodWatch:
         if link is not None:
             await self.look_at(link)
 
-    async def look_at(self, link: SubscriptionLink) -> BilledSubscription:
-        """The subscription as Recurly shows it now, which is also kept. Raises NotFound."""
-        theirs = await self._billing.get_subscription(link.uuid)
+    async def look_at(self, link: SubscriptionLink) -> str:
+        """The subscription's state as Recurly shows it now, which is also kept; MISSING when it has none."""
+        try:
+            theirs = await self._billing.get_subscription(link.uuid)
+        except NotFound as error:
+            if link.billed_state != MISSING:
+                log.error("subscription.missing", subscription=link.subscription_id, error=str(error))
+            async with self._store.write() as tx:
+                now = self._clock.now()
+                await periods.seen(tx, link.subscription_id, state=MISSING, current=None, now=now)
+            return MISSING
         await self._keep(link, theirs)
-        return theirs
+        return theirs.state
 
     async def _keep(self, link: SubscriptionLink, theirs: BilledSubscription) -> None:
         """Write down what was seen; where renewals were missed meanwhile, read from the invoices when.
@@ -106,18 +112,30 @@ class PeriodWatch:
                 await periods.seen(
                     tx, link.subscription_id, state=theirs.state, current=one, now=self._clock.now()
                 )
+        log.info(
+            "subscription.seen",
+            subscription=link.subscription_id,
+            state=theirs.state,
+            period_ends_at=None if current is None else current.ends_at.isoformat(),
+        )
 
     async def known_until(self) -> datetime | None:
         """From when on some subscription's period is not known, because it is over and was not seen since.
 
-        A window beyond that moment may have to be cut where nobody knows yet. None: all are known.
+        A window beyond that moment may have to be cut where nobody knows yet. None: all are known. One of
+        which Recurly says nothing for a day, while it answers for others, holds those up no longer.
         """
         now = self._clock.now()
+        given_up = datetime.min.replace(tzinfo=UTC)
+        if self._refreshed_at is not None:
+            given_up = self._refreshed_at - UNSEEN_MAX
         async with self._store.read() as tx:
             ends = [
                 link.period_ends_at
                 for link in await links.billing(tx)
-                if link.period_ends_at is not None and _unseen_since_its_end(link, now)
+                if link.period_ends_at is not None
+                and link.period_ends_at > given_up
+                and _unseen_since_its_end(link, now)
             ]
         return min(ends, default=None)
 
@@ -141,13 +159,6 @@ class PeriodWatch:
                 for add_on in theirs:
                     if add_on.code in unpriced:
                         await links.priced(tx, unpriced[add_on.code].quota_id, add_on.prices)
-
-    async def _look(self, link: SubscriptionLink) -> BilledSubscription | None:
-        try:
-            return await self._billing.get_subscription(link.uuid)
-        except NotFound as error:
-            log.error("subscription.not_at_recurly", subscription=link.subscription_id, error=str(error))
-            return None
 
     def _due(self, watched: list[SubscriptionLink], now: datetime) -> bool:
         last = self._refreshed_at

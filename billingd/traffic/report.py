@@ -1,6 +1,5 @@
 """Report: one usage record to Recurly, once, however often it is tried."""
 
-from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
@@ -117,12 +116,12 @@ class UsageReporter:
         subject = f"usage:{recorded.record.merchant_tag}"
         await held.close(tx, subject=subject, resolution="Recurly has it", now=now)
 
-    async def _obstacle(self, recorded: Recorded) -> Obstacle | None:
-        """What stands in its way. What is not plainly alive is looked at first, as it is now."""
+    async def _obstacle(self, recorded: Recorded, *, state: str | None = None) -> Obstacle | None:
+        """What stands in its way, in that `state`. What is not plainly alive is looked at as it is now."""
         link = recorded.link
-        state = link.billed_state
-        if link.state in {"ending", "ended"} or state not in {None, "active", "canceled"}:
-            state = (await self._watch.look_at(link)).state
+        known_alive = link.billed_state in {None, "active", "canceled"}
+        if state is None and (link.state in {"ending", "ended"} or not known_alive):
+            state = await self._watch.look_at(link)
         async with self._store.read() as tx:
             known = await periods.of(tx, link.subscription_id)
         return obstacle(
@@ -160,20 +159,16 @@ class UsageReporter:
             raise Permanent(
                 f"Recurly holds {held_units} under the tag {new.merchant_tag}, where {new.units} belong once"
             )
-        return kept(ours).id  # of doubles, the one that the audit keeps
+        return min(ours, key=staying).id  # of doubles, the one that the audit keeps
 
     async def _refused(self, recorded: Recorded, new: NewUsage, why: str) -> Wait | None:
         """Recurly will not take this record: later, if that is only for now; else hold it."""
-        theirs = await self._watch.look_at(recorded.link)
-        stop = await self._obstacle(recorded)
+        stop = await self._obstacle(recorded, state=await self._watch.look_at(recorded.link))
         if stop is not None and stop.kind == PAUSED:
             return Wait(self._look_again, stop.reason)
         if (ahead := new.usage_timestamp + SECOND - self._billing.far_now()) > timedelta(0):
             return Wait(ahead, f"by Recurly's clock its time is still to come ({why})")
-        kind = REFUSED if stop is None else stop.kind
-        if stop is None and theirs.period is not None and new.usage_timestamp < theirs.period.started_at:
-            kind = LATE
-        await self._hold(recorded, new, kind, why)
+        await self._hold(recorded, new, REFUSED if stop is None else stop.kind, why)
         return None
 
     async def _hold(self, recorded: Recorded, new: NewUsage, kind: str, why: str) -> None:
@@ -197,9 +192,9 @@ class UsageReporter:
         log.warning("usage.held", held_kind=kind, tag=record.merchant_tag, units=record.units, reason=why)
 
 
-def kept(doubles: Iterable[BilledUsage]) -> BilledUsage:
+def staying(one: BilledUsage) -> tuple[bool, str]:
     """Which of several records with one tag stays: a billed one, which cannot be removed, else the first."""
-    return min(doubles, key=lambda one: (one.billed_at is None, one.id))
+    return one.billed_at is None, one.id
 
 
 def usage_intent(merchant_tag: str) -> str:

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from billingd.adapters.amplify import TrafficSource, traffic_source
 from billingd.adapters.amplify.counts import CALLS_AT_ONCE_MAX
 from billingd.adapters.amplify.encoding import Json, decode
-from billingd.adapters.amplify.metrics import WINDOWS_PER_CALL_MAX, interval_of
+from billingd.adapters.amplify.metrics import BUCKETS_PER_CALL_MAX, bucket_of, interval_of
 from billingd.domain.errors import Permanent, Refused, Retryable
 from billingd.domain.usage import Reading
 
@@ -104,10 +104,57 @@ async def test_metrics_ask_once_per_organization_and_unit() -> None:
 async def test_metrics_cut_very_long_ranges() -> None:
     """A year of hours is asked for in parts that meet exactly."""
     far = Far([])
-    await read(traffic_source("metrics", far, "total"), hours=2 * WINDOWS_PER_CALL_MAX + 1)
+    await read(traffic_source("metrics", far, "total"), hours=2 * BUCKETS_PER_CALL_MAX + 1)
     spans = [(body["from"], body["to"]) for _, _, body in far.asked]
     assert len(spans) == 3
     assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize(
+    ("minute", "minutes", "interval", "buckets"),
+    [(45, 15, "15m", 1), (0, 45, "15m", 3), (0, 60, "1h", 1), (7, 53, "1m", 53), (12, 12, "12m", 1)],
+)
+async def test_metrics_are_asked_for_a_piece_of_a_window_in_buckets_that_fit(
+    minute: int, minutes: int, interval: str, buckets: int
+) -> None:
+    """Buckets are counted from the epoch: the longest whose edges are those of the piece; summed to one."""
+    start = START + timedelta(minutes=minute)
+
+    def each_bucket(body: dict[str, Any]) -> Any:
+        step = (body["to"] - body["from"]) // buckets
+        usage = [{"time": body["from"] + number * step, "total": 2} for number in range(buckets + 1)]
+        return [{"subscriptionId": "s", "quotaId": "q", "usage": usage}]
+
+    far = Far(each_bucket)
+    length = timedelta(minutes=minutes)
+    found = await traffic_source("metrics", far, "total").read(
+        organizations=["1"],
+        units=["transactions"],
+        subscriptions=["s"],
+        quotas=["q"],
+        start=start,
+        end=start + length,
+        length=length,
+    )
+    [(_, _, body)] = far.asked
+    assert body["interval"] == interval
+    assert found == (Reading("s", "q", start, 2 * buckets),), "the bucket at the end is another's"
+
+
+@pytest.mark.parametrize(("second", "length", "bucket"), [(0, 3600, 3600), (17, 3583, 1), (30, 90, 30)])
+def test_the_longest_bucket_that_fits(second: int, length: int, bucket: int) -> None:
+    """By the second, where a bill is."""
+    seconds = timedelta(seconds=1)
+    assert bucket_of(START + second * seconds, length * seconds) == bucket * seconds
+
+
+async def test_metrics_whose_buckets_straddle_a_piece_are_refused() -> None:
+    """Amplify ignored the interval: no number in it could be trusted."""
+    start, length = START + timedelta(minutes=45), timedelta(minutes=15)
+    usage = [{"time": int((start - timedelta(minutes=5)).timestamp()) * 1000, "total": 2}]
+    far = Far([{"subscriptionId": "s", "quotaId": "q", "usage": usage}])
+    with pytest.raises(Permanent, match="straddles"):
+        await read(traffic_source("metrics", far, "total"), start=start, end=start + length, length=length)
 
 
 async def test_metrics_count_a_subscription_once_when_the_tenant_is_ignored() -> None:

@@ -16,7 +16,7 @@ from billingd.adapters.recurly import Recurly
 from billingd.domain.billing import BilledSubscription, NewSubscription, NewUsage
 from billingd.domain.errors import Misconfigured, NotDone, NotFound, Refused, Unknown
 from billingd.domain.pricing import AddOnSpec, MeasuredUnitSpec, PlanSpec, TierSpec
-from billingd.sandbox.clock import ManualClock
+from billingd.sandbox.clock import ManualClock, dating
 from billingd.sandbox.faults import Faults, Rule
 from billingd.sandbox.recurly.routes import routes
 from billingd.sandbox.recurly.site import Site
@@ -77,6 +77,7 @@ async def rehearsal(*, api_key: str = "sandbox") -> AsyncIterator[Rehearsal]:
     site, faults = Site(clock), Faults(clock)
     app = web.Application(middlewares=[faults.middleware(lambda request: "recurly")])
     app.add_routes(routes(site))
+    app.on_response_prepare.append(dating(clock))
     async with TestServer(app) as server:
         recurly = Recurly(
             api_key=api_key,
@@ -241,7 +242,8 @@ async def test_an_unknown_write_is_settled_by_its_key(kind: str, happened: bool)
                 await r.recurly.create_usage(new, key="k2")
         else:
             await r.recurly.create_usage(new, key="k1", retried=True)
-            assert (r.recurly.take_doubt() is None) == happened  # it cannot tell a first arrival from a bad site
+            # it cannot tell a first arrival from a bad site
+            assert (r.recurly.take_doubt() is None) == happened
         seen = await r.recurly.list_usage(made.uuid, FLAT.code, begin=begin, end=r.clock.now())
         assert [u.merchant_tag for u in seen] == ["bd1:x"]
 
@@ -312,3 +314,45 @@ async def test_the_rate_limit_of_the_site() -> None:
 def _or_none(ending_quantity: int | None) -> int | None:
     """Recurly may say 999,999,999 for the open end."""
     return None if ending_quantity == 999_999_999 else ending_quantity
+
+
+@pytest.mark.parametrize("behind", [-3600, -90, 90, 3600])
+async def test_the_far_side_has_its_own_time(behind: int) -> None:
+    """Known from its answers to a second or two, however wrong the clock here is."""
+    async with rehearsal() as r:
+        r.recurly._calls._clock = lambda: r.clock.now() - timedelta(seconds=behind)
+        assert r.recurly.far_now() == r.clock.now() - timedelta(seconds=behind), "before the first answer"
+        await r.recurly.reach()
+        assert abs(r.recurly.far_now() - r.clock.now()) <= timedelta(seconds=1)
+        r.clock.advance(timedelta(hours=1))
+        assert abs(r.recurly.far_now() - r.clock.now()) <= timedelta(seconds=1)
+
+
+async def test_where_past_bills_were_is_read_from_the_lines() -> None:
+    """Every renewal since a moment, from the invoices; of another subscription nothing."""
+    async with rehearsal() as r:
+        made = await r.subscribed()
+        cycles = r.site.subscription_by_uuid[made.uuid].cycles
+        began = cycles[0].started_at
+        r.clock.advance(timedelta(days=100))
+        r.site.run_due_bills()
+        assert len(cycles) == 4
+        edges = await r.recurly.list_billed_edges(made.uuid, since=began)
+        assert {one.started_at for one in cycles} <= edges
+        assert edges <= {moment for one in cycles for moment in (one.started_at, one.ends_at)}
+        late = await r.recurly.list_billed_edges(made.uuid, since=cycles[2].started_at + timedelta(days=1))
+        assert cycles[3].started_at in late
+        assert cycles[1].started_at not in late
+        with pytest.raises(NotFound):
+            await r.recurly.list_billed_edges("0" * 32, since=began)
+
+
+async def test_live_subscriptions_are_those_that_bill() -> None:
+    """With the period that is current; what is over is left out."""
+    async with rehearsal() as r:
+        made = await r.subscribed()
+        [live] = await r.recurly.list_live_subscriptions()
+        assert (live.uuid, live.live, live.period) == (made.uuid, True, made.period)
+        assert live.period is not None
+        await r.recurly.terminate_subscription(made.uuid, refund="none", key="end")
+        assert await r.recurly.list_live_subscriptions() == ()

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,15 +21,18 @@ from billingd.admin.server import AdminListener, Parts
 from billingd.cli import program
 from billingd.domain.attempts import Action, Patience, judge
 from billingd.domain.errors import Permanent, Retryable
+from billingd.domain.periods import Period
 from billingd.domain.usage import book
 from billingd.domain.windows import Window
 from billingd.loops import Progress
-from billingd.store import held, links, outbox, usage, watermarks
+from billingd.store import held, links, outbox, periods, usage, watermarks
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, PlanLink, SubscriptionLink
 
 HOUR = timedelta(hours=1)
+FAR_OFF = datetime(9000, 1, 1, tzinfo=UTC)
+"""The end of the current period, on whatever day the tests run."""
 WAITING, DEAD, TIMED_OUT, DONE = 1, 2, 3, 4
 """The actions of a filled store."""
 
@@ -193,8 +196,10 @@ async def _fill_ledger(store: Store, tx: Any) -> None:
     await watermarks.begin(tx, "metrics", START + 2 * HOUR, HOUR, now=START)
     for number, (state, units) in enumerate([("recorded", 30), ("held", 12)]):
         window = Window(START + number * HOUR, START + (number + 1) * HOUR)
-        records = list(book("sub-1", "q", window, read=units, recorded=0, revisions=0))
+        records = list(book("sub-1", "q", {window: units}, {}, before=window.end))
         await usage.insert(tx, records, now=START, state=state)
+    for period in (Period(START - HOUR, START + HOUR), Period(START + HOUR, FAR_OFF)):
+        await periods.seen(tx, "sub-1", state="active", current=period, now=START)
 
 
 def document(result: Result) -> Any:

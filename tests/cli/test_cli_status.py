@@ -2,12 +2,14 @@
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 from cli_bench import Bench, document
 
 from billingd.cli.output import plain
+from billingd.cli.status import COLUMNS, _row, lines
 
 
 @pytest.mark.parametrize("over", ["tcp", "unix"])
@@ -63,6 +65,94 @@ async def test_check_is_3_while_something_waits_for_a_person(tmp_path: Path, sql
     await bench.ask("held", "release", "1")
     assert (await bench.ask("status", "--check")).exit_code == 0
     assert (await bench.ask("status")).exit_code == 0
+
+
+@pytest.mark.parametrize("over", ["tcp", "unix", "store"])
+async def test_each_subscription_says_whether_its_period_is_complete(
+    over: str, tmp_path: Path, sqlite_template: Path
+) -> None:
+    """What the current invoice will have, and what missed the last one."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    async with bench.reached(over):
+        told = document(await bench.ask("status", "--subscriptions", "--json"))
+        shown = await bench.ask("status", "--subscriptions")
+        without = document(await bench.ask("status", "--json"))
+        checked = await bench.ask("status", "--subscriptions", "--check")
+    [row] = told["subscriptions"]
+    assert (row["subscription"], row["billed_state"]) == ("sub-1", "active")
+    assert row["period"] == {
+        "started_at": "2026-03-02T11:00:00Z",
+        "ends_at": "9000-01-01T00:00:00Z",
+        "trial": False,
+        "recorded_units": 12,
+        "reported_units": 0,
+        "unreported_units": 0,
+        "held_units": 12,
+        "complete": False,
+    }
+    assert row["last_period"] == {
+        "started_at": "2026-03-02T09:00:00Z",
+        "ends_at": "2026-03-02T11:00:00Z",
+        "trial": False,
+        "units": 30,
+        "corrected_units": 0,
+        "missed_units": 30,
+        "complete": False,
+    }
+    summary = {"open": 1, "incomplete": 1, "ends_next": "9000-01-01T00:00:00Z", "missed_units": 30}
+    assert told["periods"] == without["periods"] == summary
+    assert "subscriptions" not in without
+    [line] = [line for line in shown.stdout.splitlines() if line.startswith("periods")]
+    assert line == (
+        "periods   1 open, 1 of them not complete, the next ends 9000-01-01T00:00:00Z; "
+        "30 units missed the last invoice"
+    )
+    [*_, titles, values] = shown.stdout.splitlines()
+    assert titles.split()[:3] == ["SUBSCRIPTION", "NAME", "STATE"]
+    assert values.split() == [
+        *("sub-1", "sub", "active", "9000-01-01T00:00:00Z", "12", "0", "0", "12", "no"),
+        *("2026-03-02T11:00:00Z", "30", "0", "30"),
+    ]
+    assert checked.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("period", "last", "shown"),
+    [
+        (None, None, ["-"] * 10),
+        ({"trial": True, "complete": True, "ends_at": "E"}, None, ["E (trial)", *"----", "yes", *"----"]),
+        ({"trial": False, "complete": False, "ends_at": "E"}, None, ["E", *"----", "no", *"----"]),
+    ],
+)
+def test_a_period_that_is_not_known_is_left_open(period: Any, last: Any, shown: list[str]) -> None:
+    row = {"subscription": "s", "name": "n", "state": "active", "period": period, "last_period": last}
+    assert ["-" if cell is None else cell for cell in _row(row)] == ["s", "n", "active", *shown]
+    assert len(COLUMNS) == 3 + len(shown)
+
+
+def test_an_older_daemon_says_nothing_of_periods() -> None:
+    """As while the program is being replaced under it: what it does say is shown."""
+    told = {
+        "version": "0.0.9",
+        "ready": True,
+        "reasons": [],
+        "webhooks": {"accepted": 0, "duplicates": 0, "rejected": 0},
+        "outbox": {"pending": 0, "leased": 0, "dead": 0, "done": 0, "oldest_pending_seconds": None},
+        "traffic": {
+            "watermark": None,
+            "lag_seconds": None,
+            "recorded_units": 7,
+            "reported_units": 7,
+            "unreported_units": 0,
+            "unknown_outcomes": 0,
+        },
+        "held": {"plans": 0, "subscriptions": 0, "units": 0},
+        "links": {"plans": 0, "subscriptions": 0},
+    }
+    written = lines(told)
+    assert any(line.startswith("usage     7 units recorded, 7 reported") for line in written)
+    assert not any(line.startswith("periods") for line in written)
 
 
 async def test_an_older_schema_is_1_and_a_newer_one_5(tmp_path: Path, sqlite_template: Path) -> None:

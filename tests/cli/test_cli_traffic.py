@@ -4,9 +4,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from cli_bench import Bench, document
+from cli_bench import HOUR, Bench, document
+from manual_clock import START
 
 from billingd.domain.errors import Retryable
+from billingd.domain.usage import book
+from billingd.domain.windows import Window
+from billingd.store import usage
+from billingd.store.engine import Store
 
 RANGE = ("--since", "2026-11-22T10:00:00+02:00", "--until", "2026-11-23T00:00:00Z")
 
@@ -111,3 +116,25 @@ async def test_windows_are_shown(over: str, tmp_path: Path, sqlite_template: Pat
         ],
     }
     assert len(shown.stdout.splitlines()) == 4
+
+
+@pytest.mark.parametrize("over", ["unix", "store"])
+async def test_pieces_of_a_window_are_rows_of_their_own(
+    over: str, tmp_path: Path, sqlite_template: Path
+) -> None:
+    """As a billing period cuts it: each with its units, none of them merged with a whole window."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    start, edge, end = (START + hours * HOUR for hours in (5, 5.25, 6))
+    counts = {Window(start, edge): 3, Window(edge, end): 4}
+    async with Store(bench.url) as store, store.write() as tx:
+        await usage.insert(tx, list(book("sub-1", "q", counts, {}, before=end)), now=START)
+    async with bench.reached(over):
+        found = document(await bench.ask("traffic", "windows", "--limit", "3", "--json"))["windows"]
+        shown = await bench.ask("traffic", "windows")
+    assert [(row["window_start"], row["window_end"], row["recorded_units"]) for row in found] == [
+        ("2026-03-02T15:15:00Z", "2026-03-02T16:00:00Z", 4),
+        ("2026-03-02T15:00:00Z", "2026-03-02T15:15:00Z", 3),
+        ("2026-03-02T11:00:00Z", "2026-03-02T12:00:00Z", 12),
+    ]
+    assert len(shown.stdout.splitlines()) == 2 + 4

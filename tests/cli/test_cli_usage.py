@@ -38,7 +38,7 @@ def test_the_commands_of_this_release_are_all_there_are() -> None:
         *("run", "demo", "sandbox", "check-config", "config", "config show", "status"),
         *("outbox", "outbox list", "outbox show", "outbox retry", "outbox replay", "outbox discard"),
         *("traffic", "traffic poll", "traffic windows", "traffic backfill"),
-        *("held", "held list", "held release", "notify", "notify test"),
+        *("held", "held list", "held release", "held write-off", "notify", "notify test"),
         *("db", "db upgrade", "db current", "db check", "db backup"),
     }
 
@@ -60,6 +60,9 @@ def test_the_version_is_one_line() -> None:
         ["outbox", "discard", "7"],
         ["outbox", "discard", "7", "--reason", "  "],
         ["outbox", "replay", "--state", "done"],
+        ["held", "write-off", "1"],
+        ["held", "write-off", "1", "--reason", "  "],
+        ["held", "write-off", "--reason", "why"],
         ["demo", "--seconds", "0"],
         ["sandbox", "--listen", "0.0.0.0:8010"],
         ["sandbox", "--listen", "8010"],

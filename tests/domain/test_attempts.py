@@ -65,7 +65,7 @@ def test_what_is_finished_stays_finished() -> None:
         (Retryable("x"), 4, State.PENDING, False),
         (Retryable("x"), 5, State.DEAD, False),
         (Unknown("x"), 1, State.PENDING, False),
-        (Settling("x", retry_after=timedelta(minutes=1)), 99, State.PENDING, True),
+        (Settling("x", retry_after=timedelta(minutes=1)), 99, State.PENDING, False),
         (Misconfigured("x"), 1, State.PENDING, False),
         (Permanent("x"), 1, State.DEAD, False),
         (Refused("x"), 1, State.DEAD, False),

@@ -12,6 +12,7 @@ from billingd.domain.errors import Rejected
 from billingd.domain.events import (
     PROVISION_PLAN,
     PROVISION_SUBSCRIPTION,
+    REFRESH_SUBSCRIPTION,
     Event,
     actions_for,
     parse_amplify,
@@ -146,6 +147,16 @@ def test_a_notification_of_recurly() -> None:
     assert parse_recurly(body, "x" * 101).id == parse_recurly(body, None).id
     assert parse_recurly(json.dumps(RECURLY | {"uuid": None}).encode(), None).name == "r1"
     assert actions_for(event) == ()
+
+
+@pytest.mark.parametrize("event_type", ["renewal.scheduled", "updated", "paused", "expired"])
+def test_whatever_happens_to_a_subscription_at_recurly_it_is_looked_at_again(event_type: str) -> None:
+    """Once for each notification; all of one subscription one after the other."""
+    body = json.dumps(RECURLY | {"object_type": "subscription", "event_type": event_type}).encode()
+    [action] = actions_for(parse_recurly(body, "n1"))
+    assert (action.kind, action.subject, action.args) == (REFRESH_SUBSCRIPTION, "refresh:u1", {"uuid": "u1"})
+    [again] = actions_for(parse_recurly(body, "n2"))
+    assert (again.key != action.key, again.subject) == (True, action.subject)
 
 
 @pytest.mark.parametrize("change", [{"event_type": None}, {"object_type": 7}, {"uuid": None, "id": None}])

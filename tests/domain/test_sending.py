@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from billingd.domain.sending import (
     KEY_WINDOW,
+    SECOND_LOOK,
     Intent,
     Send,
     Settle,
+    Trust,
     after_not_found,
     body_hash,
     idempotency_key,
@@ -19,15 +21,35 @@ from billingd.domain.sending import (
 
 NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
 SETTLING = timedelta(seconds=60)
+ATTEMPT = timedelta(seconds=150)
 SECOND = timedelta(seconds=1)
 ZERO = timedelta(0)
+TRUST = Trust(SETTLING, ATTEMPT)
 
 
 def intent(
-    first: timedelta = ZERO, last: timedelta = ZERO, *, state: str = "open", burnt: bool = False
+    first: timedelta = ZERO,
+    last: timedelta = ZERO,
+    *,
+    state: str = "open",
+    burnt: bool = False,
+    gave_up: timedelta | None = None,
+    missed: timedelta | None = None,
 ) -> Intent:
-    """First and last sent so long ago, under the third key."""
-    return Intent("w", 3, state, NOW - first, NOW - last, burnt, None, "h")
+    """First and last sent, given up and missed so long ago, under the third key."""
+    return Intent(
+        name="w",
+        epoch=3,
+        state=state,
+        sends=5,
+        first_sent_at=NOW - first,
+        last_sent_at=NOW - last,
+        gave_up_at=None if gave_up is None else NOW - gave_up,
+        missed_at=None if missed is None else NOW - missed,
+        burnt=burnt,
+        result=None,
+        body_hash="h",
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,41 +58,106 @@ def intent(
         (None, Send(1, again=False)),
         (intent(), Send(3, again=True)),
         (intent(KEY_WINDOW - SECOND), Send(3, again=True)),
-        (intent(KEY_WINDOW), Settle(NOW + SETTLING)),
-        (intent(KEY_WINDOW, SETTLING - SECOND), Settle(NOW + SECOND)),
-        (intent(KEY_WINDOW, SETTLING), Send(4, again=False)),
-        (intent(2 * KEY_WINDOW, 2 * KEY_WINDOW), Send(4, again=False)),
-        (intent(burnt=True), Settle(NOW + SETTLING)),
-        (intent(SETTLING, SETTLING, burnt=True), Send(4, again=False)),
         (intent(state="refused"), Send(4, again=False)),
         (intent(2 * KEY_WINDOW, state="refused"), Send(4, again=False)),
+        # forgotten or burnt: the settling time counts from when the sending ended
+        (intent(KEY_WINDOW, gave_up=ZERO), Settle(NOW + SETTLING)),
+        (intent(KEY_WINDOW, 9 * SETTLING, gave_up=SETTLING - SECOND), Settle(NOW + SECOND)),
+        (intent(burnt=True, gave_up=ZERO), Settle(NOW + SETTLING)),
+        # the process died with it: it may have run as long as an attempt can
+        (intent(KEY_WINDOW, ZERO), Settle(NOW + ATTEMPT + SETTLING)),
+        (intent(KEY_WINDOW, ATTEMPT + SETTLING - SECOND), Settle(NOW + SECOND)),
+        # settled: this look counts as the first
+        (intent(KEY_WINDOW, gave_up=SETTLING), Settle(NOW + SECOND_LOOK, missed=True)),
+        (intent(KEY_WINDOW, ATTEMPT + SETTLING), Settle(NOW + SECOND_LOOK, missed=True)),
+        (intent(2 * KEY_WINDOW, 2 * KEY_WINDOW), Settle(NOW + SECOND_LOOK, missed=True)),
+        (intent(burnt=True, gave_up=SETTLING), Settle(NOW + SECOND_LOOK, missed=True)),
+        # a look before it had settled is none
+        (
+            intent(KEY_WINDOW, gave_up=SETTLING + SECOND, missed=2 * SECOND),
+            Settle(NOW + SECOND_LOOK, missed=True),
+        ),
+        # the second look follows no sooner than its time
+        (
+            intent(KEY_WINDOW, gave_up=2 * SETTLING, missed=SECOND_LOOK - SECOND),
+            Settle(NOW + SECOND),
+        ),
+        (intent(KEY_WINDOW, gave_up=2 * SETTLING, missed=SECOND_LOOK), Send(4, again=False)),
+        (intent(burnt=True, gave_up=2 * SETTLING, missed=SECOND_LOOK), Send(4, again=False)),
     ],
 )
 def test_the_table(known: Intent | None, step: Send | Settle) -> None:
-    """Same key within its window, then settle, then a new key; burnt and refused keys are not used again."""
-    assert after_not_found(known, now=NOW, settling=SETTLING) == step
+    """Same key within its window, then settle, then two looks, then a new key."""
+    assert after_not_found(known, now=NOW, trust=TRUST) == step
+
+
+def test_where_keys_are_not_heeded_only_looks_help() -> None:
+    """The same key is not sent again, however young it is."""
+    trust = replace(TRUST, keys=False)
+    assert after_not_found(intent(gave_up=ZERO), now=NOW, trust=trust) == Settle(NOW + SETTLING)
+    assert after_not_found(intent(gave_up=2 * SETTLING, missed=SECOND_LOOK), now=NOW, trust=trust) == Send(
+        4, again=False
+    )
+    assert after_not_found(None, now=NOW, trust=trust) == Send(1, again=False)
+
+
+AGES = st.timedeltas(ZERO, timedelta(days=3))
 
 
 @given(
-    age=st.timedeltas(ZERO, timedelta(days=3)),
-    since=st.timedeltas(ZERO, timedelta(days=3)),
+    age=AGES,
+    since=AGES,
+    gave_up=st.none() | AGES,
+    missed=st.none() | AGES,
     burnt=st.booleans(),
+    keys=st.booleans(),
     state=st.sampled_from(["open", "refused"]),
 )
 def test_a_new_key_is_never_taken_while_an_old_request_may_run(
-    age: timedelta, since: timedelta, burnt: bool, state: str
+    age: timedelta,
+    since: timedelta,
+    gave_up: timedelta | None,
+    missed: timedelta | None,
+    burnt: bool,
+    keys: bool,
+    state: str,
 ) -> None:
-    """Unless it was clearly refused, the last request lies at least the settling time back."""
-    known = intent(max(age, since), min(age, since), state=state, burnt=burnt)
-    step = after_not_found(known, now=NOW, settling=SETTLING)
+    """Unless it was clearly refused: it had ended, and settled, before the first of two looks."""
+    first, last = max(age, since), min(age, since)
+    known = intent(first, last, state=state, burnt=burnt, gave_up=gave_up, missed=missed)
+    step = after_not_found(known, now=NOW, trust=replace(TRUST, keys=keys))
+    ended_at = known.last_sent_at + ATTEMPT if known.gave_up_at is None else known.gave_up_at
     if isinstance(step, Send) and step.epoch != known.epoch and state == "open":
-        assert NOW - known.last_sent_at >= SETTLING
-        assert burnt or NOW - known.first_sent_at >= KEY_WINDOW
+        assert known.missed_at is not None
+        assert ended_at + SETTLING <= known.missed_at <= NOW - SECOND_LOOK
+        assert burnt or not keys or NOW - known.first_sent_at >= KEY_WINDOW
     if isinstance(step, Send) and step.again:
+        assert keys
         assert not known.burnt
         assert NOW - known.first_sent_at < KEY_WINDOW
     if isinstance(step, Settle):
-        assert NOW < step.until <= NOW + SETTLING
+        assert NOW < step.until <= NOW + ATTEMPT + SETTLING
+        assert not step.missed or ended_at + SETTLING <= NOW
+
+
+@pytest.mark.parametrize("gave_up", [ZERO, None])
+@pytest.mark.parametrize("burnt", [True, False])
+def test_a_write_that_is_never_found_comes_to_a_new_key(gave_up: timedelta | None, burnt: bool) -> None:
+    """Whoever waits as told gets there, and looks twice on the way."""
+    known, now, looks = intent(gave_up=gave_up, burnt=burnt), NOW, 0
+    if not burnt:
+        now += KEY_WINDOW
+    for _ in range(4):
+        step = after_not_found(known, now=now, trust=TRUST)
+        if isinstance(step, Send):
+            break
+        if now >= NOW + SETTLING + (ATTEMPT if gave_up is None else ZERO):
+            looks += 1
+        if step.missed:
+            known = replace(known, missed_at=now)
+        now = step.until
+    assert step == Send(4, again=False)
+    assert looks == 1, "this one, and that which led to the sending"
 
 
 def test_the_window_of_a_key_is_below_recurlys_hour() -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billingd.domain.usage import UNITS_MAX, UsageRecord, book, merchant_tag
+from billingd.domain.usage import UNITS_MAX, Booked, UsageRecord, book, merchant_tag
 from billingd.domain.windows import Window
 
 TEN = datetime(2026, 3, 2, 10, tzinfo=UTC)
@@ -13,7 +13,8 @@ WINDOW = Window(TEN, TEN + timedelta(hours=1))
 
 
 def booked(read: int, recorded: int = 0, revisions: int = 0) -> list[UsageRecord]:
-    return list(book("s", "q", WINDOW, read=read, recorded=recorded, revisions=revisions))
+    known = {WINDOW: Booked(recorded, revisions)} if recorded or revisions else {}
+    return list(book("s", "q", {WINDOW: read}, known, before=WINDOW.end))
 
 
 def test_a_first_reading_is_one_record() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from aiohttp import BasicAuth, ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from billingd.sandbox.clock import ManualClock
+from billingd.sandbox.clock import ManualClock, dating
 from billingd.sandbox.faults import Faults
 from billingd.sandbox.recurly.routes import routes
 from billingd.sandbox.recurly.site import Site
@@ -96,10 +96,17 @@ class RecurlySide:
             return json.loads(text) if text else None
 
     async def refused(
-        self, method: str, path: str, body: Any = None, *, status: int = 422, type_: str = "validation"
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        status: int = 422,
+        type_: str = "validation",
+        **options: Any,
     ) -> Json:
         """The error of a call that must be refused."""
-        error: Json = (await self.call(method, path, body, status=status))["error"]
+        error: Json = (await self.call(method, path, body, status=status, **options))["error"]
         assert error["type"] == type_, error
         return error
 
@@ -165,6 +172,8 @@ async def recurly_side(start: datetime = START, **settings: Any) -> AsyncIterato
     faults = Faults(clock)
     app = web.Application(middlewares=[faults.middleware(lambda _: "recurly")])
     app.add_routes(routes(site))
+    app.on_response_prepare.append(dating(clock))
     headers = {"Accept": ACCEPT}
     async with TestClient(TestServer(app), headers=headers, auth=BasicAuth("sandbox", "")) as client:
         yield RecurlySide(site, clock, faults, client)
+        await faults.close()

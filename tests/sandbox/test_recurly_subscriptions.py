@@ -187,3 +187,21 @@ async def test_the_bill_date_can_be_moved(far: RecurlySide) -> None:
     assert (moved["current_period_ends_at"], moved["po_number"]) == ("2026-02-10T00:00:00Z", "m2")
     far.pass_(days=10)
     assert (await far.call("GET", path_of(made)))["current_period_ends_at"] == "2026-03-10T00:00:00Z"
+
+
+async def test_many_subscriptions_are_paged_in_order(far: RecurlySide) -> None:
+    """By when they were made, each once, the live ones only: neither paused nor ended."""
+    far.site.configure(sixty_second_guard=False, rate_limit_per_minute=10_000)
+    made = [await far.subscribe(account=f"a{number}") for number in range(25)]
+    for each in made[::5]:
+        await far.call("DELETE", path_of(each))
+    far.site.pause(made[1]["uuid"])
+    await far.call("PUT", path_of(made[2], "/cancel"))
+    wanted = [each["id"] for index, each in enumerate(made) if index % 5 and index != 1]
+    for order in ("asc", "desc"):
+        path, found = f"/subscriptions?state=live&limit=7&order={order}", []
+        while path:
+            page = await far.call("GET", path)
+            found += [each["id"] for each in page["data"]]
+            path = page["next"]
+        assert found == (wanted if order == "asc" else wanted[::-1])

@@ -179,9 +179,15 @@ class Recurly:
         return frozenset(date for each in dates for date in each)
 
     async def list_usage(
-        self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
+        self,
+        subscription_uuid: str,
+        add_on_code: str,
+        *,
+        begin: datetime,
+        end: datetime,
+        status: Literal["all", "unbilled"] = "all",
     ) -> tuple[BilledUsage, ...]:
-        """Usage whose time lies in [begin, end], billed or not, oldest first.
+        """Usage whose time lies in [begin, end], billed or not unless `status` says so, oldest first.
 
         Whether Recurly counts `end` itself in is not certain: ask for a second more and compare.
         """
@@ -189,7 +195,7 @@ class Recurly:
             f"list usage of add-on {add_on_code} on subscription {subscription_uuid}",
             f"/subscriptions/uuid-{quote(subscription_uuid, safe='')}/add_ons/{_code(add_on_code)}/usage",
             {
-                "billing_status": "all",  # the default hides what was billed, which then looks missing
+                "billing_status": status,  # Recurly's default hides what was billed, which then looks missing
                 "sort": "usage_timestamp",
                 "order": "asc",
                 "begin_time": bodies.instant(begin),

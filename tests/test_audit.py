@@ -1,0 +1,259 @@
+"""Audit: the open cycle at Recurly against the ledger; what can be undone is, the rest a person is told."""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from itertools import count
+
+import pytest
+from rig import HOUR, SETTLING, Json, Rig, a_rig
+
+from billingd.admin import operations
+from billingd.domain.billing import NewUsage
+from billingd.domain.events import audit_action
+from billingd.sandbox.recurly.model import Usage
+from billingd.store import held, schema
+
+ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+DAY = timedelta(days=1)
+USAGE = "/subscriptions/*/add_ons/*/usage"
+numbers = count(1)
+
+
+@pytest.fixture
+async def rig(store_url: str) -> AsyncIterator[Rig]:
+    async with a_rig(store_url) as made:
+        await made.product()
+        await made.plan()
+        await made.work()
+        await made.subscribe()
+        await made.work()
+        made.channels.provider.clear()
+        yield made
+
+
+async def reported(rig: Rig, units: int) -> Usage:
+    """Units that are served and reported in one record."""
+    before = set(rig.world.site.usages)
+    await rig.traffic("acme", units)
+    await rig.report()
+    [made] = set(rig.world.site.usages) - before
+    return rig.world.site.usages[made]
+
+
+async def posted(rig: Rig, like: Usage, *, tag: str | None = None) -> Usage:
+    """Another record like that one, as Recurly takes it: no tag is unique there."""
+    new = NewUsage(
+        subscription_uuid=like.subscription.uuid,
+        add_on_code=like.add_on.add_on.code,
+        units=like.amount,
+        merchant_tag=tag or like.merchant_tag or "",
+        usage_timestamp=like.usage_timestamp,
+        recorded_at=rig.far.now(),
+    )
+    return rig.world.site.usages[await rig.recurly._adapter.create_usage(new, key=f"other-{next(numbers)}")]
+
+
+async def audited(rig: Rig) -> None:
+    """An audit of the one subscription, now, and what it leads to."""
+    [link] = await rig.rows(schema.subscription_links)
+    await rig.ask(audit_action(link["subscription_id"], because=f"test {next(numbers)}"))
+    await rig.work()
+
+
+async def items(rig: Rig) -> list[Json]:
+    return [row for row in await rig.rows(schema.held) if row["closed_at"] is None]
+
+
+async def test_a_double_that_is_unbilled_is_removed(rig: Rig) -> None:
+    """One of them stays, whichever came first; nobody needs to be told."""
+    one = await reported(rig, 7)
+    for _ in range(2):
+        await posted(rig, one)
+    await reported(rig, 5)
+    assert rig.units() == 7 + 7 + 7 + 5
+    await audited(rig)
+    assert rig.units() == 12
+    assert set(rig.tags().values()) == {1}
+    assert (await items(rig), await rig.dead(), rig.channels.provider) == ([], [], [])
+    await audited(rig)
+    assert rig.units() == 12
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("kind", ["lost", "500", "500_committed", "reset", "html_502"])
+async def test_a_removal_without_an_answer_takes_effect_once(rig: Rig, kind: str) -> None:
+    """The record is looked for before it is removed again, and the right one stays."""
+    one = await reported(rig, 7)
+    await posted(rig, one)
+    rig.fault(kind, "DELETE", "/usage/*", times=2)
+    await audited(rig)
+    await rig.work(HOUR)
+    assert rig.world.faults.counts[kind] >= 1
+    assert list(rig.tags().values()) == [1]
+    assert rig.units() == 7
+    assert {item["kind"] for item in await items(rig)} <= {"idempotency_doubted"}
+    assert (await rig.dead(), await rig.unfinished()) == ([], [])
+
+
+async def test_a_double_that_was_billed_is_held_for_a_refund(rig: Rig) -> None:
+    """It cannot be removed: a person is told once, with its units."""
+    one = await reported(rig, 7)
+    double = await posted(rig, one)
+    double.billed_at = one.billed_at = rig.far.now()
+    await audited(rig)
+    [item] = await items(rig)
+    assert (item["kind"], item["units"]) == ("double_record", 7)
+    assert item["subscription_id"] is not None
+    assert double.id in item["reason"] or one.id in item["reason"]
+    await audited(rig)
+    assert len(await items(rig)) == 1
+    assert sum("differs" in told for told in rig.channels.provider) == 1
+    assert rig.units() == 14
+    assert not [call for call in rig.world.calls if " DELETE " in call], "Recurly would refuse it"
+
+
+@ONE_DATABASE
+async def test_of_a_billed_and_an_unbilled_double_the_billed_one_stays(rig: Rig) -> None:
+    """It cannot be removed, so the other one is."""
+    one = await reported(rig, 7)
+    double = await posted(rig, one)
+    billed, unbilled = sorted((one, double), key=lambda usage: usage.id, reverse=True)
+    billed.billed_at = rig.far.now()
+    await audited(rig)
+    assert unbilled.id not in rig.world.site.usages
+    assert billed.id in rig.world.site.usages
+    assert await items(rig) == []
+
+
+async def test_a_record_that_billingd_never_made_is_held_until_it_is_gone(rig: Rig) -> None:
+    """Never removed: somebody may have meant it."""
+    one = await reported(rig, 7)
+    foreign = [await posted(rig, one, tag=tag) for tag in ("by hand", "bd1:0123456789abcdef:of:another")]
+    await audited(rig)
+    await audited(rig)
+    [item] = await items(rig)
+    assert (item["kind"], item["units"]) == ("foreign_record", 14)
+    assert all(usage.id in item["reason"] for usage in foreign)
+    assert sum("differs" in told for told in rig.channels.provider) == 1
+    assert rig.units() == 21
+    for usage in foreign:
+        await rig.recurly._adapter.remove_usage(usage.id, key=f"gone-{usage.id}")
+    await audited(rig)
+    assert await items(rig) == []
+    [closed] = await rig.rows(schema.held)
+    assert closed["resolution"] == "they are gone"
+
+
+@ONE_DATABASE
+async def test_another_amount_under_our_tag_is_held(rig: Rig) -> None:
+    """Somebody edited it: the difference is told, nothing is changed."""
+    one = await reported(rig, 7)
+    one.amount = 9
+    await audited(rig)
+    [item] = await items(rig)
+    assert (item["kind"], item["units"]) == ("wrong_amount", 2)
+    assert one.merchant_tag is not None
+    assert one.merchant_tag in item["reason"]
+    one.amount = 7
+    assert await operations.release(rig.store, item["id"], now=rig.far.now())
+    await rig.work()
+    assert await items(rig) == [], "released, it was audited again, and agrees"
+
+
+@ONE_DATABASE
+async def test_audits_come_by_themselves(rig: Rig) -> None:
+    """Once a day, and before a bill."""
+    one = await reported(rig, 7)
+    await posted(rig, one)
+    rig.pass_(DAY)
+    await rig.poll()
+    await rig.work()
+    assert rig.units() == 7
+    await posted(rig, one)
+    rig.world.site.move_bill_date(one.subscription.uuid, rig.far.now() + timedelta(minutes=9))
+    rig.start()
+    await rig.poll()
+    await rig.work()
+    assert rig.units() == 7
+
+
+async def doubt(rig: Rig) -> list[Json]:
+    async with rig.store.read() as tx:
+        return await held.standing(tx, kind="idempotency_doubted")
+
+
+async def doubted(rig: Rig) -> Json:
+    """A key was sent again and not recognised, for its first request never arrived; what is held."""
+    rig.fault("reset", "POST", USAGE)
+    await rig.traffic("acme", 7)
+    rig.pass_(2 * HOUR)
+    await rig.poll()
+    for _ in range(300):
+        await rig.drain()
+        if found := await doubt(rig):
+            [item] = found
+            return item
+        rig.pass_(timedelta(seconds=1))
+    raise AssertionError("nobody doubted anything")
+
+
+async def test_a_doubt_about_keys_ends_with_a_clean_audit(rig: Rig) -> None:
+    """It asks for one by itself: after the settling time each record is there once, and all is well."""
+    item = await doubted(rig)
+    [link] = await rig.rows(schema.subscription_links)
+    assert item["subscription_id"] == link["subscription_id"]
+    await rig.work(timedelta(minutes=4))
+    assert await doubt(rig) == []
+    [closed] = await rig.rows(schema.held)
+    assert closed["closed_at"] - closed["since"] >= SETTLING
+    assert closed["resolution"] == "audited: each record is there once"
+    assert sum("idempotency keys" in told for told in rig.channels.provider) == 1
+    assert rig.units() == 7
+
+
+@ONE_DATABASE
+async def test_a_doubt_stays_while_a_request_may_still_take_effect(rig: Rig) -> None:
+    """An audit within the settling time proves nothing."""
+    item = await doubted(rig)
+    await rig.ask(audit_action(item["subscription_id"], because="too soon"))
+    await rig.drain()
+    assert len(await doubt(rig)) == 1
+
+
+async def test_a_site_that_ignores_keys_ends_with_each_record_once(rig: Rig) -> None:
+    """Answers are lost and lists lag: what was made twice is found and removed, and then made no more."""
+    rig.fault("ignore_idempotency_key", "POST", USAGE, times=None)
+    for number in range(4):
+        await rig.traffic("acme", number + 1)
+        rig.fault("lost", "POST", USAGE)
+        rig.fault("list_lag", "GET", USAGE, times=1, args={"seconds": 3600})
+        await rig.report()
+        await rig.work(HOUR)
+        assert set(rig.tags().values()) == {1}
+        assert len(rig.world.site.removed_usages) == 1, "the first retry is the price, and there is no other"
+        assert len(await doubt(rig)) == 1, "the audit that it asked for found a double"
+    assert rig.units() == 1 + 2 + 3 + 4
+    await audited(rig)
+    assert await doubt(rig) == []
+    assert await rig.dead() == []
+
+
+@ONE_DATABASE
+async def test_a_double_among_corrections_is_found_too(rig: Rig) -> None:
+    """A correction is unbilled in a cycle that was billed: it can still be undone, and must be."""
+    rig.pass_(2 * HOUR)
+    await rig.traffic("acme", 3)
+    began = rig.far.now() + timedelta(minutes=10)
+    rig.pass_(timedelta(minutes=10))
+    await rig.renew()
+    await rig.traffic("acme", 4, at=began - timedelta(minutes=5))
+    rig.fault("ignore_idempotency_key", "POST", USAGE, times=None)
+    rig.fault("lost", "POST", USAGE)
+    rig.fault("list_lag", "GET", USAGE, times=1, args={"seconds": 3600})
+    await rig.report()
+    await rig.work(HOUR)
+    removed = [row["name"] for row in await rig.rows(intents) if row["name"].startswith("remove:")]
+    assert len(removed) == 1, "it was made twice, and the audit that the doubt asked for removed one"
+    assert set(rig.tags().values()) == {1}
+    assert rig.units() == 7
+    assert await doubt(rig) == []
