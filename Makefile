@@ -5,8 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 STORE ?=
+PART ?=
+SEED ?=
+SEEDS ?=
+DAYS ?=
+KILLS ?=
+PAIRS ?=
 
-.PHONY: help demo test lint format bench wheel clean
+.PHONY: help demo test chaos lint format bench wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +29,14 @@ demo: $(READY) ## the whole job against a local sandbox, with outages and kills 
 
 test: $(READY) ## every test, on SQLite and on a real PostgreSQL
 	$(BIN)/python -m pytest
+
+CHAOS_TESTS := $(if $(PART),$(sort $(wildcard tests/chaos/test_$(PART).py tests/chaos/test_$(PART)_*.py)),tests/chaos)
+
+chaos: $(READY) ## the whole proof, for hours: PART=simulation|points|network|time|disk|kills|planted, SEED= for one
+	@test -n "$(CHAOS_TESTS)" || { echo "no such part: tests/chaos/test_$(PART).py" >&2; exit 2; }
+	BILLINGD_CHAOS=full BILLINGD_CHAOS_SEED=$(SEED) BILLINGD_CHAOS_SEEDS=$(SEEDS) BILLINGD_CHAOS_DAYS=$(DAYS) \
+	  BILLINGD_CHAOS_KILLS=$(KILLS) BILLINGD_CHAOS_PAIRS=$(PAIRS) \
+	  $(BIN)/python -m pytest --verbose --numprocesses=2 $(CHAOS_TESTS)
 
 lint: $(READY) ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .

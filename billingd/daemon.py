@@ -42,7 +42,7 @@ from billingd.settings import Settings, host_port, parse_duration
 from billingd.store import events, migrate, outbox
 from billingd.store.engine import Store
 from billingd.traffic.audit import UsageAuditor
-from billingd.traffic.periods import PeriodWatch
+from billingd.traffic.periods import REFRESH_EVERY, PeriodWatch
 from billingd.traffic.poll import TrafficPoller
 from billingd.traffic.report import REPORT_USAGE, UsageReporter
 from billingd.webhooks import Authenticator, Tally, WebhookListener
@@ -187,7 +187,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         look_again=min(look_again, settings.traffic.window),
     )
     reporter = UsageReporter(store, clock, recurly, once, watch, look_again=look_again)
-    auditor = UsageAuditor(store, clock, recurly, once, settling=settling)
+    auditor = UsageAuditor(store, clock, recurly, settling=settling)
     notifier = Notifier(outside.announcer, amplify)
     handlers: dict[str, Handler] = {
         PROVISION_PLAN: plans.provision,
@@ -314,6 +314,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
             daemon.poller.wake,
             POLL_PATIENCE,
         ),
+        "periods": loop("periods", daemon.poller.watch_periods, every(REFRESH_EVERY)),
         "retention": loop(
             "retention",
             lambda: _forget(daemon.store, clock.now() - settings.store.keep_done),

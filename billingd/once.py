@@ -221,18 +221,18 @@ class Once:
             else:
                 await self._unanswered(name, sends, burnt=False)
             raise
+        doubt = self._doubt()  # before anything else runs: it is this answer's
         async with self._store.write() as tx:
-            await self._heed_doubt(tx, about)
+            if doubt is not None:
+                await self._heed_doubt(tx, doubt, about)
             return await self._done(tx, name, result, keep)
 
-    async def _heed_doubt(self, tx: Tx, about: str | None) -> None:
+    async def _heed_doubt(self, tx: Tx, operation: str, about: str | None) -> None:
         """Rely on look-ups only from now on, when a key was sent again and Recurly did not know it.
 
         Most likely its first request never arrived. But a site that ignores keys looks the same, and there
         the next key sent again would bill twice.
         """
-        if (operation := self._doubt()) is None:
-            return
         now = self._clock.now()
         reason = (
             f"Recurly answered a repeated Idempotency-Key without Idempotency-Prior ({operation}): either "

@@ -1,8 +1,10 @@
 """The engine under every flow: claim what is due, attempt it, judge what came of it, settle."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from random import Random
 from typing import Final
 
@@ -28,6 +30,13 @@ RENEWALS: Final = 4
 SETTLE_AGAIN: Final = timedelta(seconds=1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Nothing was due; the next action will be then, or there is none."""
+
+    next_due: datetime | None
+
+
 class Outbox:
     """Runs due actions with bounded workers. Whatever it held when it died is due again after the lease."""
 
@@ -51,17 +60,32 @@ class Outbox:
         self._rng = rng
         self._under_way: dict[asyncio.Task[None], Leased] = {}
         self._renew_at = clock.now()
+        self._claimed_at = -math.inf
+        self._seen: _Seen | None = None
         self.wake = asyncio.Event()
 
     async def run_once(self) -> bool:
-        """Start as many due actions as there are free workers; False when nothing was due."""
+        """Start as many due actions as there are free workers; False when nothing was due.
+
+        Soon after a claim it only looks at first: that is cheaper, locks nobody out, and mostly nothing is
+        due. Once `IDLE_MAX` has passed it claims without, so that a store that cannot be written, or can
+        again, is noticed while nothing is due as well.
+        """
+        self._seen = None
         await self._renew()
         free = self._workers - len(self._under_way)
         if free <= 0:
             return False
         now = self._clock.now()
+        if self._clock.elapsed() - self._claimed_at < IDLE_MAX.total_seconds():
+            async with self._store.read() as tx:
+                earliest = await outbox.earliest_due(tx)
+            if earliest is None or earliest > now:
+                self._seen = _Seen(earliest)
+                return False
         async with self._store.write() as tx:
             claimed = await outbox.claim(tx, now=now, lease=self._lease, limit=free)
+        self._claimed_at = self._clock.elapsed()
         for leased in claimed:
             task = asyncio.create_task(self._attempt(leased), name=f"action-{leased.id}")
             self._under_way[task] = leased
@@ -72,11 +96,16 @@ class Outbox:
         """How long nothing more can be started, unless a worker comes free (which sets `wake`).
 
         What is due by now and was not claimed waits for an earlier action of its subject, or for a worker.
+        When `run_once` just saw that nothing is due, it need not be asked again: what was added since then
+        has set `wake`, or is another process's, which `IDLE_MAX` is for.
         """
         now = self._clock.now()
         longest = min(IDLE_MAX, self._lease / RENEWALS)
-        async with self._store.read() as tx:
-            due_at = await outbox.next_due(tx, after=now)
+        seen, self._seen = self._seen, None
+        if seen is None:
+            async with self._store.read() as tx:
+                seen = _Seen(await outbox.next_due(tx, after=now))
+        due_at = seen.next_due
         return longest if due_at is None else min(due_at - now, longest)
 
     async def drain(self, *, at_most: timedelta) -> None:

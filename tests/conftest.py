@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from chaos_summary import ChaosSummary
 from hypothesis import settings
 from manual_clock import ManualClock
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -19,6 +20,10 @@ from billingd.store.schema import metadata
 
 settings.register_profile("billingd", deadline=None, derandomize=True)  # the same on every machine
 settings.load_profile("billingd")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ChaosSummary(config), "chaos-summary")
 
 
 @pytest.fixture

@@ -29,18 +29,20 @@ drain = "1s"
 """
 
 
-def call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
-    """One JSON request; POST when there is a body."""
+def call(
+    url: str, body: Any = None, headers: dict[str, str] | None = None, *, method: str | None = None
+) -> Any:
+    """One JSON request; POST when there is a body, unless told otherwise."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(
-        url, data, {"Content-Type": "application/json", "X-Billingd": "1", **(headers or {})}
+        url, data, {"Content-Type": "application/json", "X-Billingd": "1", **(headers or {})}, method=method
     )
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.loads(answer.read())
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    """Wait until something is so; fail with its name when it never is."""
+def until(what: str, true: Callable[[], bool], *, said: Callable[[], object] = str) -> None:
+    """Wait until something is so; fail with its name, and with what `said` says then, when it never is."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -49,7 +51,7 @@ def until(what: str, true: Callable[[], bool]) -> None:
         except (OSError, ValueError):
             pass
         time.sleep(0.02)
-    raise AssertionError(f"never came true: {what}")
+    raise AssertionError(f"never came true: {what} {said()}".rstrip())
 
 
 class Sandbox:
@@ -74,6 +76,17 @@ class Sandbox:
         """POST /control/WHAT."""
         return call(f"{self.base}/control/{what}", body)
 
+    def hook(self, url: str) -> None:
+        """Send webhooks there instead, with the secret they had."""
+        call(f"{self.base}/control/hooks", method="DELETE")
+        secret = self.secrets()["BILLINGD_WEBHOOKS__SECRET"]
+        self.do("hooks", url=url, headers={"Authorization": secret})
+
+    def secrets(self) -> dict[str, str]:
+        """What it told to export, by name."""
+        lines = [line for line in self.printed.splitlines() if line.startswith("# export ")]
+        return {name: value.strip("'") for name, value in (line[9:].split("=", 1) for line in lines)}
+
     def ledger(self) -> dict[str, Any]:
         """What was served, reported and billed."""
         document: dict[str, Any] = call(f"{self.base}/control/ledger")
@@ -96,10 +109,8 @@ class Daemon:
         self.config.write_text(
             f'{settings}\n[admin]\nlisten = "127.0.0.1:{ports[0]}"\n[store]\nurl = "{store_url}"\n{FAST}'
         )
-        secrets = [line for line in sandbox.printed.splitlines() if line.startswith("# export ")]
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("BILLINGD_")} | {
-            name: value.strip("'") for name, value in (line[9:].split("=", 1) for line in secrets)
-        }
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("BILLINGD_")}
+        self.environment |= sandbox.secrets()
         self.environment |= {"BILLINGD_RECURLY__TIMEOUT": "2s", "BILLINGD_RECURLY__SETTLING": "1s"}
         self.process: subprocess.Popen[bytes] | None = None
 

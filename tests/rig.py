@@ -1,35 +1,46 @@
 """The daemon's core on a real store, in front of the sandbox on a real socket, with one clock for all."""
 
 import asyncio
+import copy
 import json
+import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
-from aiohttp.test_utils import TestServer
+import sqlalchemy as sa
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
 from billingd.admin.metrics import Metrics
 from billingd.daemon import Outside, assemble
 from billingd.domain.attempts import Action
+from billingd.domain.errors import BillingdError
 from billingd.domain.events import parse_amplify
 from billingd.loops import Clock
 from billingd.sandbox import control_amplify, control_both, control_traffic, server
 from billingd.sandbox.amplify.journal import Event
+from billingd.sandbox.amplify.routes import routes as amplify_routes
 from billingd.sandbox.asked import Asked
 from billingd.sandbox.clock import ManualClock as SandboxClock
+from billingd.sandbox.clock import dating
 from billingd.sandbox.faults import Rule
 from billingd.sandbox.ledger import ledger
+from billingd.sandbox.recurly.routes import routes as recurly_routes
 from billingd.sandbox.world import World
 from billingd.settings import Settings
 from billingd.store import held, links, outbox, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.links import SubscriptionLink
+from billingd.store.schema import metadata
 
 START = datetime(2026, 3, 2, 10, 5, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -46,22 +57,35 @@ class Crash(BaseException):
 
 
 class Steps:
-    """Counts the steps of a process (calls out, commits) and dies at one of them."""
+    """Counts the steps of a process (calls out, commits) and dies at one of them.
+
+    With `wire`, a request that changes something is two steps more: once it was sent, and once the far side
+    has carried it out. With `reads`, every other request is two steps too.
+    """
 
     def __init__(self) -> None:
         self.taken: list[str] = []
         self.die_at: int | None = None
         self.dead = False
+        self.wire = False
+        self.reads = False
+        self.in_flight: list[Callable[[], Awaitable[object]]] = []
+        """What a process that died had sent already: the far side carries it out some time."""
 
     def arm(self, step: int | None) -> None:
         """Count from zero, die at that step."""
         self.taken, self.die_at, self.dead = [], step, False
 
     def step(self, name: str) -> None:
+        self.note(name)
+        self.alive()
+
+    def note(self, name: str) -> bool:
+        """A step that is taken outside of the process; whether it is dead, of which it learns later."""
         self.taken.append(name)
         if len(self.taken) == self.die_at:
             self.dead = True
-        self.alive()
+        return self.dead
 
     def alive(self) -> None:
         """Whatever else a dead process does fails as well."""
@@ -87,13 +111,23 @@ class Dying:
         async def stepped(*args: Any, **kwargs: Any) -> Any:
             if not name.startswith(WRITES):
                 self._steps.alive()
-                return await call(*args, **kwargs)
+                result = await self._outlived(call, *args, **kwargs)
+                self._steps.alive()
+                return result
             self._steps.step(f"before {name}")
-            result = await call(*args, **kwargs)
+            result = await self._outlived(call, *args, **kwargs)
             self._steps.step(f"after {name}")
             return result
 
         return stepped
+
+    async def _outlived(self, call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        """Who died while the call was under way hears nothing of what came of it."""
+        try:
+            return await call(*args, **kwargs)
+        except BillingdError:
+            self._steps.alive()
+            raise
 
 
 class DyingStore(Store):
@@ -112,13 +146,23 @@ class DyingStore(Store):
 
 
 class SharedClock(Clock):
-    """The sandbox's time, so that both sides agree on it; waiting moves it."""
+    """The sandbox's time, so that both sides agree on it, but for `offset`; waiting moves it."""
 
     def __init__(self, far: SandboxClock) -> None:
         self.far = far
+        self.offset = timedelta(0)
+        self._went_back = timedelta(0)
+
+    def travel(self, far: SandboxClock) -> None:
+        """Another time is now; what has elapsed never shrinks all the same."""
+        self._went_back += self.far.now() - far.now()
+        self.far, self.offset = far, timedelta(0)
 
     def now(self) -> datetime:
-        return self.far.now()
+        return self.far.now() + self.offset
+
+    def elapsed(self) -> float:
+        return (self.far.now() + self._went_back).timestamp()
 
     async def wait(self, wake: asyncio.Event, at_most: timedelta) -> None:
         self.far.advance(at_most)
@@ -142,17 +186,104 @@ class Channels:
         return True
 
 
+class Front:
+    """The socket of both far sides; the world behind it can be replaced."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    async def show(self, app: web.Application) -> None:
+        """From now on this is what answers; connections to whatever answered before are closed."""
+        await self._hide()
+        app.middlewares.insert(0, _on_the_way(self._steps))
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._runner.setup()
+        if self._server is None:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(self._connected, "127.0.0.1", 0)
+            self.port = self._server.sockets[0].getsockname()[1]
+
+    def _connected(self) -> asyncio.Protocol:
+        assert self._runner is not None
+        serve = self._runner.server
+        assert serve is not None
+        return serve()
+
+    async def _hide(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        await self._hide()
+        if self._server is not None:
+            await self._server.wait_closed()
+
+
+def _on_the_way(steps: Steps) -> Middleware:
+    """Where a process may die while its request is under way; what it has sent is carried out some time."""
+
+    @web.middleware
+    async def passing(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not steps.wire:
+            return await handler(request)
+        if steps.dead:
+            return _hung_up(request)
+        writes = request.method not in {"GET", "HEAD"}
+        counted = writes or steps.reads
+        what = f"{request.method} {request.path}"
+        if counted:
+            await request.read()
+            if steps.note(f"sent {what}"):
+                if writes:
+                    steps.in_flight.append(lambda: handler(request))
+                return _hung_up(request)
+        answer = await handler(request)
+        died = counted and steps.note(f"carried out {what}")
+        return _hung_up(request) if died else answer
+
+    return passing
+
+
+def _hung_up(request: web.Request) -> web.StreamResponse:
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response()  # goes nowhere
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Everything as it was at one moment at which nothing was under way."""
+
+    world: World
+    unheard: list[Event]
+    clock: SandboxClock
+    file: bytes
+    rows: dict[str, list[Json]]
+
+
 class Rig:
     """Everything between a webhook and a bill; `world` is the truth of both far sides."""
 
-    def __init__(self, world: World, far: SandboxClock, store: DyingStore, steps: Steps) -> None:
+    def __init__(
+        self, world: World, far: SandboxClock, store: DyingStore, steps: Steps, front: Front
+    ) -> None:
         self.world = world
         self.far = far
         self.store = store
         self.steps = steps
+        self.front = front
         self.clock = SharedClock(far)
         self.channels = Channels()
         self.unheard: list[Event] = []
+        self.make_adapters: Callable[[], tuple[Amplify, Recurly]] | None = None
+        self.workers = 4
+        self.look_again = LOOK_AGAIN
         self.amplify: Any = None
         self.recurly: Any = None
         self.collection_method = "manual"
@@ -169,7 +300,91 @@ class Rig:
         self.steps.arm(None)
         outside = Outside(self.amplify, self.recurly, self.channels, Metrics())  # type: ignore[arg-type]
         daemon = assemble(self.settings(), self.store, self.clock, outside, rng=Random(1))
+        self.daemon = daemon
         self.engine, self.poller, self.listener = daemon.outbox, daemon.poller, daemon.webhooks
+
+    async def restart(self, *, die_at: int | None = None) -> None:
+        """A new process after a death: its adapters know nothing; on SQLite it takes all leases back."""
+        await self.gone()
+        await self.recurly._adapter.close(deadline=timedelta(seconds=1))
+        assert self.make_adapters is not None
+        amplify, recurly = self.make_adapters()
+        self.amplify, self.recurly = Dying(amplify, self.steps), Dying(recurly, self.steps)
+        self.start()
+        self.steps.arm(die_at)
+        if self.store.sqlite:
+            async with self.store.write() as tx:
+                await outbox.take_back_leases(tx, now=self.clock.now())
+
+    async def close(self) -> None:
+        """Ends the daemon's part of it."""
+        await self.engine.drain(at_most=timedelta(seconds=5))
+        await self.recurly._adapter.close(deadline=timedelta(seconds=5))
+
+    async def gone(self) -> None:
+        """Waits until nothing of a dead process is under way any more."""
+        tasks = list(self.engine._under_way)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if flights := self.recurly._adapter._calls._workers._under_way:
+            await asyncio.wait(list(flights), timeout=10)
+
+    async def land(self) -> int:
+        """The far sides carry out what a dead process had sent."""
+        flying, self.steps.in_flight[:] = list(self.steps.in_flight), []
+        for carry_out in flying:
+            await carry_out()
+        return len(flying)
+
+    # Going back to a moment.
+
+    async def save(self) -> Saved:
+        """Everything as it is now, when nothing is under way."""
+        kept = [each for each in self.world.tenant.journal.listeners if each != self.unheard.append]
+        self.world.tenant.journal.listeners[:] = kept
+        world, unheard, clock = copy.deepcopy((self.world, self.unheard, self.far))
+        self.world.tenant.journal.listeners.append(self.unheard.append)
+        if self.store.path is None:
+            return Saved(world, unheard, clock, b"", await self._all_rows())
+        await self.store.close()  # the file is whole then; both engines open it again by themselves
+        return Saved(world, unheard, clock, self.store.path.read_bytes(), {})
+
+    async def load(self, saved: Saved) -> None:
+        """Everything as it was then, with a new process. Recurly has forgotten every idempotency key."""
+        await self.gone()
+        self.steps.in_flight.clear()
+        self.steps.arm(None)
+        world, unheard, clock = copy.deepcopy((saved.world, saved.unheard, saved.clock))
+        self.world, self.far = world, clock
+        self.clock.travel(clock)
+        self.unheard[:] = unheard
+        world.tenant.journal.listeners.append(self.unheard.append)
+        await self.front.show(_around(world))
+        if self.store.path is None:
+            await self._put_rows(saved.rows)
+        else:
+            await self.store.close()
+            self.store.path.write_bytes(saved.file)
+        self.channels.provider.clear()
+        self.channels.mails.clear()
+        await self.restart()
+
+    async def _all_rows(self) -> dict[str, list[Json]]:
+        return {table.name: await self.rows(table) for table in metadata.sorted_tables}
+
+    async def _put_rows(self, rows: dict[str, list[Json]]) -> None:
+        async with Store.write(self.store) as tx:
+            names = ", ".join(table.name for table in metadata.sorted_tables)
+            await tx.execute(sa.text(f"TRUNCATE {names} RESTART IDENTITY CASCADE"))
+            for table in metadata.sorted_tables:
+                if rows[table.name]:
+                    await tx.execute(table.insert(), rows[table.name])
+                identity = table.primary_key.columns.values()[0]
+                if len(table.primary_key.columns) == 1 and isinstance(identity.type, sa.Integer):
+                    sequence = f"pg_get_serial_sequence('{table.name}', '{identity.name}')"
+                    top = f"(SELECT max({identity.name}) FROM {table.name})"
+                    await tx.execute(sa.text(f"SELECT setval({sequence}, {top})"))
 
     def settings(self) -> Settings:
         """The configuration: the defaults, but for what a test has set."""
@@ -179,7 +394,7 @@ class Rig:
                 "recurly": {"collection_method": self.collection_method, "settling": SETTLING},
                 "webhooks": {"auth": "none"},
                 "traffic": {"window": self.window, "settle": self.settle, "horizon": self.horizon},
-                "outbox": {"workers": 4, "lease": LEASE, "backoff_max": LOOK_AGAIN},
+                "outbox": {"workers": self.workers, "lease": LEASE, "backoff_max": self.look_again},
                 "accounts": {"missing": self.accounts_missing},
                 "subscriptions": {"on_cancel": self.on_cancel},
                 "notifications": {"marketplace_url": self.marketplace_url},
@@ -260,10 +475,14 @@ class Rig:
         """Webhooks for what happened since; the actions they led to."""
         events, self.unheard[:] = choose(list(self.unheard)), []
         actions = 0
-        for event in events:
-            answer = await self.listener._accept(parse_amplify(json.dumps(event.envelope()).encode()))
-            assert isinstance(answer.body, bytes)
-            actions += json.loads(answer.body)["actions"]
+        try:
+            while events:
+                answer = await self.listener._accept(parse_amplify(json.dumps(events[0].envelope()).encode()))
+                assert isinstance(answer.body, bytes)
+                actions += json.loads(answer.body)["actions"]
+                del events[0]
+        finally:
+            self.unheard[:0] = events  # not acknowledged: they come again
         return actions
 
     async def drain(self) -> None:
@@ -406,6 +625,16 @@ def _plain(fields: Json) -> Json:
     }
 
 
+def _around(world: World) -> web.Application:
+    """Both far sides over a world that was there before."""
+    middlewares = [server._counting(world), world.faults.middleware(server.side_of)]
+    app = web.Application(client_max_size=server.BODY_BYTES_MAX, middlewares=middlewares)
+    app.add_routes(amplify_routes(world.tenant))
+    app.add_routes(recurly_routes(world.site))
+    app.on_response_prepare.append(dating(world.clock))
+    return app
+
+
 @asynccontextmanager
 async def a_rig(url: str, *, start: datetime = START) -> AsyncIterator[Rig]:
     """A rig on a store of its own; the far sides stand still unless moved."""
@@ -414,42 +643,55 @@ async def a_rig(url: str, *, start: datetime = START) -> AsyncIterator[Rig]:
     world = app[server.WORLD]
     world.site.configure(rate_limit_per_minute=1_000_000)
     steps = Steps()
+    front = Front(steps)
 
     async def sleep(seconds: float) -> None:
-        far.advance(timedelta(seconds=seconds))
+        rig.far.advance(timedelta(seconds=seconds))
 
-    async with TestServer(app) as served, aiohttp.ClientSession() as session:
-        base = str(served.make_url("")).rstrip("/")
-        recurly = Recurly(
-            api_key=server.API_KEY,
-            base_url=base,
-            region="us",
-            timeout=timedelta(seconds=10),
-            requests_per_minute=1_000_000,
-            threads=2,
-            clock=far.now,
-            monotonic=lambda: far.now().timestamp(),
-            sleep=sleep,
-        )
-        amplify = Amplify(
-            session,
-            central_url=base,
-            login_url=f"{base}/auth",
-            platform_url=base,
-            api_version="v1",
-            organization_id=world.tenant.organization_id,
-            client_id=world.tenant.tokens.client_id,
-            client_secret=world.tenant.tokens.client_secret,
-            timeout=timedelta(seconds=10),
-            clock=far.now,
-        )
-        try:
-            async with DyingStore(url, steps) as store:
-                rig = Rig(world, far, store, steps)
-                rig.amplify, rig.recurly = Dying(amplify, steps), Dying(recurly, steps)
-                rig.start()
-                await rig.poll()  # the watermark begins with the present window
-                yield rig
-                await rig.engine.drain(at_most=timedelta(seconds=5))
-        finally:
-            await recurly.close(deadline=timedelta(seconds=5))
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(front.close)
+        await front.show(app)
+        base = f"http://127.0.0.1:{front.port}"
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+
+        def adapters() -> tuple[Amplify, Recurly]:
+            with patch("ssl._create_default_https_context", _no_tls):  # reads the system's certificates
+                recurly = Recurly(
+                    api_key=server.API_KEY,
+                    base_url=base,
+                    region="us",
+                    timeout=timedelta(seconds=10),
+                    requests_per_minute=1_000_000,
+                    threads=min(rig.workers, 2),
+                    clock=lambda: rig.clock.now(),
+                    monotonic=lambda: rig.clock.elapsed(),
+                    sleep=sleep,
+                )
+            amplify = Amplify(
+                session,
+                central_url=base,
+                login_url=f"{base}/auth",
+                platform_url=base,
+                api_version="v1",
+                organization_id=world.tenant.organization_id,
+                client_id=world.tenant.tokens.client_id,
+                client_secret=world.tenant.tokens.client_secret,
+                timeout=timedelta(seconds=10),
+                clock=lambda: rig.clock.now(),
+            )
+            return amplify, recurly
+
+        store = await stack.enter_async_context(DyingStore(url, steps))
+        rig = Rig(world, far, store, steps, front)
+        rig.make_adapters = adapters
+        amplify, recurly = adapters()
+        rig.amplify, rig.recurly = Dying(amplify, steps), Dying(recurly, steps)
+        stack.push_async_callback(rig.close)
+        rig.start()
+        await rig.poll()  # the watermark begins with the present window
+        yield rig
+
+
+def _no_tls() -> ssl.SSLContext:
+    """What the SDK wants for a connection that is replaced at once."""
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

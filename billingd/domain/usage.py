@@ -77,22 +77,27 @@ def book(
     """The records that bring what is recorded of one window up to what was read of it.
 
     `read` has the units of each piece that the window is cut into (mostly the window itself), `recorded`
-    what the ledger has of it, by piece. Where the pieces were others then, a record counts for the piece it
-    ends in. Never more is booked than is missing in the whole window, so that a cut that became known late
-    moves no unit twice. Less read than recorded books nothing: a fault to show, not a refund (totals of a
-    past window only grow, amplify.md 6.4).
+    what the ledger has of it, by piece. A record that straddles pieces, because the cut was not known then,
+    counts for the earliest that still lack units. Never more is booked than is missing in the whole window,
+    so that a cut that became known late moves no unit twice. Less read than recorded books nothing: a fault
+    to show, not a refund (totals of a past window only grow, amplify.md 6.4).
 
     A record's time is the last whole second of its piece that lies `before` a moment: usage cannot be told
     of the future. A piece that begins later has none yet, and waits for a later reading.
     """
     missing = sum(read.values()) - sum(one.units for one in recorded.values())
+    straddling = sum(
+        one.units for key, one in recorded.items() if not any(_within(key, piece) for piece in read)
+    )
     for piece, units in sorted(read.items()):
+        known = sum(one.units for key, one in recorded.items() if _within(key, piece))
+        poured = min(straddling, max(0, units - known))
+        straddling -= poured
         at = min(piece.end, before) - RECURLY_SECOND
         if missing <= 0 or at < piece.start:
             continue
-        known = sum(one.units for key, one in recorded.items() if piece.start < key.end <= piece.end)
         revision = recorded[piece].revisions if piece in recorded else 0
-        short = min(units - known, missing)
+        short = min(units - known - poured, missing)
         while short > 0:
             revision += 1
             part = min(short, UNITS_MAX)
@@ -107,3 +112,7 @@ def book(
                 at,
                 merchant_tag(subscription_id, quota_id, piece, revision),
             )
+
+
+def _within(inner: Window, outer: Window) -> bool:
+    return outer.start <= inner.start and inner.end <= outer.end

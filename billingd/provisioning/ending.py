@@ -24,11 +24,6 @@ log = structlog.get_logger()
 CANCELED: Final = "canceled"
 EXPIRED: Final = "expired"
 
-SOON: Final = timedelta(seconds=5)
-
-LAST_CALL: Final = timedelta(minutes=2)
-"""How long before a renewal a subscription that is over at Amplify is ended at the latest."""
-
 
 def end_action(subscription_id: str) -> Action:
     """End a subscription at Recurly, once its last usage has been reported."""
@@ -44,7 +39,6 @@ class Billing(Protocol):
     """What is read and written at Recurly."""
 
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
-    def far_now(self) -> datetime: ...
     async def cancel_subscription(
         self, uuid: str, *, key: str, retried: bool = False
     ) -> BilledSubscription: ...
@@ -84,10 +78,9 @@ class SubscriptionEnder:
     async def end(self, action: Leased) -> Wait | None:
         """End it only when every window up to its end has been read and everything in them reported.
 
-        A terminated subscription takes no usage afterwards, so ending first would lose units for ever. But
-        nobody may pay for another period because billingd still waits: right before a renewal, when the
-        poller has read up to the present, it ends with what is known; what shows up later is held. One that
-        is only cancelled takes usage until its bill date, so that waits for nothing.
+        A terminated subscription takes no usage afterwards, so ending first would lose units for ever. When
+        it renews meanwhile, the base price of that period is somebody's to refund. One that is only cancelled
+        takes usage until its bill date, so that waits for nothing.
         """
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, action.args["id"])
@@ -98,12 +91,10 @@ class SubscriptionEnder:
         # A pass that reads past `linked_at` began after the link was there: it read older windows again.
         all_read = watermark is not None and watermark.at >= max(link.usage_until, link.linked_at)
         how = self._ended_as(link, (await self._billing.get_subscription(link.uuid)).state)
-        left = self._until_renewal(link)
-        pause = self._look_again if left is None else min(self._look_again, max(left, SOON))
-        if how == EXPIRED and not all_read and (left is None or left > timedelta(0)):
-            return Wait(pause, "waits until all traffic before its end has been read")
+        if how == EXPIRED and not all_read:
+            return Wait(self._look_again, "waits until all traffic before its end has been read")
         if how == EXPIRED and unreported:
-            return Wait(pause, f"waits until {unreported} usage record(s) are reported")
+            return Wait(self._look_again, f"waits until {unreported} usage record(s) are reported")
         await self._once.write(
             f"end:{link.uuid}",
             {"ends": how},
@@ -125,13 +116,6 @@ class SubscriptionEnder:
             await links.end(tx, link.subscription_id, billed_state=how, now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
-
-    def _until_renewal(self, link: SubscriptionLink) -> timedelta | None:
-        """How long it may still wait before it would renew; None when it renewed already, or never will."""
-        now = self._billing.far_now()
-        if link.period_ends_at is None or link.period_ends_at <= now:
-            return None
-        return max(link.period_ends_at - LAST_CALL - now, timedelta(0))
 
     async def _send(self, link: SubscriptionLink, how: str, key: str, *, retried: bool) -> str:
         try:

@@ -42,8 +42,8 @@ class Store:
         self.write_error: str | None = None
         """Why the latest transaction for writing failed, or None when it did not."""
         if self.sqlite:
-            self._writer = _sqlite(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
-            self._reader = _sqlite(self.url, pool_size=READERS, begin="BEGIN")
+            self._writer = _sqlite(self.url, pool_size=1)
+            self._reader = _sqlite(self.url, pool_size=READERS)
             self._group: GroupCommit | None = GroupCommit(self._writer)
         else:
             self._writer = self._reader = create_async_engine(
@@ -75,8 +75,11 @@ class Store:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[Tx]:
         """A consistent view; nothing written in it is kept. Raises StoreUnavailable."""
-        async with _transaction(self._reader, commit=False) as tx:
-            yield tx
+        with _translated():
+            async with self._reader.connect() as tx:  # leaving it rolls back
+                if self.sqlite:
+                    await tx.exec_driver_sql("BEGIN")
+                yield tx
 
     def lock(self) -> None:
         """Take a SQLite store for this process until it ends. Raises StoreBusy when another has it.
@@ -120,9 +123,10 @@ class Store:
 class GroupCommit:
     """One writer at a time, and one sync to disk for all that wait together (SQLite syncs at each commit).
 
-    Blocks run one after the other, each in a savepoint of its own, in a transaction they share. The first
-    of a group queues its commit behind whoever waits already; a block returns when that commit is on disk.
-    A later block of a group sees what an earlier one wrote, and fails with it if the commit fails.
+    Blocks run one after the other in a transaction they share. The first of a group queues its commit
+    behind whoever waits already; a block returns when that commit is on disk. A later block has a savepoint
+    of its own, sees what an earlier one wrote, and fails with it if the commit fails. The first needs no
+    savepoint: when it fails, nobody else is in the transaction yet, and all of it is rolled back.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -136,20 +140,23 @@ class GroupCommit:
     async def member(self) -> AsyncIterator[Tx]:
         """A block in the group that is open now, or the first of a new one."""
         async with self._turn:
+            first = self._connection is None
             connection, committed = await self._open()
             try:
                 with _translated():
-                    async with connection.begin_nested():
+                    async with contextlib.nullcontext() if first else connection.begin_nested():
                         yield connection
             except (StoreUnavailable, StoreDamaged) as error:
-                await self._fail(error)  # SQLite may have rolled all of the group back
+                await self._end(error)  # SQLite may have rolled all of the group back
                 raise
             except BaseException as error:
                 if not connection.invalidated:
+                    if first:
+                        await self._end()
                     raise
                 # what SQLAlchemy does when a statement is cancelled: nobody in the group is kept
                 cut_off = StoreUnavailable("the store is not available: who shared a transaction was cut off")
-                await self._fail(cut_off)
+                await self._end(cut_off)
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise asyncio.CancelledError from error
@@ -167,7 +174,7 @@ class GroupCommit:
         with _translated():
             connection = await self._engine.connect().start()
             try:
-                await connection.begin()
+                await connection.exec_driver_sql("BEGIN IMMEDIATE")
             except BaseException:  # cancelled, say: the pool has one connection, and must get it back
                 await connection.close()
                 raise
@@ -179,12 +186,15 @@ class GroupCommit:
         task.add_done_callback(self._committing.discard)
         return connection, self._committed
 
-    async def _fail(self, error: BillingdError) -> None:
-        """End the open group without a commit; all its blocks fail alike."""
+    async def _end(self, error: BillingdError | None = None) -> None:
+        """End the open group without a commit; all its blocks fail alike (no error: there are none left)."""
         connection, committed = self._connection, self._committed
         self._connection = self._committed = None
         if committed is not None:
-            committed.set_exception(error)
+            if error is None:
+                committed.set_result(None)
+            else:
+                committed.set_exception(error)
         if connection is not None:
             with contextlib.suppress(sa.exc.SQLAlchemyError):  # there is nothing left to lose
                 await connection.close()
@@ -193,7 +203,7 @@ class GroupCommit:
         """Commit the open group, once everybody who waited before has had a turn."""
         async with self._turn:
             if committed.done():
-                return  # it failed as a whole
+                return  # it ended without
             self._connection = self._committed = None
             try:
                 with _translated():
@@ -212,12 +222,10 @@ class GroupCommit:
 
 
 @asynccontextmanager
-async def _transaction(engine: AsyncEngine, *, commit: bool = True) -> AsyncIterator[Tx]:
+async def _transaction(engine: AsyncEngine) -> AsyncIterator[Tx]:
     with _translated():
-        async with engine.connect() as connection, connection.begin() as transaction:
+        async with engine.begin() as connection:
             yield connection
-            if not commit:
-                await transaction.rollback()
 
 
 @contextmanager
@@ -253,7 +261,7 @@ def _connection_lost(error: sa.exc.DBAPIError) -> bool:
     return lost or state in {"25006", "55000", "55P03"}
 
 
-def _sqlite(url: sa.URL, *, pool_size: int, begin: str) -> AsyncEngine:
+def _sqlite(url: sa.URL, *, pool_size: int) -> AsyncEngine:
     if url.database in {None, "", ":memory:"}:
         raise ValueError("store.url must name a file: an in-memory store is not durable")
     engine = create_async_engine(
@@ -262,7 +270,7 @@ def _sqlite(url: sa.URL, *, pool_size: int, begin: str) -> AsyncEngine:
 
     @sa.event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # SQLAlchemy says BEGIN itself, below, so that it is IMMEDIATE
+        connection.isolation_level = None  # BEGIN is said where a transaction begins: a writer's is IMMEDIATE
         cursor = connection.cursor()
         for pragma in (
             "journal_mode=WAL",
@@ -272,9 +280,5 @@ def _sqlite(url: sa.URL, *, pool_size: int, begin: str) -> AsyncEngine:
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
-
-    @sa.event.listens_for(engine.sync_engine, "begin")
-    def start(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(begin)
 
     return engine

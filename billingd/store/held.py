@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from billingd.domain.attempts import Action
 from billingd.store.engine import Tx
-from billingd.store.rows import insert
+from billingd.store.rows import insert_new
 from billingd.store.schema import held
 
 WRITTEN_OFF: Final = "written off: "
@@ -59,8 +59,7 @@ async def add(tx: Tx, hold: Hold, *, now: datetime) -> bool:
     moved = await tx.execute(sa.update(held).where(standing).values(**row))
     if moved.rowcount or await _written_off(tx, hold):
         return False
-    statement = insert(tx, held).values(**row, since=now).on_conflict_do_nothing()
-    return (await tx.execute(statement)).rowcount == 1
+    return await insert_new(tx, held, [row | {"since": now}]) == 1
 
 
 async def _written_off(tx: Tx, hold: Hold) -> bool:
@@ -77,12 +76,21 @@ async def _written_off(tx: Tx, hold: Hold) -> bool:
     return bool(last.units == hold.units and last.reason == hold.reason)
 
 
+_STANDING: Final = sa.select(held).where(held.c.closed_at.is_(None)).order_by(held.c.id)
+_STANDING_OF_SUBJECT: Final = _STANDING.where(held.c.subject == sa.bindparam("of_subject"))
+_STANDING_OF_KIND: Final = _STANDING.where(held.c.kind == sa.bindparam("of_kind"))
+_CLOSE: Final = sa.update(held).where(
+    held.c.subject == sa.bindparam("of_subject"),
+    held.c.closed_at.is_(None),
+    held.c.kind != sa.bindparam("but_kind"),
+)
+"""Made once, for these are asked often: making one takes longer than running it."""
+
+
 async def close(tx: Tx, *, subject: str, resolution: str, now: datetime, but_kind: str | None = None) -> int:
     """Whatever was held of a subject (but for one kind) is no longer; return how many."""
-    statement = sa.update(held).where(held.c.subject == subject, held.c.closed_at.is_(None))
-    if but_kind is not None:
-        statement = statement.where(held.c.kind != but_kind)
-    return (await tx.execute(statement.values(closed_at=now, resolution=resolution))).rowcount
+    given = {"of_subject": subject, "but_kind": but_kind or "", "closed_at": now, "resolution": resolution}
+    return (await tx.execute(_CLOSE, given)).rowcount
 
 
 async def close_one(tx: Tx, held_id: int, *, resolution: str, now: datetime) -> bool:
@@ -108,12 +116,13 @@ async def find(tx: Tx, held_id: int) -> Mapping[str, Any] | None:
 
 async def standing(tx: Tx, *, subject: str | None = None, kind: str | None = None) -> list[dict[str, Any]]:
     """Everything held now, the oldest first."""
-    statement = sa.select(held).where(held.c.closed_at.is_(None)).order_by(held.c.id)
     if subject is not None:
-        statement = statement.where(held.c.subject == subject)
-    if kind is not None:
-        statement = statement.where(held.c.kind == kind)
-    return [dict(row) for row in (await tx.execute(statement)).mappings()]
+        found = await tx.execute(_STANDING_OF_SUBJECT, {"of_subject": subject})
+    elif kind is not None:
+        found = await tx.execute(_STANDING_OF_KIND, {"of_kind": kind})
+    else:
+        found = await tx.execute(_STANDING)
+    return [dict(row) for row in found.mappings() if kind is None or row["kind"] == kind]
 
 
 async def count(tx: Tx) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What is durably known of each write to Recurly, before, while and after it is sent."""
 
 from datetime import datetime
+from typing import Final
 
 import sqlalchemy as sa
 
@@ -9,13 +10,18 @@ from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
 from billingd.store.schema import intents
 
+_FIND: Final = sa.select(*(intents.c[name] for name in Intent.__slots__)).where(
+    intents.c.name == sa.bindparam("of_name")
+)
+_OF_NAME: Final = sa.update(intents).where(intents.c.name == sa.bindparam("of_name"))
+_SENT: Final = _OF_NAME.where(intents.c.state == "open", intents.c.sends == sa.bindparam("at_sends"))
+"""Made once, for each write needs them. An update sets what it is given by its column's name."""
+
 
 async def find(tx: Tx, name: str) -> Intent | None:
     """The intent of that name, or None when nothing was ever sent under it."""
-    row = (await tx.execute(sa.select(intents).where(intents.c.name == name))).one_or_none()
-    if row is None:
-        return None
-    return Intent(**{name: getattr(row, name) for name in Intent.__slots__})
+    row = (await tx.execute(_FIND, {"of_name": name})).one_or_none()
+    return None if row is None else Intent(*row)
 
 
 async def opened(
@@ -59,18 +65,12 @@ async def opened(
 
 async def done(tx: Tx, name: str, *, result: str) -> None:
     """It took effect; `result` is the far side's id for it. The name need not have been sent from here."""
-    await tx.execute(
-        sa.update(intents).where(intents.c.name == name).values(state="done", result=result, burnt=False)
-    )
+    await tx.execute(_OF_NAME, {"of_name": name, "state": "done", "result": result, "burnt": False})
 
 
 async def refused(tx: Tx, name: str, *, sends: int) -> bool:
     """That sending clearly did not take effect. False, and nothing changes, when it was sent since."""
-    moved = await tx.execute(
-        sa.update(intents)
-        .where(intents.c.name == name, intents.c.state == "open", intents.c.sends == sends)
-        .values(state="refused")
-    )
+    moved = await tx.execute(_SENT, {"of_name": name, "at_sends": sends, "state": "refused"})
     return moved.rowcount == 1
 
 
@@ -79,19 +79,14 @@ async def gave_up(tx: Tx, name: str, *, sends: int, burnt: bool, now: datetime) 
 
     `burnt`: its key cannot help again, only a look-up can tell. When it was sent since, only that is kept.
     """
-    open_ = sa.and_(intents.c.name == name, intents.c.state == "open")
-    await tx.execute(sa.update(intents).where(open_, intents.c.sends == sends).values(gave_up_at=now))
+    await tx.execute(_SENT, {"of_name": name, "at_sends": sends, "gave_up_at": now})
     if burnt:
-        await tx.execute(sa.update(intents).where(open_).values(burnt=True))
+        await tx.execute(_OF_NAME.where(intents.c.state == "open"), {"of_name": name, "burnt": True})
 
 
 async def missed(tx: Tx, name: str, *, sends: int, now: datetime) -> None:
     """A look-up after the settling time found nothing of it."""
-    await tx.execute(
-        sa.update(intents)
-        .where(intents.c.name == name, intents.c.state == "open", intents.c.sends == sends)
-        .values(missed_at=now)
-    )
+    await tx.execute(_SENT, {"of_name": name, "at_sends": sends, "missed_at": now})
 
 
 async def count_open(tx: Tx) -> int:

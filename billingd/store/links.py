@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -67,12 +67,25 @@ class SubscriptionLink:
     seen_at: datetime | None = None
 
 
-_PLAN = [plan_links.c[name] for name in PlanLink.__slots__]
-_ADD_ON = [add_on_links.c[name] for name in AddOnLink.__slots__]
-_BILLING = sa.or_(
+_PLANS: Final = sa.select(*(plan_links.c[name] for name in PlanLink.__slots__))
+_PLAN: Final = _PLANS.where(plan_links.c.plan_id == sa.bindparam("of_plan"))
+_ADD_ONS: Final = sa.select(*(add_on_links.c[name] for name in AddOnLink.__slots__))
+_ADD_ON: Final = _ADD_ONS.where(add_on_links.c.quota_id == sa.bindparam("of_quota"))
+_ADD_ONS_OF: Final = _ADD_ONS.where(add_on_links.c.plan_id == sa.bindparam("of_plan")).order_by(
+    add_on_links.c.quota_id
+)
+_SUBSCRIPTIONS: Final = sa.select(*(subscription_links.c[name] for name in SubscriptionLink.__slots__))
+_SUBSCRIPTION: Final = _SUBSCRIPTIONS.where(subscription_links.c.subscription_id == sa.bindparam("of_id"))
+_SUBSCRIPTION_BY_UUID: Final = _SUBSCRIPTIONS.where(subscription_links.c.uuid == sa.bindparam("of_uuid"))
+_SUBSCRIPTIONS_IN_ORDER: Final = _SUBSCRIPTIONS.order_by(subscription_links.c.subscription_id)
+_MAY_BE_BILLED: Final = sa.or_(
     subscription_links.c.billed_state.is_(None), subscription_links.c.billed_state.not_in(sorted(OVER))
 )
-_SUBSCRIPTION = [subscription_links.c[name] for name in SubscriptionLink.__slots__]
+_BILLING: Final = _SUBSCRIPTIONS_IN_ORDER.where(_MAY_BE_BILLED)
+_NEXT_PERIOD_END: Final = sa.select(sa.func.min(subscription_links.c.period_ends_at)).where(
+    subscription_links.c.period_ends_at > sa.bindparam("after"), _MAY_BE_BILLED
+)
+"""Made once, for these are asked often: making one takes longer than running it."""
 
 
 async def save_plan(tx: Tx, link: PlanLink, add_ons: tuple[AddOnLink, ...], *, now: datetime) -> None:
@@ -89,24 +102,24 @@ async def save_plan(tx: Tx, link: PlanLink, add_ons: tuple[AddOnLink, ...], *, n
 
 async def find_plan(tx: Tx, plan_id: str) -> PlanLink | None:
     """The link of a product plan."""
-    row = (await tx.execute(sa.select(*_PLAN).where(plan_links.c.plan_id == plan_id))).one_or_none()
+    row = (await tx.execute(_PLAN, {"of_plan": plan_id})).one_or_none()
     return None if row is None else PlanLink(*row)
 
 
 async def find_plans_by_name(tx: Tx, name: str) -> list[PlanLink]:
     """The links of every product plan that has or had this name, removed ones left out."""
-    statement = sa.select(*_PLAN).where(plan_links.c.name == name, plan_links.c.state != "removed")
+    statement = _PLANS.where(plan_links.c.name == name, plan_links.c.state != "removed")
     return [PlanLink(*row) for row in await tx.execute(statement)]
 
 
 async def plans(tx: Tx) -> list[PlanLink]:
     """Every plan that is or was linked."""
-    return [PlanLink(*row) for row in await tx.execute(sa.select(*_PLAN).order_by(plan_links.c.plan_id))]
+    return [PlanLink(*row) for row in await tx.execute(_PLANS.order_by(plan_links.c.plan_id))]
 
 
 async def find_plan_by_code(tx: Tx, plan_code: str) -> PlanLink | None:
     """The link of a Recurly plan."""
-    row = (await tx.execute(sa.select(*_PLAN).where(plan_links.c.plan_code == plan_code))).one_or_none()
+    row = (await tx.execute(_PLANS.where(plan_links.c.plan_code == plan_code))).one_or_none()
     return None if row is None else PlanLink(*row)
 
 
@@ -138,13 +151,12 @@ async def is_own_write(tx: Tx, *, kind: str, resource_id: str, resource_version:
 
 async def add_ons_of(tx: Tx, plan_id: str) -> list[AddOnLink]:
     """The add-ons of a plan."""
-    statement = sa.select(*_ADD_ON).where(add_on_links.c.plan_id == plan_id).order_by(add_on_links.c.quota_id)
-    return [_add_on(row) for row in await tx.execute(statement)]
+    return [_add_on(row) for row in await tx.execute(_ADD_ONS_OF, {"of_plan": plan_id})]
 
 
 async def add_ons(tx: Tx) -> dict[str, AddOnLink]:
     """Every add-on, by quota id."""
-    return {row.quota_id: _add_on(row) for row in await tx.execute(sa.select(*_ADD_ON))}
+    return {row.quota_id: _add_on(row) for row in await tx.execute(_ADD_ONS)}
 
 
 def _add_on(row: sa.Row[Any]) -> AddOnLink:
@@ -154,7 +166,7 @@ def _add_on(row: sa.Row[Any]) -> AddOnLink:
 
 async def find_add_on(tx: Tx, quota_id: str) -> AddOnLink | None:
     """The add-on of a quota."""
-    row = (await tx.execute(sa.select(*_ADD_ON).where(add_on_links.c.quota_id == quota_id))).one_or_none()
+    row = (await tx.execute(_ADD_ON, {"of_quota": quota_id})).one_or_none()
     return None if row is None else _add_on(row)
 
 
@@ -173,15 +185,13 @@ async def create_subscription(tx: Tx, link: SubscriptionLink) -> None:
 
 async def find_subscription_by_uuid(tx: Tx, uuid: str) -> SubscriptionLink | None:
     """The link of a Recurly subscription."""
-    statement = sa.select(*_SUBSCRIPTION).where(subscription_links.c.uuid == uuid)
-    row = (await tx.execute(statement)).one_or_none()
+    row = (await tx.execute(_SUBSCRIPTION_BY_UUID, {"of_uuid": uuid})).one_or_none()
     return None if row is None else SubscriptionLink(*row)
 
 
 async def find_subscription(tx: Tx, subscription_id: str) -> SubscriptionLink | None:
     """The link of a subscription."""
-    statement = sa.select(*_SUBSCRIPTION).where(subscription_links.c.subscription_id == subscription_id)
-    row = (await tx.execute(statement)).one_or_none()
+    row = (await tx.execute(_SUBSCRIPTION, {"of_id": subscription_id})).one_or_none()
     return None if row is None else SubscriptionLink(*row)
 
 
@@ -189,7 +199,7 @@ async def subscriptions(
     tx: Tx, *, plan_id: str | None = None, states: tuple[str, ...] = ()
 ) -> list[SubscriptionLink]:
     """Subscriptions by plan and state."""
-    statement = sa.select(*_SUBSCRIPTION).order_by(subscription_links.c.subscription_id)
+    statement = _SUBSCRIPTIONS_IN_ORDER
     if plan_id is not None:
         statement = statement.where(subscription_links.c.plan_id == plan_id)
     if states:
@@ -238,15 +248,12 @@ async def _move(tx: Tx, subscription_id: str, leaves: tuple[str, ...], **values:
 
 async def billing(tx: Tx) -> list[SubscriptionLink]:
     """Subscriptions that Recurly may still invoice: all but those it showed as over."""
-    statement = sa.select(*_SUBSCRIPTION).where(_BILLING).order_by(subscription_links.c.subscription_id)
-    return [SubscriptionLink(*row) for row in await tx.execute(statement)]
+    return [SubscriptionLink(*row) for row in await tx.execute(_BILLING)]
 
 
 async def next_period_end(tx: Tx, *, after: datetime) -> datetime | None:
     """When the next billing period ends after a moment, of all subscriptions that may still be invoiced."""
-    columns = subscription_links.c
-    statement = sa.select(sa.func.min(columns.period_ends_at)).where(columns.period_ends_at > after, _BILLING)
-    ends_at: datetime | None = (await tx.execute(statement)).scalar_one()
+    ends_at: datetime | None = (await tx.execute(_NEXT_PERIOD_END, {"after": after})).scalar_one()
     return ends_at
 
 

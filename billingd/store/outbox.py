@@ -1,4 +1,7 @@
-"""The outbox: durable actions, claimed with a lease, settled only by whoever holds the newest fence."""
+"""The outbox: durable actions, claimed with a lease, settled only by whoever holds the newest fence.
+
+Its hot statements are made once, here and in the other modules: building one takes longer than running it.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -96,7 +99,6 @@ def _claiming() -> sa.sql.dml.ReturningUpdate[Any]:
 
 
 _CLAIM: Final = _claiming()
-"""Made once: building it takes longer than running it."""
 
 
 def _leased(row: Mapping[Any, Any]) -> Leased:
@@ -112,35 +114,43 @@ def _leased(row: Mapping[Any, Any]) -> Leased:
     )
 
 
+_OURS: Final = sa.and_(
+    outbox.c.id == sa.bindparam("our_id"),
+    outbox.c.state == State.LEASED,
+    outbox.c.fence == sa.bindparam("our_fence"),
+)
+"""An action that nobody claimed since we did."""
+
+_RENEW: Final = sa.update(outbox).where(_OURS).values(due_at=sa.bindparam("leased_until"))
+
+
 async def renew(tx: Tx, held: Sequence[Leased], *, now: datetime, lease: timedelta) -> set[int]:
     """Lengthen the leases that are still ours; return the ids that are."""
     kept = set()
     for leased in held:
-        moved = await tx.execute(
-            sa.update(outbox)
-            .where(outbox.c.id == leased.id, outbox.c.state == State.LEASED, outbox.c.fence == leased.fence)
-            .values(due_at=now + lease)
-        )
-        if moved.rowcount == 1:
+        given = {"our_id": leased.id, "our_fence": leased.fence, "leased_until": now + lease}
+        if (await tx.execute(_RENEW, given)).rowcount == 1:
             kept.add(leased.id)
     return kept
+
+
+_SETTLE: Final = sa.update(outbox).where(_OURS)
+"""Sets what it is given by its column's name."""
 
 
 async def settle(tx: Tx, leased: Leased, verdict: Verdict, *, now: datetime) -> None:
     """Write what the attempt led to. Raises LeaseLost when somebody claimed the action since."""
     unfinished = verdict.state in UNFINISHED
-    moved = await tx.execute(
-        sa.update(outbox)
-        .where(outbox.c.id == leased.id, outbox.c.state == State.LEASED, outbox.c.fence == leased.fence)
-        .values(
-            state=verdict.state,
-            due_at=verdict.due_at,
-            error=verdict.error,
-            attempt=0 if verdict.waited else leased.attempt,
-            settled_at=None if unfinished else now,
-        )
-    )
-    if moved.rowcount != 1:
+    given = {
+        "our_id": leased.id,
+        "our_fence": leased.fence,
+        "state": verdict.state,
+        "due_at": verdict.due_at,
+        "error": verdict.error,
+        "attempt": 0 if verdict.waited else leased.attempt - verdict.uncounted,
+        "settled_at": None if unfinished else now,
+    }
+    if (await tx.execute(_SETTLE, given)).rowcount != 1:
         raise LeaseLost(f"the lease of action {leased.id} ({leased.key}) was lost")
 
 
@@ -150,12 +160,19 @@ async def take_back_leases(tx: Tx, *, now: datetime) -> int:
     return moved.rowcount
 
 
+_EARLIEST_DUE: Final = sa.select(sa.func.min(outbox.c.due_at)).where(_in(outbox, UNFINISHED))
+_NEXT_DUE: Final = _EARLIEST_DUE.where(outbox.c.due_at > sa.bindparam("after"))
+
+
+async def earliest_due(tx: Tx) -> datetime | None:
+    """When the first unfinished action falls or fell due, or None when there is none."""
+    due_at: datetime | None = (await tx.execute(_EARLIEST_DUE)).scalar_one()
+    return due_at
+
+
 async def next_due(tx: Tx, *, after: datetime) -> datetime | None:
     """When the next unfinished action falls due after that moment, or None when there is none."""
-    statement = sa.select(sa.func.min(outbox.c.due_at)).where(
-        _in(outbox, UNFINISHED), outbox.c.due_at > after
-    )
-    due_at: datetime | None = (await tx.execute(statement)).scalar_one()
+    due_at: datetime | None = (await tx.execute(_NEXT_DUE, {"after": after})).scalar_one()
     return due_at
 
 

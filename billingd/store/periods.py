@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection
 from datetime import datetime
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -26,31 +27,44 @@ async def seen(
             "trial": period.trial,
         }
         await upsert(tx, billing_periods, row)
-    shown = (
-        {}
-        if current is None
-        else {
-            "period_started_at": current.started_at,
-            "period_ends_at": current.ends_at,
-        }
-    )
-    await tx.execute(
-        sa.update(subscription_links)
-        .where(subscription_links.c.subscription_id == subscription_id)
-        .values(billed_state=state, seen_at=now, **shown)
-    )
+    shown: dict[str, Any] = {"billed_state": state, "seen_at": now}
+    if current is not None:
+        shown |= {"period_started_at": current.started_at, "period_ends_at": current.ends_at}
+    link = subscription_links.c.subscription_id == subscription_id
+    await tx.execute(sa.update(subscription_links).where(link).values(**shown))
     return changed
+
+
+_OF: Final = (
+    sa.select(billing_periods.c.started_at, billing_periods.c.ends_at, billing_periods.c.trial)
+    .where(billing_periods.c.subscription_id == sa.bindparam("of_subscription"))
+    .order_by(billing_periods.c.started_at)
+)
 
 
 async def of(tx: Tx, subscription_id: str) -> list[Period]:
     """The known periods of a subscription, the oldest first."""
+    return [Period(*row) for row in await tx.execute(_OF, {"of_subscription": subscription_id})]
+
+
+def _since() -> sa.Select[Any]:
     columns = billing_periods.c
-    statement = (
-        sa.select(columns.started_at, columns.ends_at, columns.trial)
-        .where(columns.subscription_id == subscription_id)
-        .order_by(columns.started_at)
+    first = (
+        sa.select(columns.subscription_id, sa.func.min(columns.started_at).label("started_at"))
+        .group_by(columns.subscription_id)
+        .subquery()
     )
-    return [Period(*row) for row in await tx.execute(statement)]
+    ends_after = columns.ends_at >= sa.bindparam("moment")
+    return (
+        sa.select(columns.subscription_id, columns.started_at, columns.ends_at, columns.trial)
+        .join(first, first.c.subscription_id == columns.subscription_id)
+        .where(sa.or_(ends_after, columns.started_at == first.c.started_at))
+        .order_by(columns.subscription_id, columns.started_at)
+    )
+
+
+_SINCE: Final = _since()
+"""Made once: each poll needs it, and making it takes longer than running it."""
 
 
 async def since(tx: Tx, moment: datetime, *, only: Collection[str] | None = None) -> dict[str, list[Period]]:
@@ -58,20 +72,8 @@ async def since(tx: Tx, moment: datetime, *, only: Collection[str] | None = None
 
     (The start of the first is no edge between two bills, so it must be told from the others.)
     """
-    columns = billing_periods.c
-    first = (
-        sa.select(columns.subscription_id, sa.func.min(columns.started_at).label("started_at"))
-        .group_by(columns.subscription_id)
-        .subquery()
-    )
-    statement = (
-        sa.select(columns.subscription_id, columns.started_at, columns.ends_at, columns.trial)
-        .join(first, first.c.subscription_id == columns.subscription_id)
-        .where(sa.or_(columns.ends_at >= moment, columns.started_at == first.c.started_at))
-        .order_by(columns.subscription_id, columns.started_at)
-    )
     found: dict[str, list[Period]] = defaultdict(list)
-    for subscription_id, *period in await tx.execute(statement):
+    for subscription_id, *period in await tx.execute(_SINCE, {"moment": moment}):
         if only is None or subscription_id in only:
             found[subscription_id].append(Period(*period))
     return found

@@ -5,6 +5,7 @@ from decimal import Decimal
 from billingd.domain.attempts import Action
 from billingd.domain.money import shown
 from billingd.domain.periods import period_of
+from billingd.domain.tiers import ZERO
 from billingd.store import periods, usage
 from billingd.store.engine import Tx
 from billingd.store.held import Hold
@@ -28,17 +29,19 @@ async def usage_hold(tx: Tx, recorded: Recorded, kind: str, reason: str, action:
 
 
 async def at_stake(tx: Tx, recorded: Recorded) -> Decimal | None:
-    """What the record adds to the charge of its billing cycle, on top of what was recorded before it.
+    """What the record adds to the charge of its billing cycle, on top of what else was reported.
 
-    None where the add-on's prices are not known yet.
+    What waits or is held beside it counts where it is older. None where the prices are not known yet.
     """
     if recorded.add_on.prices is None:
         return None
     record = recorded.record
     cycle = period_of(await periods.of(tx, record.subscription_id), record.usage_timestamp)
-    earlier = 0
+    others = 0
+    if cycle is not None and cycle.trial:
+        return ZERO  # usage of a trial is never billed
     if cycle is not None:
-        earlier = await usage.units_in(
+        others = await usage.units_in(
             tx,
             record.subscription_id,
             record.quota_id,
@@ -46,4 +49,4 @@ async def at_stake(tx: Tx, recorded: Recorded) -> Decimal | None:
             cycle.ends_at,
             before_id=recorded.id,
         )
-    return recorded.add_on.prices.at_stake(record.units, on_top_of=earlier)
+    return recorded.add_on.prices.at_stake(record.units, on_top_of=others)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -36,13 +36,37 @@ class Recorded:
     currency: str
 
 
+def _sums() -> sa.Select[Any]:
+    columns = usage_records.c
+    return (
+        sa.select(
+            columns.subscription_id,
+            columns.quota_id,
+            columns.window_start,
+            columns.window_end,
+            sa.func.sum(columns.units).label("units"),
+            sa.func.max(columns.revision).label("revisions"),
+        )
+        .where(columns.window_start >= sa.bindparam("start"), columns.window_start < sa.bindparam("end"))
+        .group_by(columns.subscription_id, columns.quota_id, columns.window_start, columns.window_end)
+    )
+
+
+_SUMS: Final = _sums()
+_FIND: Final = sa.select(usage_records).where(usage_records.c.id == sa.bindparam("of_id"))
+_MOVE: Final = sa.update(usage_records).where(
+    usage_records.c.id == sa.bindparam("of_id"),
+    usage_records.c.state.in_(sa.bindparam("leaves", expanding=True)),
+)
+_INSERT: Final = sa.insert(usage_records).returning(usage_records.c.id, usage_records.c.merchant_tag)
+"""Made once, for these run often: making one takes longer than running it."""
+
+
 async def insert(
     tx: Tx, records: Sequence[UsageRecord], *, now: datetime, state: str = "recorded"
 ) -> list[tuple[int, UsageRecord]]:
     """Add records to the ledger; return them with their ids, in order."""
-    placed: list[tuple[int, UsageRecord]] = []
     by_tag = {record.merchant_tag: record for record in records}
-    size = PARAMETERS_MAX // len(usage_records.columns)
     rows = [
         {
             "subscription_id": record.subscription_id,
@@ -58,33 +82,14 @@ async def insert(
         }
         for record in records
     ]
-    for start in range(0, len(rows), size):
-        statement = (
-            sa.insert(usage_records)
-            .values(rows[start : start + size])
-            .returning(usage_records.c.id, usage_records.c.merchant_tag)
-        )
-        placed += [(row.id, by_tag[row.merchant_tag]) for row in await tx.execute(statement)]
-    return sorted(placed, key=lambda pair: pair[0])
+    placed = await tx.execute(_INSERT, rows) if rows else ()
+    return sorted(((id_, by_tag[tag]) for id_, tag in placed), key=lambda pair: pair[0])
 
 
 async def sums(tx: Tx, start: datetime, end: datetime) -> dict[Pair, dict[Window, Booked]]:
     """What is recorded of every (subscription, quota), by the window or piece that begins in [start, end)."""
-    columns = usage_records.c
-    statement = (
-        sa.select(
-            columns.subscription_id,
-            columns.quota_id,
-            columns.window_start,
-            columns.window_end,
-            sa.func.sum(columns.units).label("units"),
-            sa.func.max(columns.revision).label("revisions"),
-        )
-        .where(columns.window_start >= start, columns.window_start < end)
-        .group_by(columns.subscription_id, columns.quota_id, columns.window_start, columns.window_end)
-    )
     found: dict[Pair, dict[Window, Booked]] = {}
-    for row in await tx.execute(statement):
+    for row in await tx.execute(_SUMS, {"start": start, "end": end}):
         pieces = found.setdefault((row.subscription_id, row.quota_id), {})
         pieces[Window(row.window_start, row.window_end)] = Booked(int(row.units), row.revisions)
     return found
@@ -92,7 +97,7 @@ async def sums(tx: Tx, start: datetime, end: datetime) -> dict[Pair, dict[Window
 
 async def find(tx: Tx, record_id: int) -> Recorded:
     """A record by its id, which must exist."""
-    row = (await tx.execute(sa.select(usage_records).where(usage_records.c.id == record_id))).one()
+    row = (await tx.execute(_FIND, {"of_id": record_id})).one()
     link = await links.find_subscription(tx, row.subscription_id)
     add_on = await links.find_add_on(tx, row.quota_id)
     assert link is not None
@@ -104,21 +109,31 @@ async def find(tx: Tx, record_id: int) -> Recorded:
     )
 
 
-async def by_tags(tx: Tx, tags: Sequence[str]) -> dict[str, tuple[int, str, UsageRecord]]:
-    """The records that have these merchant tags, each with its id and state."""
-    found: dict[str, tuple[int, str, UsageRecord]] = {}
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A record with its id, its state, and the id that Recurly is thought to have it under."""
+
+    id: int
+    state: str
+    usage_id: str | None
+    record: UsageRecord
+
+
+async def by_tags(tx: Tx, tags: Sequence[str]) -> dict[str, Known]:
+    """The records that have these merchant tags."""
+    found: dict[str, Known] = {}
     for start in range(0, len(tags), PARAMETERS_MAX):
         some = tags[start : start + PARAMETERS_MAX]
         statement = sa.select(usage_records).where(usage_records.c.merchant_tag.in_(some))
         for row in await tx.execute(statement):
-            found[row.merchant_tag] = (row.id, row.state, _record(row))
+            found[row.merchant_tag] = Known(row.id, row.state, row.usage_id, _record(row))
     return found
 
 
 async def units_in(
     tx: Tx, subscription_id: str, quota_id: str, start: datetime, end: datetime, *, before_id: int
 ) -> int:
-    """Units of earlier records whose time lies in [start, end), those written off left out."""
+    """Units with a time in [start, end) that are reported, or of earlier records that wait or are held."""
     columns = usage_records.c
     statement = sa.select(sa.func.sum(columns.units)).where(
         columns.subscription_id == subscription_id,
@@ -126,8 +141,11 @@ async def units_in(
         columns.window_start < end,
         columns.usage_timestamp >= start,
         columns.usage_timestamp < end,
-        columns.state != "written_off",
-        columns.id < before_id,
+        columns.id != before_id,
+        sa.or_(
+            columns.state == "reported",
+            sa.and_(columns.state.in_(["recorded", "held"]), columns.id < before_id),
+        ),
     )
     return int((await tx.execute(statement)).scalar_one() or 0)
 
@@ -156,6 +174,11 @@ async def reported(tx: Tx, record_id: int, *, usage_id: str, now: datetime) -> N
     )
 
 
+async def renamed(tx: Tx, record_id: int, *, usage_id: str) -> None:
+    """Of several records that Recurly had for this one, it is this that stays."""
+    await _move(tx, record_id, ("reported",), usage_id=usage_id)
+
+
 async def hold(tx: Tx, record_id: int) -> bool:
     """This record cannot be reported honestly; False when it was not waiting."""
     return await _move(tx, record_id, ("recorded",), state="held")
@@ -172,12 +195,8 @@ async def write_off(tx: Tx, record_id: int) -> bool:
 
 
 async def _move(tx: Tx, record_id: int, leaves: tuple[str, ...], **values: Any) -> bool:
-    moved = await tx.execute(
-        sa.update(usage_records)
-        .where(usage_records.c.id == record_id, usage_records.c.state.in_(leaves))
-        .values(**values)
-    )
-    return moved.rowcount == 1
+    given = {"of_id": record_id, "leaves": leaves, **values}
+    return (await tx.execute(_MOVE, given)).rowcount == 1
 
 
 async def unreported_of(tx: Tx, subscription_id: str) -> int:

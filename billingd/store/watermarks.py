@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -25,9 +26,26 @@ class WatermarkMoved(Retryable):
     """Somebody else read the same windows meanwhile: read again from where they left off."""
 
 
+_FIND: Final = sa.select(watermarks).where(watermarks.c.source == sa.bindparam("of_source"))
+_FURTHEST: Final = sa.select(watermarks).order_by(watermarks.c.at.desc(), watermarks.c.source).limit(1)
+_ADVANCE: Final = (
+    sa.update(watermarks)
+    .where(
+        watermarks.c.source == sa.bindparam("seen_source"),
+        watermarks.c.at == sa.bindparam("seen_at"),
+        watermarks.c.window_seconds == sa.bindparam("seen_seconds"),
+    )
+    .values(at=sa.bindparam("to"), read_at=sa.bindparam("now"))
+)
+"""Made once, for each poll needs them: making one takes longer than running it."""
+
+
 async def find(tx: Tx, source: str) -> Watermark | None:
     """The watermark of a source, or None before its first reading."""
-    row = (await tx.execute(sa.select(watermarks).where(watermarks.c.source == source))).one_or_none()
+    return _watermark((await tx.execute(_FIND, {"of_source": source})).one_or_none())
+
+
+def _watermark(row: sa.Row[Any] | None) -> Watermark | None:
     if row is None:
         return None
     return Watermark(row.source, row.at, timedelta(seconds=row.window_seconds), row.regular_since)
@@ -42,11 +60,7 @@ async def begin(tx: Tx, source: str, at: datetime, length: timedelta, *, now: da
 
 async def furthest(tx: Tx) -> Watermark | None:
     """The watermark that is ahead of all others, whatever its source."""
-    statement = sa.select(watermarks).order_by(watermarks.c.at.desc(), watermarks.c.source).limit(1)
-    row = (await tx.execute(statement)).one_or_none()
-    if row is None:
-        return None
-    return Watermark(row.source, row.at, timedelta(seconds=row.window_seconds), row.regular_since)
+    return _watermark((await tx.execute(_FURTHEST)).one_or_none())
 
 
 async def take_over(tx: Tx, source: str, mark: Watermark, *, now: datetime) -> None:
@@ -63,16 +77,14 @@ async def take_over(tx: Tx, source: str, mark: Watermark, *, now: datetime) -> N
 
 async def advance(tx: Tx, seen: Watermark, to: datetime, *, now: datetime) -> None:
     """Move from where it was seen to `to` (which may be the same). Raises WatermarkMoved."""
-    moved = await tx.execute(
-        sa.update(watermarks)
-        .where(
-            watermarks.c.source == seen.source,
-            watermarks.c.at == seen.at,
-            watermarks.c.window_seconds == int(seen.length.total_seconds()),
-        )
-        .values(at=to, read_at=now)
-    )
-    if moved.rowcount != 1:
+    given = {
+        "seen_source": seen.source,
+        "seen_at": seen.at,
+        "seen_seconds": int(seen.length.total_seconds()),
+        "to": to,
+        "now": now,
+    }
+    if (await tx.execute(_ADVANCE, given)).rowcount != 1:
         raise WatermarkMoved(f"the watermark of {seen.source} is no longer at {seen.at.isoformat()}")
 
 

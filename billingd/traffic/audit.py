@@ -9,25 +9,25 @@ import structlog
 
 from billingd.domain.attempts import Leased
 from billingd.domain.billing import BilledUsage
-from billingd.domain.delivery import OVER
 from billingd.domain.errors import NotFound, Refused
 from billingd.domain.events import audit_action
 from billingd.domain.notices import provider_notice
+from billingd.domain.sending import idempotency_key
 from billingd.domain.usage import TAG_PREFIX
 from billingd.loops import Clock
-from billingd.once import KEYS, Once
+from billingd.once import DOUBTED, KEYS
 from billingd.store import held, intents, links, outbox, periods, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
-from billingd.traffic.report import staying, usage_intent
+from billingd.traffic.report import usage_intent
 
 log = structlog.get_logger()
 
 DOUBLE: Final = "double_record"
 FOREIGN: Final = "foreign_record"
 WRONG: Final = "wrong_amount"
-GONE: Final = "gone"
+IGNORED: Final = "idempotency_ignored"
 SECOND: Final = timedelta(seconds=1)
 
 
@@ -50,13 +50,10 @@ class Billing(Protocol):
 class UsageAuditor:
     """Handles `audit_usage`."""
 
-    def __init__(
-        self, store: Store, clock: Clock, billing: Billing, once: Once, *, settling: timedelta
-    ) -> None:
+    def __init__(self, store: Store, clock: Clock, billing: Billing, *, settling: timedelta) -> None:
         self._store = store
         self._clock = clock
         self._billing = billing
-        self._once = once
         self._settling = settling
 
     async def audit(self, action: Leased) -> None:
@@ -69,19 +66,19 @@ class UsageAuditor:
         began = self._clock.now()
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, action.args["id"])
-            if link is None or link.billed_state in OVER:
+            if link is None:
                 return
             known = await periods.of(tx, link.subscription_id)
             add_ons = await links.add_ons_of(tx, link.plan_id)
         begin = max(known).started_at if known else link.usage_from
-        clean = True
+        verdicts = []
         for add_on in add_ons:
             try:
                 there = await self._listed(link, add_on, begin)
             except NotFound:
                 continue  # a quota that came after this subscription: it has no such add-on
-            clean &= await self._add_on(link, add_on, there)
-        if clean:
+            verdicts.append(await self._add_on(link, add_on, there, begin))
+        if verdicts and all(verdicts):
             await self._clear_doubt(link, began)
 
     async def _listed(
@@ -97,7 +94,7 @@ class UsageAuditor:
         early: Sequence[BilledUsage] = ()
         if link.usage_from < begin:
             early = await self._billing.list_usage(
-                uuid, code, begin=link.usage_from, end=begin - SECOND, status="unbilled"
+                uuid, code, begin=link.usage_from, end=begin, status="unbilled"
             )
         async with self._store.read() as tx:
             ours = await usage.by_tags(tx, [one.merchant_tag for one in early if one.merchant_tag])
@@ -112,40 +109,47 @@ class UsageAuditor:
         return {tag: list(records.values()) for tag, records in by_tag.items()}
 
     async def _add_on(
-        self, link: SubscriptionLink, add_on: AddOnLink, by_tag: Mapping[str, list[BilledUsage]]
+        self,
+        link: SubscriptionLink,
+        add_on: AddOnLink,
+        by_tag: Mapping[str, list[BilledUsage]],
+        begin: datetime,
     ) -> bool:
         """Whether each of our tags is there once, with its units."""
         async with self._store.read() as tx:
             ours = await usage.by_tags(tx, [tag for tag in by_tag if tag.startswith(TAG_PREFIX)])
         foreign = [one for tag, records in by_tag.items() if tag not in ours for one in records]
-        await self._tell_foreign(link, add_on, foreign)
-        wrong: set[str] = set()
+        await self._tell_foreign(link, add_on, foreign, begin)
+        right: set[str] = set()
         clean = True
         for tag, known in ours.items():
-            first, *extra = sorted(by_tag[tag], key=staying)
+            units = known.record.units
+            first, *extra = sorted(
+                by_tag[tag], key=lambda one: (one.billed_at is None, one.units != units, one.id)
+            )
             if known.state != "reported":
                 await self._there_after_all(tag, known.id, first)
             elif known.usage_id != first.id:
                 async with self._store.write() as tx:
                     await usage.renamed(tx, known.id, usage_id=first.id)
-            if first.units != known.record.units:
-                wrong.add(f"audit:{tag}")
-                reason = (
-                    f"Recurly has {first.units} unit(s) under {tag}, where {known.record.units} were recorded"
-                )
-                await self._hold(link, add_on, WRONG, tag, reason, first.units - known.record.units)
+            if first.units == units:
+                right.add(f"audit:{tag}")
+            else:
+                clean = False
+                reason = f"Recurly has {first.units} unit(s) under {tag}, where {units} were recorded"
+                await self._hold(link, add_on, WRONG, tag, reason, first.units - units)
             for one in extra:
                 clean = False
+                await self._prove_doubt()
                 await self._undo(link, add_on, tag, one)
-        await self._close_mended(link, add_on, wrong)
-        return clean and not wrong
+        await self._close_mended(right)
+        return clean
 
-    async def _close_mended(self, link: SubscriptionLink, add_on: AddOnLink, wrong: set[str]) -> None:
-        """Amounts that were wrong and are right now need nobody any more."""
+    async def _close_mended(self, right: set[str]) -> None:
+        """Amounts that were wrong and were seen to be right now need nobody any more."""
         async with self._store.write() as tx:
             for item in await held.standing(tx, kind=WRONG):
-                here = (item["subscription_id"], item["add_on_code"])
-                if here == (link.subscription_id, add_on.add_on_code) and item["subject"] not in wrong:
+                if item["subject"] in right:
                     resolution = "Recurly agrees with the ledger"
                     await held.close_one(tx, item["id"], resolution=resolution, now=self._clock.now())
 
@@ -161,22 +165,13 @@ class UsageAuditor:
     async def _undo(self, link: SubscriptionLink, add_on: AddOnLink, tag: str, extra: BilledUsage) -> None:
         """Remove a record that is there twice; when it was billed already, a person must refund it."""
         if extra.billed_at is None:
-
-            async def send(key: str, *, retried: bool) -> str:
-                try:
-                    await self._billing.remove_usage(extra.id, key=key, retried=retried)
-                except NotFound:
-                    log.info("usage.gone_already", usage=extra.id)
-                return GONE
-
-            async def find() -> str | None:
-                left = await self._billing.list_usage(
-                    link.uuid, add_on.add_on_code, begin=extra.usage_timestamp, end=extra.usage_timestamp
-                )
-                return None if any(one.id == extra.id for one in left) else GONE
-
+            # removing by id cannot take effect twice, so each try has a key of its own
+            key = idempotency_key(f"remove:{extra.id}:{self._clock.now().isoformat()}", 1, tag)
             try:
-                await self._once.write(f"remove:{extra.id}", {"tag": tag}, send=send, find=find)
+                await self._billing.remove_usage(extra.id, key=key)
+            except NotFound:
+                log.info("usage.gone_already", usage=extra.id)
+                return
             except Refused as error:
                 log.warning("usage.double_not_removed", usage=extra.id, error=str(error))
             else:
@@ -188,9 +183,10 @@ class UsageAuditor:
         await self._hold(link, add_on, DOUBLE, f"{tag}:{extra.id}", reason, extra.units)
 
     async def _tell_foreign(
-        self, link: SubscriptionLink, add_on: AddOnLink, foreign: Sequence[BilledUsage]
+        self, link: SubscriptionLink, add_on: AddOnLink, foreign: Sequence[BilledUsage], begin: datetime
     ) -> None:
-        subject = f"foreign:{link.uuid}:{add_on.add_on_code}"
+        """Each cycle has an item of its own: once it is billed, it stands until a person has refunded it."""
+        subject = f"foreign:{link.uuid}:{add_on.add_on_code}:{begin:%Y%m%dT%H%M%S}"
         if not foreign:
             async with self._store.write() as tx:
                 await held.close(tx, subject=subject, resolution="they are gone", now=self._clock.now())
@@ -199,8 +195,8 @@ class UsageAuditor:
         ids = ", ".join(one.id for one in foreign[:5]) + (", …" if len(foreign) > 5 else "")
         reason = (
             f"{len(foreign)} usage record(s) that billingd did not make ({ids}) are in the open cycle of "
-            f"add-on {add_on.add_on_code} of {link.title}. Remove them at Recurly, or write them off here "
-            "if they are meant."
+            f"add-on {add_on.add_on_code} of {link.title}. Remove them at Recurly before they are billed, or "
+            "refund them; write them off here if they are meant."
         )
         await self._hold(link, add_on, FOREIGN, subject.removeprefix("foreign:"), reason, units)
 
@@ -226,10 +222,28 @@ class UsageAuditor:
                 log.error("audit.differs", held_kind=kind, about=about, units=units)
                 await outbox.insert(tx, [notice], now=now)
 
+    async def _prove_doubt(self) -> None:
+        """A double while keys are doubted: this site ignores them, until a person says otherwise."""
+        now = self._clock.now()
+        reason = (
+            "An audit found a record twice while idempotency keys were doubted. Unanswered writes are looked "
+            "up, never repeated under their key, until you release this: ask Recurly why the site ignores "
+            "Idempotency-Key."
+        )
+        async with self._store.write() as tx:
+            if not await held.standing(tx, subject=KEYS, kind=DOUBTED):
+                return
+            await held.close(tx, subject=KEYS, resolution="proven", now=now, but_kind=IGNORED)
+            if await held.add(tx, Hold(IGNORED, KEYS, reason), now=now):
+                log.error("recurly.keys_ignored")
+                key = f"{IGNORED}:{now.isoformat()}"
+                notice = provider_notice(key, "Recurly ignores idempotency keys", reason)
+                await outbox.insert(tx, [notice], now=now)
+
     async def _clear_doubt(self, link: SubscriptionLink, began: datetime) -> None:
         """Keys are relied on again once what was doubted turned out to be there once, after all."""
         async with self._store.write() as tx:
-            for item in await held.standing(tx, subject=KEYS):
+            for item in await held.standing(tx, subject=KEYS, kind=DOUBTED):
                 settled = item["since"] + self._settling <= began
                 if settled and item["subscription_id"] in {None, link.subscription_id}:
                     resolution = "audited: each record is there once"

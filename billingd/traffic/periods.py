@@ -1,6 +1,6 @@
 """Periods: the state of each subscription as Recurly shows it, and where one bill ends."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 import structlog
@@ -20,8 +20,12 @@ log = structlog.get_logger()
 REFRESH_EVERY: Final = timedelta(minutes=10)
 """How old the list of live subscriptions may be: a person may move a bill date at any time."""
 
-UNSEEN_MAX: Final = timedelta(days=1)
-"""How long a period that is over may be unseen before traffic is read all the same."""
+UNSEEN_MAX: Final = timedelta(hours=2)
+"""How long one subscription's next period may be unseen, while Recurly answers for others, before traffic is
+read all the same: nobody else shall wait for it longer."""
+
+AWAY_MAX: Final = timedelta(days=1)
+"""The same while Recurly answers for none: then nothing could be reported anyway."""
 
 REFRESH_SOONEST: Final = timedelta(seconds=30)
 """How soon to ask again while a period is over and Recurly shows no next one: its bill run takes time."""
@@ -122,13 +126,13 @@ class PeriodWatch:
     async def known_until(self) -> datetime | None:
         """From when on some subscription's period is not known, because it is over and was not seen since.
 
-        A window beyond that moment may have to be cut where nobody knows yet. None: all are known. One of
-        which Recurly says nothing for a day, while it answers for others, holds those up no longer.
+        A window beyond that moment may have to be cut where nobody knows yet. None: all are known, or have
+        been waited for long enough.
         """
         now = self._clock.now()
-        given_up = datetime.min.replace(tzinfo=UTC)
+        given_up = now - AWAY_MAX
         if self._refreshed_at is not None:
-            given_up = self._refreshed_at - UNSEEN_MAX
+            given_up = max(given_up, self._refreshed_at - UNSEEN_MAX)
         async with self._store.read() as tx:
             ends = [
                 link.period_ends_at

@@ -1,15 +1,16 @@
 """Poll: reads windows of traffic from Amplify and records what is new as usage, once."""
 
 import asyncio
+import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 import structlog
 
 from billingd.domain.attempts import Leased
-from billingd.domain.errors import BillingdError, NotFound
+from billingd.domain.errors import BillingdError, NotFound, Retryable
 from billingd.domain.events import audit_action
 from billingd.domain.periods import cut, edges
 from billingd.domain.usage import Booked, Reading
@@ -21,7 +22,7 @@ from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.usage import Pair
 from billingd.store.watermarks import Watermark
 from billingd.traffic.keep import Keeper, Key
-from billingd.traffic.periods import PeriodWatch
+from billingd.traffic.periods import REFRESH_EVERY, PeriodWatch
 
 log = structlog.get_logger()
 
@@ -30,6 +31,11 @@ WINDOWS_MAX: Final = 24
 
 FLUSH_LEADS: Final = (timedelta(minutes=10), timedelta(minutes=3))
 """How long before a billing period ends its usage is read up to the present, not only what has settled."""
+
+HOUR: Final = timedelta(hours=1)
+
+AUDIT_LEAD: Final = timedelta(seconds=90)
+"""How long before a billing period ends its records are compared with Recurly's, while both can be mended."""
 
 FLUSH_MARGIN: Final = timedelta(minutes=2)
 """How old the time of such usage is at least: Recurly takes none of the future, and clocks differ."""
@@ -78,7 +84,7 @@ class TrafficPoller:
         self._wake_outbox = wake_outbox
         self.wake = asyncio.Event()
         self._reading = asyncio.Lock()
-        self._audited_on: date | None = None
+        self._audited_at: datetime | None = None
 
     async def run_once(self) -> bool:
         """Read every settled window that is new, and trailing ones again for late traffic.
@@ -95,9 +101,23 @@ class TrafficPoller:
         return False
 
     async def look_again(self, action: Leased) -> None:
-        """Handle `refresh_subscription`: its bill date may be nearer than was known, so poll at once too."""
+        """Handle `refresh_subscription`: its bill date may be nearer than was known."""
         await self._watch.handle(action)
-        self.wake.set()
+        await self._wake_for_bills()
+
+    async def watch_periods(self) -> bool:
+        """See where bills end, between two polls too, so that none is near unseen. Returns False."""
+        await self._watch.refresh()
+        await self._wake_for_bills()
+        return False
+
+    async def _wake_for_bills(self) -> None:
+        """Poll at once when a period is about to end; then `until_flush` knows how soon to poll again."""
+        now = self._watch.now()
+        async with self._store.read() as tx:
+            ends_at = await links.next_period_end(tx, after=now)
+        if ends_at is not None and ends_at <= now + FLUSH_LEADS[0] + REFRESH_EVERY:
+            self.wake.set()
 
     async def until_flush(self) -> timedelta | None:
         """How long until a billing period is about to end; None when none is known to."""
@@ -164,20 +184,31 @@ class TrafficPoller:
             audit_action(link.subscription_id, because=f"period:{link.period_ends_at:%Y%m%dT%H%M%S}")
             for link in closing
         ]
-        async with self._store.write() as tx:
-            await outbox.insert(tx, audits, now=self._clock.now())
+        first_end = min(link.period_ends_at for link in closing if link.period_ends_at is not None)
+        due_at = max(self._clock.now(), self._clock.now() + (first_end - AUDIT_LEAD - now))
+        async with self._store.write() as tx:  # after what was read just now has been reported
+            await outbox.insert(tx, audits, now=self._clock.now(), due_at=due_at)
 
     async def _ask_for_audits(self) -> None:
-        """Once a day each open cycle is compared with the ledger."""
+        """Once a day each open cycle is compared with the ledger, each subscription's in an hour of its own.
+
+        All at once, thousands of them would hold up the reports.
+        """
         now = self._clock.now()
-        if self._audited_on == now.date():
-            return
-        async with self._store.read() as tx:
-            open_ = await links.billing(tx)
-        async with self._store.write() as tx:
-            audits = [audit_action(one.subscription_id, because=f"{now:%Y-%m-%d}") for one in open_]
-            await outbox.insert(tx, audits, now=now)
-        self._audited_on = now.date()
+        hours = set(range(24))
+        if self._audited_at is not None:
+            passed = (floor(now, HOUR) - floor(self._audited_at, HOUR)) // HOUR
+            hours = {(now.hour - back) % 24 for back in range(min(max(passed, 0), 24))}
+        if hours:
+            async with self._store.read() as tx:
+                ids = [one.subscription_id for one in await links.billing(tx)]
+            due = [one for one in ids if zlib.crc32(one.encode()) % 24 in hours]
+            async with self._store.write() as tx:
+                audits = [audit_action(one, because=f"{now:%Y-%m-%d}") for one in due]
+                new = await outbox.insert(tx, audits, now=now)
+            if new:
+                self._wake_outbox.set()
+        self._audited_at = now
 
     async def read_range(self, since: datetime, until: datetime, *, subscription: str | None = None) -> int:
         """Read past windows again, of one subscription or of all, and book only differences.
@@ -265,7 +296,10 @@ class TrafficPoller:
         now = self._clock.now()
         async with self._store.write() as tx:
             await watermarks.advance(tx, mark, advance_to, now=now)  # first: it locks out a second reader
+            cuts = known.cuts
             known = await self._known(tx, start, end, mark.length, only)  # some ended since
+            if any(known.cuts.get(name) != cuts.get(name) for name, _, _ in counted):
+                raise Retryable("a bill date became known while traffic was read; it is read again")
             keeper = Keeper(tx, known.linked, known.add_ons, now)
             await keeper.keep(totals, counted, known.recorded, before=before or end)
         if keeper.records or advance_to > mark.at:

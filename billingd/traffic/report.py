@@ -7,8 +7,8 @@ import structlog
 
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription, BilledUsage, NewUsage
-from billingd.domain.delivery import LATE, PAUSED, Obstacle, obstacle
-from billingd.domain.errors import NotFound, Permanent, Refused
+from billingd.domain.delivery import AFTER_END, LATE, PAUSED, Obstacle, obstacle
+from billingd.domain.errors import NotFound, Permanent, Refused, Retryable
 from billingd.domain.notices import provider_notice
 from billingd.domain.usage import UsageRecord
 from billingd.loops import Clock
@@ -133,10 +133,13 @@ class UsageReporter:
 
     async def _stopped(self, recorded: Recorded, new: NewUsage, stop: Obstacle) -> Wait | None:
         """It is not sent; but an earlier attempt may have reached Recurly, and then it is reported."""
-        if stop.kind == PAUSED:
+        if stop.kind == PAUSED and recorded.link.state != "ending":
             return Wait(self._look_again, stop.reason)
         found = await self._once.look(usage_intent(new.merchant_tag), find=lambda: self._find(new))
         if found is None:
+            # one that is over at Amplify while it is paused would only be resumed to be charged
+            over = Obstacle(AFTER_END, "the subscription is over, and was paused at Recurly")
+            stop = over if stop.kind == PAUSED else stop
             await self._hold(recorded, new, stop.kind, stop.reason)
             return None
         async with self._store.write() as tx:
@@ -145,12 +148,15 @@ class UsageReporter:
 
     async def _find(self, new: NewUsage) -> str | None:
         """The id of the record that carries this tag, billed or not; its units must be ours."""
-        there = await self._billing.list_usage(
-            new.subscription_uuid,
-            new.add_on_code,
-            begin=new.usage_timestamp - AROUND,
-            end=new.usage_timestamp + AROUND,
-        )
+        try:
+            there = await self._billing.list_usage(
+                new.subscription_uuid,
+                new.add_on_code,
+                begin=new.usage_timestamp - AROUND,
+                end=new.usage_timestamp + AROUND,
+            )
+        except NotFound as error:  # of the subscription or add-on: it says nothing about the record
+            raise Retryable(f"the look-up failed: {error}") from error
         ours = [one for one in there if one.merchant_tag == new.merchant_tag]
         if not ours:
             return None

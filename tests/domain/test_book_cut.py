@@ -108,8 +108,8 @@ def test_a_cut_learnt_late_moves_no_unit() -> None:
     early, late = Window(TEN, at(6)), Window(at(6), WINDOW.end)
     known = {WINDOW: Booked(7, 1)}
     assert list(book("s", "q", {early: 5, late: 2}, known, before=WINDOW.end)) == []
-    [more] = book("s", "q", {early: 6, late: 2}, known, before=WINDOW.end)
-    assert (more.window, more.units, more.revision) == (early, 1, 1)
+    [more] = book("s", "q", {early: 5, late: 3}, known, before=WINDOW.end)
+    assert (more.window, more.units, more.revision) == (late, 1, 1)
 
 
 def test_what_has_no_time_yet_waits() -> None:

@@ -193,10 +193,10 @@ async def test_records_are_found_by_their_tags(ledger: Store) -> None:
     async with ledger.write() as tx:
         await usage.hold(tx, second)
         found = await usage.by_tags(tx, [one.merchant_tag, "bd1:stranger"])
-        assert found == {one.merchant_tag: (first, "recorded", one)}
+        assert found == {one.merchant_tag: usage.Known(first, "recorded", None, one)}
         many = [f"bd1:{number}" for number in range(40_000)]
         found = await usage.by_tags(tx, [*many, two.merchant_tag])
-        assert found == {two.merchant_tag: (second, "held", two)}
+        assert found == {two.merchant_tag: usage.Known(second, "held", None, two)}
         assert await usage.by_tags(tx, []) == {}
 
 

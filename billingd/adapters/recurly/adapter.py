@@ -155,12 +155,13 @@ class Recurly:
 
     async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]:
         """Every subscription of the site that bills, now or later; paused ones may be missing."""
-        return await self._calls.pages(
+        read = await self._calls.pages(
             "list live subscriptions",
             "/subscriptions",
             {"state": "live", "sort": "created_at", "order": "asc"},
-            reading.subscription,
+            reading.subscription_if_readable,  # one of somebody else's may not hide all of ours
         )
+        return tuple(one for one in read if one is not None)
 
     async def get_subscription(self, uuid: str) -> BilledSubscription:
         """The subscription, or NotFound."""

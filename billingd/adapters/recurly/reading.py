@@ -8,9 +8,12 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import recurly
+import structlog
 
 from billingd.domain.billing import Account, BilledAddOn, BilledPlan, BilledSubscription, BilledUsage
 from billingd.domain.pricing import TierSpec
+
+log = structlog.get_logger(__name__)
 
 
 class Unreadable(Exception):
@@ -95,6 +98,15 @@ def subscription(resource: object) -> BilledSubscription:
         period_ends_at=moment(resource, "current_period_ends_at"),
         trial_ends_at=moment(resource, "trial_ends_at"),
     )
+
+
+def subscription_if_readable(resource: object) -> BilledSubscription | None:
+    """The same, None where it lacks what one of ours has."""
+    try:
+        return subscription(resource)
+    except Unreadable as error:
+        log.warning("recurly.subscription_not_readable", error=str(error))
+        return None
 
 
 def line_dates(resource: object) -> tuple[datetime, ...]:

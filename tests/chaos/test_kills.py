@@ -1,0 +1,36 @@
+"""Real processes, real sockets, SIGKILL at random moments: nothing is lost, nothing is doubled.
+
+Odd seeds run on SQLite, even ones on PostgreSQL, which is killed too while the daemon goes on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+import scale
+from kills import Counts, play, recurring
+
+PER_ROUND: Final = 100
+POSTGRES_KILLS_PER_ROUND: Final = 5
+ALL: Final = scale.kills(quick=20, full=2_000)
+ROUNDS: Final = range(1, -(-ALL // PER_ROUND) + 1)
+ONLY: Final = scale.seed()
+
+
+@pytest.mark.parametrize("seed", ROUNDS if ONLY is None else [ONLY])
+def test_kills_at_random_moments(
+    seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Whatever the daemon was doing when it died, in the end every unit is at Recurly once, or held."""
+    kills = min(ALL, PER_ROUND) if ONLY is not None else min(PER_ROUND, ALL - (seed - 1) * PER_ROUND)
+    on_postgres = seed % 2 == 0
+    postgres_kills = POSTGRES_KILLS_PER_ROUND * kills // PER_ROUND if on_postgres else 0
+
+    def run(attempt: int) -> Counts:
+        directory = tmp_path / f"attempt-{attempt}"
+        return play(directory, seed, kills, postgres_kills=postgres_kills, on_postgres=on_postgres)
+
+    done = recurring(run, f"make chaos PART=kills SEED={seed} KILLS={kills}")
+    assert done.units or kills < PER_ROUND // 5, "nothing was served, so nothing is proved"
+    record_property("chaos", vars(done))

@@ -1,0 +1,95 @@
+"""Every numbered point of a life: die there, restart, finish; then die again while recovering."""
+
+import os
+from collections.abc import Callable, Iterator
+from random import Random
+
+import pytest
+from points import Stage, staged, store_on
+from scale import FULL, pairs
+from scripted import SCENES
+
+DATABASES = ["sqlite", "postgres"] if FULL else ["sqlite"]
+NAMES = [scene.__name__ for scene in SCENES]
+STEPPED = NAMES if FULL else [name for name in NAMES if name != "second"]
+"""Scenes whose points are died at; a second subscriber takes the very steps of the first."""
+
+PAIRS = pairs(len(SCENES) * 4, 5_000)
+FINISHED = 10 if FULL else 25
+"""After every how manieth point the rest of the life is played, too."""
+
+ONLY = os.environ.get("BILLINGD_CHAOS_POINT", "")
+"""`17` or `17,5`: only that point (or pair) of the scenes that are run."""
+
+Record = Callable[[str, object], None]
+
+
+@pytest.fixture(params=DATABASES)
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An empty store."""
+    with store_on(request, request.param) as made:
+        yield made
+
+
+async def counted(stage: Stage) -> list[str]:
+    """The points of the scene by name; without a death, all is well."""
+    assert not await stage.die_at(1_000_000)
+    taken = list(stage.rig.steps.taken)
+    assert await stage.faults() == []
+    return taken
+
+
+@pytest.mark.parametrize("scene", STEPPED)
+async def test_whichever_point_it_dies_at_each_unit_is_billed_once(
+    scene: str, url: str, record_property: Record
+) -> None:
+    """Each call has four points (before, sent, carried out, answered), each commit two; then pairs."""
+    number = NAMES.index(scene)
+    failures: list[str] = []
+    async with staged(url, number, reads=FULL, inline=not FULL) as stage:
+        names = await counted(stage)
+        recoveries: dict[int, int] = {}
+        points, pairs_of_it = _chosen(len(names), Random(number))
+        for point in points:
+            await stage.die_at(point)
+            assert await stage.recover()
+            recoveries[point] = len(stage.rig.steps.taken)
+            faults = await stage.faults()
+            if not faults and point % FINISHED == 0:
+                faults = await stage.faults(await stage.finish())
+            if faults:
+                failures.append(_told(scene, f"{point}", names[point - 1], faults))
+        died_twice = 0
+        for first, share in pairs_of_it:
+            second = max(1, round(share * recoveries.get(first, 100)))
+            died_twice += await _pair(stage, first, second, failures, scene)
+    record_property("chaos", {"points": len(points), "pairs": died_twice, "units": stage.script.units})
+    assert not failures, "\n".join(failures)
+
+
+async def _pair(stage: Stage, first: int, second: int, failures: list[str], label: str) -> bool:
+    """Dies at a point, and at one of the recovery; whether there was the second."""
+    await stage.die_at(first)
+    died = not await stage.recover(die_at=second)
+    where = stage.rig.steps.taken[-1] if died else "nowhere"
+    if died:
+        assert await stage.recover()
+    if faults := await stage.faults():
+        failures.append(_told(label, f"{first},{second}", where, faults))
+    return died
+
+
+def _chosen(points: int, rng: Random) -> tuple[list[int], list[tuple[int, float]]]:
+    """The points to die at, and pairs: a point and how far through its recovery the second death is."""
+    if not ONLY:
+        every = list(range(1, points + 1))
+        return every, [(rng.choice(every), rng.random()) for _ in range(PAIRS // len(SCENES))]
+    first, _, second = ONLY.partition(",")
+    return ([], [(int(first), int(second) / 100)]) if second else ([int(first)], [])
+
+
+def _told(scene: str, point: str, name: str, faults: list[str]) -> str:
+    command = (
+        f"BILLINGD_CHAOS_POINT={point} .venv/bin/python -m pytest -n0 tests/chaos/test_points.py -k {scene}"
+    )
+    return "\n  ".join([f"{scene}, died at point {point} ({name}): {command}", *faults])
