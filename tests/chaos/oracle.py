@@ -16,10 +16,6 @@ Pair = tuple[str, str]
 
 ADD_ON: Final = "amplify-quota-"
 OVER: Final = frozenset({"expired", "failed"})
-LAST_CALL: Final = timedelta(minutes=3)
-"""How long before a renewal nobody waits for the last usage any more, and a minute."""
-DAY: Final = timedelta(days=1)
-"""Periods begin at the same time of day, however long they are."""
 CORRECTABLE: Final = frozenset({"flat", "tiered"})
 
 
@@ -280,9 +276,11 @@ def _excuse(item: Mapping[str, Any], record: Record, far: dict[str, list[Any]], 
 def _ended_too_soon(ledger: Ledger, rows: Rows, far: dict[str, list[Any]], bounds: Bounds) -> list[str]:
     """A subscription that was ended at Recurly took the usage with it that could be known by then.
 
-    Where it was ended right before a renewal, or with its period, nobody waited for that usage.
+    One that ends with its period, or is paused when it is over, takes none, and nobody can wait for it.
     """
-    standing = {item["subject"]: item["kind"] for item in rows.held}
+    standing = {
+        item["subject"]: item["kind"] for item in rows.held if "was paused at Recurly" not in item["reason"]
+    }
     there = _at_recurly(far)
     known_by_then: Counter[Pair] = Counter()
     for one in ledger.served:
@@ -304,9 +302,10 @@ def _ended_too_soon(ledger: Ledger, rows: Rows, far: dict[str, list[Any]], bound
 
 
 def _cut_short(there: Iterable[Any]) -> bool:
-    """Whether it was ended at Recurly well before its period did."""
+    """Whether billingd terminated it while it took usage."""
     return any(
-        one.status == "expired" and (one.cycle.started_at - one.expires_at) % DAY > LAST_CALL for one in there
+        one.status == "expired" and one.expiration_reason == "terminated" and one.cycle.kind != "paused"
+        for one in there
     )
 
 

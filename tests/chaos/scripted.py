@@ -219,7 +219,9 @@ async def live(rig: Rig, until: datetime, *, new_process: bool = False, to_the_e
                 continue
             return held_up
         due, now = await next_due(rig), rig.far.now()
-        quiet = due is None and not rig.unheard and not rig.poller.wake.is_set()
+        # an audit that waits for its time is nothing to wait for
+        idle = due is None or (due > now and await next_due(rig, audits=False) is None)
+        quiet = idle and not rig.unheard and not rig.poller.wake.is_set()
         if now >= until and (quiet or not to_the_end):
             return held_up
         moments = [moment for moment in (due, until, read_at) if moment is not None and moment > now]
@@ -237,25 +239,25 @@ async def next_reading(rig: Rig) -> datetime:
     return scheduled if before_bill is None else min(scheduled, now + max(before_bill, timedelta(0)))
 
 
-async def next_due(rig: Rig) -> datetime | None:
+async def next_due(rig: Rig, *, audits: bool = True) -> datetime | None:
     """When the next unfinished action is due; of one that is leased, when its lease ends.
 
     Later actions of a subject wait for its first.
     """
     firsts: dict[str, datetime] = {}
     for row in sorted(await rig.rows(schema.outbox), key=lambda row: row["id"]):
-        if row["state"] in UNFINISHED:
+        if row["state"] in UNFINISHED and (audits or row["kind"] != "audit_usage"):
             firsts.setdefault(row["subject"], row["due_at"])
     return min(firsts.values(), default=None)
 
 
 async def waiting(rig: Rig) -> list[str]:
-    """What is unfinished, and why."""
-    rows = await rig.rows(schema.outbox)
+    """What is unfinished, and why; an audit whose time has not come is not."""
+    now = rig.clock.now()
     return [
         f"{row['key']} {row['state']}: {row['error']}"
-        for row in rows
-        if row["state"] in ("pending", "leased")
+        for row in await rig.rows(schema.outbox)
+        if row["state"] in UNFINISHED and (row["kind"] != "audit_usage" or row["due_at"] <= now)
     ]
 
 
