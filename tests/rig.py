@@ -649,6 +649,8 @@ async def a_rig(url: str, *, start: datetime = START) -> AsyncIterator[Rig]:
         rig.far.advance(timedelta(seconds=seconds))
 
     async with AsyncExitStack() as stack:
+        # ids are drawn anew each time, and with them the hour of the audit: here it is midnight
+        stack.enter_context(patch("billingd.traffic.poll.audit_hour", return_value=0))
         stack.push_async_callback(front.close)
         await front.show(app)
         base = f"http://127.0.0.1:{front.port}"

@@ -247,6 +247,8 @@ async def test_a_double_among_corrections_is_found_too(rig: Rig) -> None:
     began = rig.far.now() + timedelta(minutes=10)
     rig.pass_(timedelta(minutes=10))
     await rig.renew()
+    await rig.poll()
+    await rig.work()  # the day's audit is over, so that the next list is the look-up's
     await rig.traffic("acme", 4, at=began - timedelta(minutes=5))
     rig.fault("ignore_idempotency_key", "POST", USAGE, times=None)
     rig.fault("lost", "POST", USAGE)

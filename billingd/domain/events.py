@@ -164,10 +164,13 @@ def refresh_action(uuid: str, *, because: str) -> Action:
 
 
 def audit_action(subscription_id: str, *, because: str) -> Action:
-    """Compare the open billing cycle of a subscription with the ledger."""
+    """Compare the open billing cycle of a subscription with the ledger.
+
+    Each is a subject of its own, so that one that waits for its hour holds up no other.
+    """
     return Action(
         AUDIT_USAGE,
-        f"audit:{subscription_id}",
+        f"audit:{subscription_id}:{because}",
         f"{AUDIT_USAGE}:{subscription_id}:{because}",
         {"id": subscription_id},
     )

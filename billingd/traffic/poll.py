@@ -202,7 +202,7 @@ class TrafficPoller:
         if hours:
             async with self._store.read() as tx:
                 ids = [one.subscription_id for one in await links.billing(tx)]
-            due = [one for one in ids if zlib.crc32(one.encode()) % 24 in hours]
+            due = [one for one in ids if audit_hour(one) in hours]
             async with self._store.write() as tx:
                 audits = [audit_action(one, because=f"{now:%Y-%m-%d}") for one in due]
                 new = await outbox.insert(tx, audits, now=now)
@@ -379,6 +379,11 @@ class TrafficPoller:
             if (pair := (reading.subscription_id, reading.quota_id)) in counted:
                 counted[pair] += reading.units
         return counted
+
+
+def audit_hour(subscription_id: str) -> int:
+    """The hour of the day in which a subscription is audited, the same each day."""
+    return zlib.crc32(subscription_id.encode()) % 24
 
 
 @dataclass(frozen=True, slots=True)
