@@ -103,12 +103,6 @@ class Once:
                 return await self._found(name, found, keep, body=body, sent=intent is not None)
         return await self._send(name, body, intent, send, keep, about)
 
-    async def unknown(self, name: str) -> bool:
-        """Whether the write was sent and nobody knows what became of it."""
-        async with self._store.read() as tx:
-            intent = await intents.find(tx, name)
-        return intent is not None and intent.state == "open"
-
     async def look(self, name: str, *, find: Finder) -> str | None:
         """What became of a write that is no longer wanted: its id, or None when it never took effect.
 

@@ -438,8 +438,8 @@ async def test_over_between_creation_and_link_leaves_nothing_behind(rig: Rig, st
 
 
 @ONE_DATABASE
-async def test_deleted_while_nobody_knows_whether_it_was_created_needs_a_person(rig: Rig) -> None:
-    """A deleted subscription no longer says which account to look in."""
+async def test_deleted_while_nobody_knows_whether_it_was_created_it_is_found_and_ended(rig: Rig) -> None:
+    """A deleted subscription no longer says which account to look in: its marker is looked for in all."""
     acme = await rig.subscribe()
     await rig.hear()
     steps = await clean_steps(rig, "probe")
@@ -448,11 +448,10 @@ async def test_deleted_while_nobody_knows_whether_it_was_created_needs_a_person(
     await rig.move("acme", "delete")
     rig.start()
     rig.pass_(LEASE)
-    await rig.work()
-    held = await rig.held()
-    assert set(held) == {"subscription_orphaned"}
-    assert acme in held["subscription_orphaned"]
-    assert len(rig.channels.provider) == 1
+    await rig.settled()
+    [billed] = rig.billed(acme)
+    assert billed["state"] == "expired"
+    assert (await rig.held(), await rig.dead()) == ({}, [])
 
 
 @ONE_DATABASE

@@ -61,6 +61,7 @@ class Billing(Protocol):
         self, code: str, *, email: str | None = None, key: str, retried: bool = False
     ) -> str: ...
     async def list_subscriptions(self, account_code: str) -> tuple[BilledSubscription, ...]: ...
+    async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]: ...
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
     async def create_subscription(
         self, new: NewSubscription, *, key: str, retried: bool = False
@@ -394,24 +395,19 @@ class SubscriptionProvisioner:
         """The link of a Recurly subscription that was made (or may have been) before its link was written.
 
         Without it a subscription that ended in between would be billed for ever. One that was deleted does
-        not say any more which account to look in: then a person must.
+        not say any more which account to look in: then all that are live are looked through.
         """
-        codes = candidates(subscription) if subscription is not None else ()
 
         async def find() -> str | None:
-            for code in codes:
-                if await self._billing.find_account(code) is None:
-                    continue
-                for one in await self._billing.list_subscriptions(code):
-                    if one.marker == subscription_id and one.live:
-                        return one.uuid
-            return None
+            if subscription is None:
+                theirs = await self._billing.list_live_subscriptions()
+            else:
+                theirs = ()
+                for code in candidates(subscription):
+                    theirs += await self._listed(code)
+            return next((one.uuid for one in theirs if one.marker == subscription_id and one.live), None)
 
-        intent = f"subscription:{subscription_id}"
-        if not codes and await self._once.unknown(intent):
-            await self._hold_orphan(name, subscription_id)
-            return None
-        uuid = await self._once.look(intent, find=find)
+        uuid = await self._once.look(f"subscription:{subscription_id}", find=find)
         if uuid is None:
             return None
         made = await self._made(uuid)
@@ -426,21 +422,6 @@ class SubscriptionProvisioner:
             await links.create_subscription(tx, link)
             await periods.seen(tx, link.subscription_id, state=made.state, current=made.period, now=now)
         return link
-
-    async def _hold_orphan(self, name: str, subscription_id: str) -> None:
-        now = self._clock.now()
-        reason = (
-            f"Subscription {name} was deleted at Amplify while nobody knew whether Recurly had created it. "
-            f"Look there for a subscription with the PO number {subscription_id} and end it, if there is one."
-        )
-        notice = provider_notice(
-            f"held:subscription_orphaned:{subscription_id}", f"Subscription {name} may be left over", reason
-        )
-        item = Hold(
-            "subscription_orphaned", f"subscription:{subscription_id}:left", reason, None, subscription_id
-        )
-        async with self._store.write() as tx:
-            await hold(tx, item, notice, now=now)
 
     async def _begin_end(
         self,
