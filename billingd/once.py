@@ -234,8 +234,10 @@ class Once:
             "once, or you release this, unanswered writes wait out the settling time and are looked up, "
             "never repeated under their key."
         )
-        if not await held.standing(tx, subject=KEYS):
+        standing = await held.standing(tx, subject=KEYS)
+        if all(item["kind"] == DOUBTED for item in standing):  # else it is proven already
             await held.add(tx, Hold(DOUBTED, KEYS, reason, subscription_id=about), now=now)
+        if not standing:
             log.warning("recurly.keys_doubted", operation=operation)
             notice = provider_notice(
                 f"{DOUBTED}:{now.isoformat()}", "Recurly may ignore idempotency keys", reason

@@ -1,5 +1,6 @@
 """The end of a subscription: the last usage is reported, then it is over at Recurly too."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final, Literal, Protocol
 
@@ -8,13 +9,13 @@ import structlog
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription
 from billingd.domain.delivery import OVER, PAUSED
-from billingd.domain.errors import Refused
+from billingd.domain.errors import NotFound, Refused, Retryable
 from billingd.domain.events import END_SUBSCRIPTION
 from billingd.domain.notices import provider_notice
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.provisioning.holding import hold
-from billingd.store import links, outbox, usage, watermarks
+from billingd.store import links, outbox, periods, usage, watermarks
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
@@ -23,6 +24,9 @@ log = structlog.get_logger()
 
 CANCELED: Final = "canceled"
 EXPIRED: Final = "expired"
+
+LAST_LOOK: Final = timedelta(minutes=1)
+"""How long before a renewal one that waits to end is looked at once more."""
 
 
 def end_action(subscription_id: str) -> Action:
@@ -39,6 +43,7 @@ class Billing(Protocol):
     """What is read and written at Recurly."""
 
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    def far_now(self) -> datetime: ...
     async def cancel_subscription(
         self, uuid: str, *, key: str, retried: bool = False
     ) -> BilledSubscription: ...
@@ -88,13 +93,16 @@ class SubscriptionEnder:
             unreported = await usage.unreported_of(tx, action.args["id"])
         if link is None or link.state != "ending" or link.usage_until is None:
             return None
-        # A pass that reads past `linked_at` began after the link was there: it read older windows again.
-        all_read = watermark is not None and watermark.at >= max(link.usage_until, link.linked_at)
-        how = self._ended_as(link, (await self._billing.get_subscription(link.uuid)).state)
-        if how == EXPIRED and not all_read:
-            return Wait(self._look_again, "waits until all traffic before its end has been read")
-        if how == EXPIRED and unreported:
-            return Wait(self._look_again, f"waits until {unreported} usage record(s) are reported")
+        theirs = await self._seen(link)
+        how = self._ended_as(link, theirs.state)
+        if how == EXPIRED and link.approved_at is not None:  # what was never approved was never served
+            # A pass that reads past `linked_at` began after the link was there: it read older windows again.
+            all_read = watermark is not None and watermark.at >= max(link.usage_until, link.linked_at)
+            if not all_read:
+                return Wait(self._pause(theirs), "waits until all traffic before its end has been read")
+            if unreported:
+                reason = f"waits until {unreported} usage record(s) are reported"
+                return Wait(self._pause(theirs), reason)
         await self._once.write(
             f"end:{link.uuid}",
             {"ends": how},
@@ -109,13 +117,29 @@ class SubscriptionEnder:
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
             + _told(link, how),
         )
-        renewed = link.period_started_at is not None and link.period_started_at > link.usage_until
+        current = (await self._seen(link)).period  # also when it renewed between the look and the end
         async with self._store.write() as tx:
-            if renewed and link.approved_at is not None:
-                await hold(tx, *_renewed(link, now), now=now)
+            known = {*await periods.of(tx, link.subscription_id), *([current] if current else [])}
+            paid_for = sorted(one.started_at for one in known if one.started_at > link.usage_until)
+            if paid_for and theirs.state != PAUSED and link.approved_at is not None:
+                await hold(tx, *_renewed(link, paid_for, now), now=now)
             await links.end(tx, link.subscription_id, billed_state=how, now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
+
+    async def _seen(self, link: SubscriptionLink) -> BilledSubscription:
+        """It as it is now. A 404 may come from a read that lags, and ends nothing."""
+        try:
+            return await self._billing.get_subscription(link.uuid)
+        except NotFound as error:
+            raise Retryable(f"Recurly does not show it: {error}") from error
+
+    def _pause(self, theirs: BilledSubscription) -> timedelta:
+        """How long to wait before the next look: a renewal is near enough to be worth an earlier one."""
+        if theirs.period is None:
+            return self._look_again
+        left = theirs.period.ends_at - LAST_LOOK - self._billing.far_now()
+        return min(self._look_again, left) if left > timedelta(0) else self._look_again
 
     async def _send(self, link: SubscriptionLink, how: str, key: str, *, retried: bool) -> str:
         try:
@@ -136,19 +160,20 @@ class SubscriptionEnder:
 
         One that was never approved has no period to run out, and a paused one cannot be cancelled.
         """
-        runs_out = self._on_cancel == "cancel" and link.approved_at is not None and state != PAUSED
-        return CANCELED if runs_out else EXPIRED
+        runs_out = self._on_cancel == "cancel" and link.approved_at is not None
+        return CANCELED if runs_out and state not in {PAUSED, *OVER} else EXPIRED
 
     async def _find(self, link: SubscriptionLink, how: str) -> str | None:
-        state = (await self._billing.get_subscription(link.uuid)).state
+        state = (await self._seen(link)).state
         return link.uuid if state in OVER or state == how else None
 
 
-def _renewed(link: SubscriptionLink, now: datetime) -> tuple[Hold, Action]:
+def _renewed(link: SubscriptionLink, renewals: Sequence[datetime], now: datetime) -> tuple[Hold, Action]:
     """It was over at Amplify, and renewed at Recurly before all its usage could be reported."""
+    times = ", ".join(one.isoformat() for one in renewals)
     reason = (
-        f"Subscription {link.title} was over at {link.usage_until}, but Recurly renewed {link.uuid} at "
-        f"{link.period_started_at} before its last usage was reported. Refund the base price of that period "
+        f"Subscription {link.title} was over at {link.usage_until}, but Recurly renewed {link.uuid} "
+        f"({times}) before its last usage was reported. Refund the base price of what was charged for that "
         "there, then release this."
     )
     subject = f"subscription:{link.subscription_id}:renewed"

@@ -86,8 +86,7 @@ class UsageAuditor:
     ) -> dict[str, list[BilledUsage]]:
         """What can still be undone, by tag: all of the open cycle, and corrections of earlier ones.
 
-        Of a correction whose record is known under another id, the twin may be billed already: it is asked
-        for, too.
+        The twin of a correction may be billed already, so what is there at its time is asked for, too.
         """
         uuid, code = link.uuid, add_on.add_on_code
         there = list(await self._billing.list_usage(uuid, code, begin=begin, end=self._billing.far_now()))
@@ -100,7 +99,7 @@ class UsageAuditor:
             ours = await usage.by_tags(tx, [one.merchant_tag for one in early if one.merchant_tag])
         for one in early:
             known = ours.get(one.merchant_tag or "")
-            if known is not None and known.usage_id not in {None, one.id}:
+            if known is not None:
                 at = one.usage_timestamp
                 there += await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
         by_tag: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
@@ -227,8 +226,8 @@ class UsageAuditor:
         now = self._clock.now()
         reason = (
             "An audit found a record twice while idempotency keys were doubted. Unanswered writes are looked "
-            "up, never repeated under their key, until you release this: ask Recurly why the site ignores "
-            "Idempotency-Key."
+            "up, never repeated under their key, until you release this: the site probably ignores "
+            "Idempotency-Key; ask Recurly."
         )
         async with self._store.write() as tx:
             if not await held.standing(tx, subject=KEYS, kind=DOUBTED):

@@ -95,9 +95,9 @@ class TrafficPoller:
         """
         async with self._reading:
             await self._learn_periods()
+            await self._ask_for_audits()
             mark = await self._poll()
             await self._flush(mark)
-            await self._ask_for_audits()
         return False
 
     async def look_again(self, action: Leased) -> None:
@@ -163,14 +163,7 @@ class TrafficPoller:
         What Amplify counts later for the same windows is booked as a difference, as always.
         """
         now = self._watch.now()
-        async with self._store.read() as tx:
-            closing = [
-                link
-                for link in await links.billing(tx)
-                if link.linked_at < now - FLUSH_MARGIN
-                and link.period_ends_at is not None
-                and now < link.period_ends_at <= now + FLUSH_LEADS[0]
-            ]
+        closing = await self._closing()
         if not closing:
             return
         start, end = mark.at, _ceil(now, mark.length)
@@ -180,21 +173,31 @@ class TrafficPoller:
             upto = min(start + mark.length * WINDOWS_MAX, end)
             await self._read(mark, start, upto, advance_to=mark.at, only=only, before=before)
             start = upto
-        audits = [
-            audit_action(link.subscription_id, because=f"period:{link.period_ends_at:%Y%m%dT%H%M%S}")
-            for link in closing
-        ]
-        first_end = min(link.period_ends_at for link in closing if link.period_ends_at is not None)
-        due_at = max(self._clock.now(), self._clock.now() + (first_end - AUDIT_LEAD - now))
-        async with self._store.write() as tx:  # after what was read just now has been reported
-            await outbox.insert(tx, audits, now=self._clock.now(), due_at=due_at)
+
+    async def _closing(self) -> list[SubscriptionLink]:
+        """Subscriptions whose billing period is about to end."""
+        now = self._watch.now()
+        async with self._store.read() as tx:
+            return [
+                link
+                for link in await links.billing(tx)
+                if link.linked_at < now - FLUSH_MARGIN
+                and link.period_ends_at is not None
+                and now < link.period_ends_at <= now + FLUSH_LEADS[0]
+            ]
 
     async def _ask_for_audits(self) -> None:
-        """Once a day each open cycle is compared with the ledger, each subscription's in an hour of its own.
+        """Each open cycle is compared with the ledger right before its bill, and once a day.
 
-        All at once, thousands of them would hold up the reports.
+        That is in an hour of its own for each subscription: all at once, thousands would hold up the reports.
         """
         now = self._clock.now()
+        for link in await self._closing():
+            assert link.period_ends_at is not None
+            audit = audit_action(link.subscription_id, because=f"period:{link.period_ends_at:%Y%m%dT%H%M%S}")
+            wait = link.period_ends_at - AUDIT_LEAD - self._watch.now()
+            async with self._store.write() as tx:  # after what is read until then has been reported
+                await outbox.insert(tx, [audit], now=now, due_at=now + max(wait, timedelta(0)))
         hours = set(range(24))
         if self._audited_at is not None:
             passed = (floor(now, HOUR) - floor(self._audited_at, HOUR)) // HOUR

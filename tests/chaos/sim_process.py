@@ -208,6 +208,7 @@ class Process:
             {
                 "amplify": {"organization_id": self._tenant.organization_id},
                 "webhooks": {"auth": "none"},
+                "store": {"keep_done": timedelta(days=3650)},  # the oracle asks for every event
                 "traffic": {
                     "window": self.shape.window,
                     "settle": self.shape.settle,
