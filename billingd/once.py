@@ -235,9 +235,8 @@ class Once:
             "never repeated under their key."
         )
         standing = await held.standing(tx, subject=KEYS)
-        if all(item["kind"] == DOUBTED for item in standing):  # else it is proven already
+        if not standing:  # a later one may not change what an earlier one's audit has to find
             await held.add(tx, Hold(DOUBTED, KEYS, reason, subscription_id=about), now=now)
-        if not standing:
             log.warning("recurly.keys_doubted", operation=operation)
             notice = provider_notice(
                 f"{DOUBTED}:{now.isoformat()}", "Recurly may ignore idempotency keys", reason

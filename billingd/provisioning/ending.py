@@ -120,7 +120,7 @@ class SubscriptionEnder:
         current = (await self._seen(link)).period  # also when it renewed between the look and the end
         async with self._store.write() as tx:
             known = {*await periods.of(tx, link.subscription_id), *([current] if current else [])}
-            paid_for = sorted(one.started_at for one in known if one.started_at > link.usage_until)
+            paid_for = sorted({one.started_at for one in known if one.started_at > link.usage_until})
             if paid_for and theirs.state != PAUSED and link.approved_at is not None:
                 await hold(tx, *_renewed(link, paid_for, now), now=now)
             await links.end(tx, link.subscription_id, billed_state=how, now=now)

@@ -101,7 +101,8 @@ class UsageAuditor:
             known = ours.get(one.merchant_tag or "")
             if known is not None:
                 at = one.usage_timestamp
-                there += await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
+                near = await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
+                there += [twin for twin in near if twin.merchant_tag == one.merchant_tag]
         by_tag: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
         for one in (*there, *early):
             by_tag[one.merchant_tag or ""][one.id] = one
