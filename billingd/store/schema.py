@@ -292,3 +292,94 @@ sa.Index(
     sqlite_where=_standing,
     postgresql_where=_standing,
 )
+
+feed_positions = sa.Table(
+    "feed_positions",
+    metadata,
+    sa.Column("topic", sa.String(100), primary_key=True),
+    sa.Column("position", sa.BigInteger(), nullable=False),
+    sa.Column("mark", sa.BigInteger(), nullable=False),
+    sa.Column("read_from", sa.BigInteger(), nullable=False),
+    _time("marked_at"),
+    _time("read_at"),
+    sa.CheckConstraint("read_from <= mark AND mark <= position", name="position"),
+)
+
+marks = sa.Table(
+    "marks",
+    metadata,
+    sa.Column("name", sa.String(40), primary_key=True),
+    _time("at"),
+    sa.Column("detail", sa.JSON(), nullable=False),
+)
+
+history = sa.Table(
+    "history",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    _time("at"),
+    sa.Column("subject", sa.String(200), nullable=False),
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("detail", sa.JSON(), nullable=False),
+    sqlite_autoincrement=True,
+)
+sa.Index("ix_history_subject", history.c.subject, history.c.id)
+
+reconciliations = sa.Table(
+    "reconciliations",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    _time("since"),
+    _time("until"),
+    sa.Column("subscription_id", sa.String(64)),
+    sa.Column("repair", sa.Boolean(), nullable=False),
+    sa.Column("phase", sa.String(16), nullable=False),
+    sa.Column("cursor", sa.String(100)),
+    sa.Column("steps_done", sa.Integer(), nullable=False),
+    sa.Column("steps", sa.Integer(), nullable=False),
+    sa.Column("subscriptions", sa.Integer(), nullable=False),
+    sa.Column("records", sa.BigInteger(), nullable=False),
+    sa.Column("repaired_units", sa.BigInteger(), nullable=False),
+    _time("started_at"),
+    _time("finished_at", nullable=True),
+    sa.Column("error", sa.Text()),
+    one_of("state", "running", "done", "failed"),
+    sa.CheckConstraint("until > since", name="until"),
+    sa.CheckConstraint("(state = 'running') = (finished_at IS NULL)", name="finished_at"),
+    sa.CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="error"),
+    sqlite_autoincrement=True,
+)
+
+drift = sa.Table(
+    "drift",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("reconciliation_id", BigId, sa.ForeignKey("reconciliations.id"), nullable=False, index=True),
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("subject", sa.String(200), nullable=False),
+    sa.Column("subscription_id", sa.String(64)),
+    sa.Column("add_on_code", sa.String(50)),
+    _time("window_start", nullable=True),
+    sa.Column("units", sa.BigInteger(), nullable=False),
+    sa.Column("tag", sa.String(100)),
+    sa.Column("repairable", sa.Boolean(), nullable=False),
+    sa.Column("cause", sa.Text(), nullable=False),
+    sa.Column("fix", sa.Text(), nullable=False),
+    sa.Column("detail", sa.JSON(), nullable=False),
+    sa.Column("mended", sa.Text()),
+    sa.CheckConstraint("units >= 0", name="units"),
+    one_of(
+        "kind",
+        "missing_record",
+        "double_record",
+        "foreign_record",
+        "wrong_amount",
+        "wrong_period",
+        "late_beyond_horizon",
+        "price_differs",
+        "link_missing",
+        "link_orphaned",
+    ),
+    sqlite_autoincrement=True,
+)

@@ -1,0 +1,43 @@
+"""Marks: moments that one part leaves for another, or for the next start (a restore, the last resync)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from billingd.store.engine import Tx
+from billingd.store.rows import upsert
+from billingd.store.schema import marks
+
+RESYNCED: Final = "resynced"
+"""Amplify was listed and compared; `at` is when the listing began."""
+
+RESTORED: Final = "restored"
+"""The store was put back from a copy made at `detail.copied_at`: what happened since is read back first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What was noted under a name, and when."""
+
+    name: str
+    at: datetime
+    detail: Mapping[str, Any]
+
+
+async def note(tx: Tx, name: str, *, at: datetime, detail: Mapping[str, Any] | None = None) -> None:
+    """Leave a mark, in place of an earlier one of that name."""
+    await upsert(tx, marks, {"name": name, "at": at, "detail": dict(detail or {})})
+
+
+async def find(tx: Tx, name: str) -> Mark | None:
+    """The mark of that name, if there is one."""
+    row = (await tx.execute(sa.select(marks).where(marks.c.name == name))).one_or_none()
+    return None if row is None else Mark(row.name, row.at, row.detail)
+
+
+async def clear(tx: Tx, name: str) -> None:
+    """Take a mark away; nothing happens when there is none."""
+    await tx.execute(sa.delete(marks).where(marks.c.name == name))
