@@ -21,30 +21,49 @@ from billingd.adapters.announce import Announcer
 from billingd.adapters.recurly import Recurly
 from billingd.admin.metrics import Metrics
 from billingd.admin.server import AdminListener, FarSide, Parts
+from billingd.admin.status import Watched
+from billingd.adoption import Adoption
+from billingd.catch_up import CatchUp
 from billingd.domain.attempts import Patience
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import (
+    ADOPT_SUBSCRIPTION,
+    ATTACH_ADD_ONS,
     AUDIT_USAGE,
     END_SUBSCRIPTION,
     PROVISION_PLAN,
+    PROVISION_PRODUCT,
     PROVISION_SUBSCRIPTION,
     REFRESH_SUBSCRIPTION,
+    REPAIR_USAGE,
+    REPORT_USAGE,
+    RESYNC,
 )
 from billingd.domain.notices import NOTIFY_PROVIDER, NOTIFY_SUBSCRIBER
+from billingd.intake import Intake
 from billingd.loops import Clock, Progress, every, forever
 from billingd.notify import Notifier
 from billingd.once import Once
 from billingd.outbox import Handler, Outbox
+from billingd.provisioning.attach import AddOnAttacher
 from billingd.provisioning.ending import SubscriptionEnder
+from billingd.provisioning.linking import Linker
 from billingd.provisioning.plan import PlanProvisioner
+from billingd.provisioning.product import ProductProvisioner
 from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
+from billingd.reconcile.linkage import Linkage
+from billingd.reconcile.repair import UsageRepairer
+from billingd.reconcile.runs import Reconciler
+from billingd.reconcile.survey import Survey
+from billingd.resync import Resync
 from billingd.settings import Settings, host_port, parse_duration
-from billingd.store import events, migrate, outbox
+from billingd.store import copies, events, migrate, outbox
 from billingd.store.engine import Store
 from billingd.traffic.audit import UsageAuditor
 from billingd.traffic.periods import REFRESH_EVERY, PeriodWatch
 from billingd.traffic.poll import TrafficPoller
-from billingd.traffic.report import REPORT_USAGE, UsageReporter
+from billingd.traffic.read_back import ReadBack
+from billingd.traffic.report import UsageReporter
 from billingd.webhooks import Authenticator, Tally, WebhookListener
 
 log = structlog.get_logger()
@@ -68,6 +87,11 @@ class Daemon:
     recurly: Recurly
     outbox: Outbox
     poller: TrafficPoller
+    read_back: ReadBack
+    resync: Resync
+    adoption: Adoption
+    reconciler: Reconciler
+    catch_up: CatchUp
     webhooks: WebhookListener
     admin: AdminListener
     progress: Progress
@@ -98,7 +122,7 @@ async def _migrate(store: Store, now: datetime) -> None:
         await migrate.check(store)
     except migrate.SchemaBehind:
         if await migrate.current(store) is not None:
-            copy = migrate.backup(store, None, now=now)
+            copy = copies.backup_file(store, None, now=now)
             log.info("store.backed_up", to=str(copy))
         before, after = await migrate.upgrade(store)
         log.info("store.upgraded", before=before, after=after)
@@ -114,25 +138,36 @@ class Outside:
     metrics: Metrics
 
 
+def make_amplify(
+    settings: Settings,
+    session: aiohttp.ClientSession,
+    clock: Clock,
+    *,
+    observe: Callable[[str, float], None] | None = None,
+) -> Amplify:
+    """Amplify as it is configured."""
+    region = REGIONS[settings.amplify.region]
+    return Amplify(
+        session,
+        central_url=settings.amplify.central_url or region.central_url,
+        login_url=settings.amplify.login_url or region.login_url,
+        platform_url=settings.amplify.platform_url or region.platform_url,
+        api_version=settings.amplify.api_version,
+        organization_id=settings.amplify.organization_id,
+        client_id=settings.amplify.client_id,
+        client_secret=settings.amplify.client_secret.get_secret_value(),
+        timeout=settings.amplify.timeout,
+        clock=clock.now,
+        observe=observe,
+    )
+
+
 @asynccontextmanager
 async def build(settings: Settings, store: Store, clock: Clock) -> AsyncIterator[Daemon]:
     """Construct every part; nothing starts here."""
     metrics = Metrics()
     async with aiohttp.ClientSession() as session:
-        region = REGIONS[settings.amplify.region]
-        amplify = Amplify(
-            session,
-            central_url=settings.amplify.central_url or region.central_url,
-            login_url=settings.amplify.login_url or region.login_url,
-            platform_url=settings.amplify.platform_url or region.platform_url,
-            api_version=settings.amplify.api_version,
-            organization_id=settings.amplify.organization_id,
-            client_id=settings.amplify.client_id,
-            client_secret=settings.amplify.client_secret.get_secret_value(),
-            timeout=settings.amplify.timeout,
-            clock=clock.now,
-            observe=metrics.observer("amplify"),
-        )
+        amplify = make_amplify(settings, session, clock, observe=metrics.observer("amplify"))
         recurly = Recurly(
             api_key=settings.recurly.api_key.get_secret_value(),
             base_url=settings.recurly.base_url,
@@ -161,22 +196,40 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     once = Once(store, clock, settling=settling, attempt=recurly.attempt_max, doubt=recurly.take_doubt)
     watch = PeriodWatch(store, clock, recurly)
     look_again = settings.outbox.backoff_max
-    plans = PlanProvisioner(store, clock, amplify, recurly, once, look_again=look_again)
+    products = ProductProvisioner(store, clock, amplify)
+    read_back = ReadBack(
+        store,
+        clock,
+        recurly,
+        watch,
+        unsettled=settling + recurly.attempt_max,
+        horizon=settings.traffic.horizon,
+    )
+    plans = PlanProvisioner(store, clock, amplify, recurly, once, look_again=look_again, read_back=read_back)
+    linker = Linker(
+        store,
+        clock,
+        recurly,
+        once,
+        organization_id=settings.amplify.organization_id,
+        window=settings.traffic.window,
+        read_back=read_back,
+    )
     subscriptions = SubscriptionProvisioner(
         store,
         clock,
         amplify,
         recurly,
         once,
+        linker,
         Policy(
             accounts_missing=settings.accounts.missing,
             collection_method=settings.recurly.collection_method,
             marketplace_url=settings.notifications.marketplace_url,
-            window=settings.traffic.window,
             look_again=look_again,
-            organization_id=settings.amplify.organization_id,
         ),
     )
+    attacher = AddOnAttacher(store, clock, recurly, once, look_again=look_again)
     ender = SubscriptionEnder(
         store,
         clock,
@@ -190,9 +243,11 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     auditor = UsageAuditor(store, clock, recurly, settling=settling)
     notifier = Notifier(outside.announcer, amplify)
     handlers: dict[str, Handler] = {
+        PROVISION_PRODUCT: products.provision,
         PROVISION_PLAN: plans.provision,
         PROVISION_SUBSCRIPTION: subscriptions.provision,
         END_SUBSCRIPTION: ender.end,
+        ATTACH_ADD_ONS: attacher.attach,
         REPORT_USAGE: reporter.report,
         AUDIT_USAGE: auditor.audit,
         NOTIFY_PROVIDER: notifier.provider,
@@ -216,16 +271,49 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         settle=settings.traffic.settle,
         horizon=settings.traffic.horizon,
         wake_outbox=engine.wake,
+        may_read=read_back.require,
     )
     handlers[REFRESH_SUBSCRIPTION] = poller.look_again  # made after the engine, for it wakes it
+    intake = Intake(store, clock, engine.wake.set)
     listener = WebhookListener(
-        store,
+        intake,
         clock,
         Authenticator(settings.webhooks.auth, settings.webhooks.secret.get_secret_value()),
         body_bytes_max=settings.webhooks.body_bytes_max,
-        wake=engine.wake,
         tally=tally,
     )
+    resync = Resync(
+        store, clock, amplify, recurly, every=settings.catch_up.resync_every, wake_outbox=engine.wake
+    )
+    handlers[RESYNC] = resync.handle
+    repairer = UsageRepairer(store, clock, recurly, poller, auditor, once, settling=settling)
+    handlers[REPAIR_USAGE] = repairer.repair
+    reconciler = Reconciler(
+        store,
+        clock,
+        Survey(store, clock, source, recurly, horizon=settings.traffic.horizon, settling=settling),
+        Linkage(store, amplify, recurly),
+        poller,
+        source=source.name,
+        length=settings.traffic.window,
+        requests_per_minute=settings.recurly.requests_per_minute,
+        wake_outbox=engine.wake,
+    )
+    adoption = Adoption(
+        store,
+        clock,
+        amplify,
+        recurly,
+        once,
+        linker,
+        traffic_source=source.name,
+        window=settings.traffic.window,
+        look_again=look_again,
+        wake_outbox=engine.wake,
+    )
+    handlers[ADOPT_SUBSCRIPTION] = adoption.adopt
+    topic = settings.catch_up.watch_topic
+    catch_up = CatchUp(store, clock, amplify, intake, topic, resync)
     sides: dict[str, FarSide] = {"Amplify": amplify, "Recurly": recurly}
     admin = AdminListener(
         Parts(
@@ -238,6 +326,11 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
             source=source.name,
             webhooks=lambda: {"duplicates": tally.duplicates, "rejected": tally.rejected},
             wake_outbox=engine.wake.set,
+            reading_back=lambda: read_back.reason,
+            resync=resync,
+            reconciler=reconciler,
+            adoption=adoption,
+            watched=lambda: Watched(topic, settings.catch_up.every, missing=catch_up.missing),
         )
     )
     return Daemon(
@@ -248,6 +341,11 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         recurly,
         engine,
         poller,
+        read_back,
+        resync,
+        adoption,
+        reconciler,
+        catch_up,
         listener,
         admin,
         progress,
@@ -293,26 +391,43 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         idle: Callable[[], Awaitable[timedelta]],
         wake: asyncio.Event | None = None,
         patience: timedelta = timedelta(minutes=5),
+        *,
+        gated: bool = False,
     ) -> Coroutine[Any, Any, None]:
         return forever(
             name,
-            step,
+            _once_read_back(daemon.read_back, step) if gated else step,
             wake=wake or asyncio.Event(),
             clock=clock,
-            idle=idle,
+            idle=_soon_until_read_back(daemon.read_back, idle) if gated else idle,
             progress=progress,
             patience=patience,
         )
 
     away: set[str] = set()
     steps = {
-        "outbox": loop("outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake),
+        "read_back": loop("read_back", daemon.read_back.run_once, daemon.read_back.idle),
+        "outbox": loop(
+            "outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake, gated=True
+        ),
         "traffic": loop(
             "traffic",
             daemon.poller.run_once,
             _until_next(settings.traffic.schedule, clock, daemon.poller),
             daemon.poller.wake,
             POLL_PATIENCE,
+            gated=True,
+        ),
+        "resync": loop(
+            "resync", daemon.resync.run_once, daemon.resync.idle, daemon.resync.wake, POLL_PATIENCE
+        ),
+        "reconcile": loop(
+            "reconcile",
+            daemon.reconciler.run_once,
+            daemon.reconciler.idle,
+            daemon.reconciler.wake,
+            POLL_PATIENCE,
+            gated=True,
         ),
         "periods": loop("periods", daemon.poller.watch_periods, every(REFRESH_EVERY)),
         "retention": loop(
@@ -322,11 +437,37 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         ),
         "probe": loop("probe", lambda: _probe(daemon, away), every(PROBE_EVERY)),
     }
+    if settings.catch_up.watch_topic:
+        steps["feed"] = loop(
+            "feed", daemon.catch_up.run_once, every(settings.catch_up.every), patience=POLL_PATIENCE
+        )
     if (seconds := systemd.watchdog_seconds()) is not None:
         steps["watchdog"] = loop(
             "watchdog", lambda: _feed(progress, clock), every(timedelta(seconds=seconds / 3))
         )
     return steps
+
+
+def _once_read_back(
+    read_back: ReadBack, step: Callable[[], Awaitable[bool]]
+) -> Callable[[], Awaitable[bool]]:
+    """A step that is not taken before a restored store knows what happened since its copy."""
+
+    async def gated() -> bool:
+        return await read_back.finished() and await step()
+
+    return gated
+
+
+def _soon_until_read_back(
+    read_back: ReadBack, idle: Callable[[], Awaitable[timedelta]]
+) -> Callable[[], Awaitable[timedelta]]:
+    """A short rest until then, the usual one after."""
+
+    async def gated() -> timedelta:
+        return await idle() if await read_back.finished() else await read_back.idle()
+
+    return gated
 
 
 def _until_next(schedule: str, clock: Clock, poller: TrafficPoller) -> Callable[[], Awaitable[timedelta]]:

@@ -21,7 +21,7 @@ from billingd.domain.sending import (
     idempotency_key,
 )
 from billingd.loops import Clock
-from billingd.store import held, intents, outbox
+from billingd.store import held, history, intents, outbox
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 
@@ -42,8 +42,14 @@ Keeper = Callable[[Tx, str], Awaitable[None]]
 
 
 DOUBTED: Final = "idempotency_doubted"
+IGNORED: Final = "idempotency_ignored"
 KEYS: Final = "recurly:idempotency"
-"""Subject of the held item that says: keys are not relied on any more."""
+"""How the subject begins of the held items that say: keys are not relied on any more."""
+
+
+async def mistrust(tx: Tx) -> list[dict[str, Any]]:
+    """The held items for which keys are not relied on: one of each doubted subscription, or the proof."""
+    return [item for kind in (DOUBTED, IGNORED) for item in await held.standing(tx, kind=kind)]
 
 
 class Once:
@@ -117,11 +123,12 @@ class Once:
         found = await find()
         if found is None:
             await self._wait_out(intent)
-            if not await self._refused(name, intent.sends):
+            if not await self._refused(name, intent.sends, "looked up twice and not found"):
                 raise Retryable(f"{name}: another worker is writing it")
             return None
         async with self._store.write() as tx:
             await intents.done(tx, name, result=found)
+            await history.append(tx, name, "found", now=self._clock.now(), result=found)
         self._gave_up.pop(name, None)
         return found
 
@@ -147,6 +154,7 @@ class Once:
             if isinstance(step, Settle) and step.missed and intent is not None:
                 async with self._store.write() as tx:
                     await intents.missed(tx, intent.name, sends=intent.sends, now=now)
+                    await history.append(tx, intent.name, "not_found", now=now, epoch=intent.epoch)
             name = "it" if intent is None else intent.name
             raise Settling(
                 f"{name}: no clear outcome yet and not found; waiting out the settling time",
@@ -156,7 +164,7 @@ class Once:
 
     async def _keys_heeded(self) -> bool:
         async with self._store.read() as tx:
-            return not await held.standing(tx, subject=KEYS)
+            return not await mistrust(tx)
 
     async def _send(
         self,
@@ -179,6 +187,7 @@ class Once:
             # the key stands for another body, so that only a look-up can tell now
             async with self._store.write() as tx:
                 await intents.gave_up(tx, name, sends=intent.sends, burnt=True, now=now)
+                await history.append(tx, name, "body_changed", now=now, epoch=intent.epoch)
             raise Unknown(
                 f"{name}: its body changed while its outcome is unknown", retry_after=trust.settling
             )
@@ -196,24 +205,26 @@ class Once:
                 first_sent_at=first_sent_at,
                 now=max(now, first_sent_at),  # the clock may have been set back
             )
+            if ours and intent is not None:
+                await history.append(tx, name, "sent_again", now=now, key=key, epoch=step.epoch)
         if not ours:
             raise Retryable(f"{name}: another worker is writing it; nothing was sent from here")
         try:
             result = await send(key, retried=step.again)
         except Unknown as error:
-            await self._unanswered(name, sends, burnt=error.replayed)
+            await self._unanswered(name, sends, key, error, burnt=error.replayed)
             raise
         except (Refused, NotFound) as error:
-            if not step.again and await self._refused(name, sends):
+            if not step.again and await self._refused(name, sends, str(error)):
                 raise
             # Another request under this key had no clear outcome, so a refusal now proves nothing of it.
-            await self._unanswered(name, sends, burnt=True)
+            await self._unanswered(name, sends, key, error, burnt=True)
             raise Unknown(f"{name}: refused on a second try ({error})", retry_after=trust.settling) from error
-        except BillingdError:
+        except BillingdError as error:
             if not step.again:
-                await self._refused(name, sends)
+                await self._refused(name, sends, str(error))
             else:
-                await self._unanswered(name, sends, burnt=False)
+                await self._unanswered(name, sends, key, error, burnt=False)
             raise
         doubt = self._doubt()  # before anything else runs: it is this answer's
         async with self._store.write() as tx:
@@ -225,19 +236,23 @@ class Once:
         """Rely on look-ups only from now on, when a key was sent again and Recurly did not know it.
 
         Most likely its first request never arrived. But a site that ignores keys looks the same, and there
-        the next key sent again would bill twice.
+        the next key sent again would bill twice. Each subscription has an item of its own, for the audit of
+        one says nothing of another; a later doubt of the same one takes the place of the earlier.
         """
         now = self._clock.now()
+        subject = KEYS if about is None else f"{KEYS}:{about}"
         reason = (
             f"Recurly answered a repeated Idempotency-Key without Idempotency-Prior ({operation}): either "
             "the first request never arrived, or the site ignores keys. Until an audit has found each record "
-            "once, or you release this, unanswered writes wait out the settling time and are looked up, "
-            "never repeated under their key."
+            "once, or you release this and every other such doubt, unanswered writes wait out the settling "
+            "time and are looked up, never repeated under their key."
         )
-        standing = await held.standing(tx, subject=KEYS)
-        if not standing:  # a later one may not change what an earlier one's audit has to find
-            await held.add(tx, Hold(DOUBTED, KEYS, reason, subscription_id=about), now=now)
+        standing = await mistrust(tx)
+        if not any(item["kind"] == IGNORED for item in standing):
+            await held.close(tx, subject=subject, resolution="doubted again", now=now)
+            await held.add(tx, Hold(DOUBTED, subject, reason, subscription_id=about), now=now)
             log.warning("recurly.keys_doubted", operation=operation)
+        if not standing:
             notice = provider_notice(
                 f"{DOUBTED}:{now.isoformat()}", "Recurly may ignore idempotency keys", reason
             )
@@ -250,9 +265,10 @@ class Once:
         self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any], sent: bool
     ) -> str:
         """It was there already; write down that it is done, also when it was never sent from here."""
+        now = self._clock.now()
         async with self._store.write() as tx:
+            await history.append(tx, name, "found", now=now, result=result)
             if not sent:
-                now = self._clock.now()
                 digest = body_hash(body)
                 key = idempotency_key(name, 1, digest)
                 await intents.opened(
@@ -267,16 +283,23 @@ class Once:
         self._gave_up.pop(name, None)
         return result
 
-    async def _unanswered(self, name: str, sends: int, *, burnt: bool) -> None:
+    async def _unanswered(
+        self, name: str, sends: int, key: str, error: BillingdError, *, burnt: bool
+    ) -> None:
         """Write down that nobody knows what became of it, and since when."""
         self._gave_up[name] = self._clock.elapsed()
+        now = self._clock.now()
         async with self._store.write() as tx:
-            await intents.gave_up(tx, name, sends=sends, burnt=burnt, now=self._clock.now())
+            await intents.gave_up(tx, name, sends=sends, burnt=burnt, now=now)
+            await history.append(tx, name, "unanswered", now=now, key=key, error=str(error))
 
-    async def _refused(self, name: str, sends: int) -> bool:
+    async def _refused(self, name: str, sends: int, why: str) -> bool:
         """Write down that it was clearly not done; False when another worker sent it since."""
+        now = self._clock.now()
         async with self._store.write() as tx:
             refused = await intents.refused(tx, name, sends=sends)
+            if refused:
+                await history.append(tx, name, "refused", now=now, error=why)
         if refused:
             self._gave_up.pop(name, None)
         return refused

@@ -3,7 +3,6 @@
 Nothing is acknowledged before it is durable. What the event asks for happens later, in the outbox.
 """
 
-import asyncio
 import base64
 import hashlib
 import hmac
@@ -16,10 +15,10 @@ import structlog
 from aiohttp import hdrs, web
 
 from billingd.domain.errors import Rejected
-from billingd.domain.events import Event, actions_for, parse_amplify, parse_recurly
+from billingd.domain.events import Event, parse_amplify, parse_recurly
+from billingd.intake import Intake
 from billingd.loops import Clock
-from billingd.store import events, links, outbox
-from billingd.store.engine import Store, StoreDamaged, StoreUnavailable
+from billingd.store.engine import StoreDamaged, StoreUnavailable
 
 log = structlog.get_logger()
 
@@ -111,19 +110,17 @@ class WebhookListener:
 
     def __init__(
         self,
-        store: Store,
+        intake: Intake,
         clock: Clock,
         authenticator: Authenticator,
         *,
         body_bytes_max: int,
-        wake: asyncio.Event,
         tally: Tally,
     ) -> None:
-        self._store = store
+        self._intake = intake
         self._clock = clock
         self._authenticator = authenticator
         self._body_bytes_max = body_bytes_max
-        self._wake = wake
         self._tally = tally
 
     def application(self) -> web.Application:
@@ -215,34 +212,18 @@ class WebhookListener:
             raise too_large from None
 
     async def _accept(self, event: Event) -> web.Response:
-        now = self._clock.now()
-        actions = actions_for(event)
-        async with self._store.write() as tx:
-            # Attributes are no subresource (amplify.md 2.6). Whether a subresource has versions of its own is
-            # not known, so an event of one is never taken for ours, whatever version it shows.
-            updated = event.type == "ResourceUpdated"
-            if actions and updated and event.resource_id and event.resource_version:
-                own = await links.is_own_write(
-                    tx,
-                    kind=event.kind,
-                    resource_id=event.resource_id,
-                    resource_version=event.resource_version,
-                )
-                actions = () if own else actions
-            new = await events.insert(tx, event, now=now)
-            added = await outbox.insert(tx, actions, now=now, event_id=event.id) if new else 0
-        if added:
-            self._wake.set()
-        self._tally.add("accepted" if new else "duplicates")
+        taken = await self._intake.take(event)
+        self._tally.add("duplicates" if taken.repeated else "accepted")
         log.info(
             "webhook.accepted",
             event_id=event.id,
             resource=f"{event.kind}/{event.name}",
             correlation=event.correlation_id,
-            duplicate=not new,
-            actions=added,
+            duplicate=not taken.new,
+            actions=taken.actions,
         )
-        return web.json_response({"event": event.id, "duplicate": not new, "actions": added}, status=202)
+        answer = {"event": event.id, "duplicate": not taken.new, "actions": taken.actions}
+        return web.json_response(answer, status=202)
 
 
 def _unauthorized() -> Rejected:

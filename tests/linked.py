@@ -2,11 +2,13 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from billingd.domain.billing import BilledAddOn, BilledSubscription
+from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription, SubscribedAddOn
+from billingd.domain.charges import Prices
 from billingd.domain.errors import NotFound, Retryable
 from billingd.domain.periods import Period
 from billingd.domain.usage import Reading
@@ -84,6 +86,11 @@ class Bills:
         self.clock = clock
         self.shown: dict[str, BilledSubscription] = {}
         self.edges: dict[str, set[datetime]] = {}
+        self.plans: dict[str, BilledPlan] = {}
+        self.add_ons: dict[str, dict[str, BilledAddOn]] = {}
+        """By the plan's code, then their own."""
+        self.sent: dict[str, tuple[Any, ...]] = {}
+        """What was written, by key."""
         self.listed = 0
         self.away = False
 
@@ -121,8 +128,55 @@ class Bills:
             raise Retryable("away")
         return frozenset(one for one in self.edges.get(uuid, ()) if one >= since)
 
+    async def list_plans(self) -> tuple[BilledPlan, ...]:
+        if self.away:
+            raise Retryable("away")
+        return tuple(self.plans.values())
+
     async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]:
-        raise NotFound(f"{plan_code} in {currency}")
+        if plan_code not in self.add_ons:
+            raise NotFound(f"{plan_code} in {currency}")
+        return tuple(self.add_ons[plan_code].values())
+
+    async def rename_plan(self, code: str, name: str, *, key: str, retried: bool = False) -> None:
+        self._write(key, "rename_plan", code, name)
+        if code not in self.plans:
+            raise NotFound(code)
+        self.plans[code] = replace(self.plans[code], name=name)
+
+    async def rename_add_on(
+        self, plan_code: str, add_on_code: str, name: str, *, key: str, retried: bool = False
+    ) -> None:
+        self._write(key, "rename_add_on", plan_code, add_on_code, name)
+        if add_on_code not in self.add_ons.get(plan_code, {}):
+            raise NotFound(add_on_code)
+        of_plan = self.add_ons[plan_code]
+        of_plan[add_on_code] = replace(of_plan[add_on_code], name=name)
+
+    async def add_to_subscription(
+        self, uuid: str, add_on_codes: Sequence[str], *, key: str, retried: bool = False
+    ) -> None:
+        shown = await self.get_subscription(uuid)
+        self._write(key, "add_to_subscription", uuid, *add_on_codes)
+        of_plan = self.add_ons.get(shown.plan_code, {})
+        for code in add_on_codes:
+            if code not in shown.add_on_codes:
+                prices = of_plan[code].prices if code in of_plan else Prices("flat")
+                made = SubscribedAddOn(f"id-{code}", code, prices, self.clock.now())
+                shown = replace(
+                    shown, add_ons=(*shown.add_ons, made), add_on_codes=(*shown.add_on_codes, code)
+                )
+        self.shown[uuid] = shown
+
+    async def mark_subscription(self, uuid: str, marker: str, *, key: str, retried: bool = False) -> None:
+        shown = await self.get_subscription(uuid)
+        self._write(key, "mark_subscription", uuid, marker)
+        self.shown[uuid] = replace(shown, marker=marker)
+
+    def _write(self, key: str, *what: str) -> None:
+        if self.away:
+            raise Retryable("away")
+        self.sent[key] = what
 
     def far_now(self) -> datetime:
         return self.clock.now()

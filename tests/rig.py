@@ -48,7 +48,7 @@ LEASE = timedelta(minutes=2)
 LOOK_AGAIN = timedelta(minutes=10)
 SETTLING = timedelta(seconds=60)
 PER_UNIT = {"type": "perunit", "cost": 0.5}
-WRITES = ("create_", "remove_", "cancel_", "terminate_", "set_", "decide")
+WRITES = ("create_", "remove_", "cancel_", "terminate_", "rename_", "add_", "mark_", "set_", "decide")
 Json = dict[str, Any]
 
 
@@ -469,7 +469,18 @@ class Rig:
         """Something goes wrong at Recurly."""
         return self.world.faults.add(Rule(rule.pop("side", "recurly"), method, path, kind, **rule))
 
+    def watch(self, topic: str = "billingd") -> None:
+        """Makes the watch topic that the feed is read from."""
+        self.world.tenant.create("WatchTopic", server._topic(topic))
+
     # What the daemon does.
+
+    async def catch_up(self) -> None:
+        """Reads the feed, resyncs when that is due, and runs what they ask for; every webhook is lost."""
+        self.unheard.clear()
+        await self.daemon.catch_up.run_once()
+        await self.daemon.resync.run_once()
+        await self.drain()
 
     async def hear(self, choose: Callable[[list[Event]], list[Event]] = list) -> int:
         """Webhooks for what happened since; the actions they led to."""

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from aiohttp.test_utils import TestClient, TestServer
 from linked import HOUR, TEN, link, subscription
 from manual_clock import ManualClock
+from reconciling import Reconciling
 from rig import a_rig
 
 from billingd.admin import operations
@@ -49,6 +50,21 @@ class Poller:
     async def read_range(self, since: datetime, until: datetime, *, subscription: str | None = None) -> int:
         self.asked.append((since, until, subscription))
         return 7
+
+    async def told(self, *, dry_run: bool) -> dict[str, Any]:
+        self.asked.append(f"resync, {dry_run=}")
+        return {"dry_run": dry_run, "steps": [], "enqueued": 0, "warnings": []}
+
+
+@dataclass
+class Adopter:
+    """Records what was asked of it."""
+
+    poller: Poller
+
+    async def told(self, since: datetime, *, dry_run: bool) -> dict[str, Any]:
+        self.poller.asked.append(("adopt", since, dry_run))
+        return {"dry_run": dry_run, "steps": [], "to_do": 0, "problems": 0, "adopted": 0}
 
 
 @dataclass
@@ -132,6 +148,9 @@ async def rig(store: Store, clock: ManualClock) -> AsyncIterator[Rig]:
             source="metrics",
             webhooks=lambda: {"duplicates": 1, "rejected": 2},
             wake_outbox=woken.set,
+            resync=poller,
+            adoption=Adopter(poller),
+            reconciler=Reconciling(),
         )
     )
     async with TestClient(TestServer(listener.application())) as client:
@@ -336,6 +355,26 @@ async def test_releasing_what_waits_by_itself_only_ends_the_wait(rig: Rig) -> No
     [action] = (await rig.get("/outbox?state=pending"))[1]["actions"]
     assert action["key"] == "k1"
     assert datetime.fromisoformat(action["due_at"]) == rig.clock.now()
+
+
+async def test_a_resync_is_asked_for_with_or_without_acting(rig: Rig) -> None:
+    """It acts unless told otherwise, and `dry_run` is no text."""
+    assert (await rig.post("/resync"))[1]["dry_run"] is False
+    assert (await rig.post("/resync", {"dry_run": True}))[1]["dry_run"] is True
+    assert rig.poller.asked == ["resync, dry_run=False", "resync, dry_run=True"]
+    status, document = await rig.post("/resync", {"dry_run": "no"})
+    assert (status, document["error"]["code"]) == (400, "bad_request")
+    assert len(rig.poller.asked) == 2
+
+
+async def test_a_warning_is_in_the_document_and_on_the_page(rig: Rig) -> None:
+    """What is held of one plan is none; what is held of a whole Marketplace is, escaped like all else."""
+    await rig.hold(Hold("plan_refused", "plan:metered", "Only one plan."))
+    await rig.hold(Hold("native_billing", "marketplace:m", "Market <b>M</b> bills by itself."))
+    assert (await rig.get("/status"))[1]["warnings"] == ["Market <b>M</b> bills by itself."]
+    async with rig.client.get("/") as answer:
+        page = await answer.text()
+    assert "<li>Market &lt;b&gt;M&lt;/b&gt; bills by itself.</li>" in page
 
 
 async def test_poll_and_backfill_reach_the_poller(rig: Rig) -> None:

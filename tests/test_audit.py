@@ -10,6 +10,8 @@ from rig import HOUR, SETTLING, Json, Rig, a_rig
 from billingd.admin import operations
 from billingd.domain.billing import NewUsage
 from billingd.domain.events import audit_action
+from billingd.domain.sending import SECOND_LOOK
+from billingd.once import Once
 from billingd.sandbox.recurly.model import Usage
 from billingd.store import held, schema
 
@@ -221,6 +223,55 @@ async def test_a_doubt_stays_while_a_request_may_still_take_effect(rig: Rig) -> 
     assert len(await doubt(rig)) == 1
 
 
+async def doubted_about(rig: Rig, *subscription_ids: str) -> None:
+    """A key of theirs was sent again and not recognised."""
+    once = Once(rig.store, rig.clock, settling=SETTLING, attempt=timedelta(0), doubt=lambda: None)
+    async with rig.store.write() as tx:
+        for one in subscription_ids:
+            await once._heed_doubt(tx, "create usage", one)
+
+
+@pytest.mark.parametrize("double", [False, True])
+async def test_the_clean_audit_of_one_says_nothing_of_another(rig: Rig, double: bool) -> None:
+    """Keys are relied on again only when each doubted subscription was found clean."""
+    other = await rig.subscribe("other")
+    await rig.work()
+    one = await reported(rig, 7)
+    acme = str(one.subscription.given["po_number"])
+    await rig.traffic("other", 5)
+    await rig.report()
+    await doubted_about(rig, acme)
+    rig.pass_(SETTLING)
+    await doubted_about(rig, other)
+    if double:
+        [usage] = [each for each in rig.world.site.usages.values() if each.amount == 5]
+        await posted(rig, usage)
+    rig.pass_(SECOND_LOOK)
+    await rig.work()
+    assert [item["subscription_id"] for item in await doubt(rig)] == [other]
+    rig.pass_(SETTLING)
+    await rig.work()
+    assert list(await rig.held()) == (["idempotency_ignored"] if double else [])
+    assert rig.units() == 12
+    assert sum("may ignore idempotency keys" in told for told in rig.channels.provider) == 1
+
+
+@ONE_DATABASE
+async def test_a_later_doubt_of_the_same_subscription_waits_for_its_own_audit(rig: Rig) -> None:
+    """The request of the later one may still take effect when the earlier one's audit comes."""
+    one = await reported(rig, 7)
+    acme = str(one.subscription.given["po_number"])
+    await doubted_about(rig, acme)
+    rig.pass_(SETTLING)
+    await doubted_about(rig, acme)
+    rig.pass_(SECOND_LOOK)
+    await rig.work()
+    assert len(await doubt(rig)) == 1
+    rig.pass_(SETTLING)
+    await rig.work()
+    assert await rig.held() == {}
+
+
 async def test_a_site_that_ignores_keys_ends_with_each_record_once(rig: Rig) -> None:
     """Answers are lost and lists lag: what was made twice is found and removed, and then made no more."""
     rig.fault("ignore_idempotency_key", "POST", USAGE, times=None)
@@ -258,3 +309,56 @@ async def test_a_double_among_corrections_is_found_too(rig: Rig) -> None:
     assert "idempotency_ignored" in await rig.held(), "it was made twice; the audit that was asked for saw it"
     assert set(rig.tags().values()) == {1}
     assert rig.units() == 7
+
+
+def lists(rig: Rig) -> int:
+    """How often usage was listed."""
+    return sum(
+        times
+        for call, times in rig.world.calls.items()
+        if call.startswith("recurly GET") and call.endswith("/usage")
+    )
+
+
+@ONE_DATABASE
+async def test_corrections_of_one_moment_are_looked_for_at_once(rig: Rig) -> None:
+    """However many records have the same time: one list for it, beside those of the cycles."""
+    at = rig.far.now()
+    await rig.traffic("acme", 3, at=at)
+    await rig.report()
+    await rig.renew()
+    for units in (4, 5, 6):
+        await rig.traffic("acme", units, at=at)
+        await rig.report()
+    times = {one.usage_timestamp for one in rig.world.site.usages.values() if one.billed_at is None}
+    assert (len(rig.tags()), len(times)) == (4, 1)
+    twin = next(one for one in rig.world.site.usages.values() if one.billed_at is None)
+    (await posted(rig, twin)).billed_at = rig.far.now()
+    rig.world.calls.clear()
+    await audited(rig)
+    assert lists(rig) == 3
+    assert (rig.units(), await rig.held()) == (18, {}), "the unbilled one of the two is gone"
+
+
+@ONE_DATABASE
+async def test_usage_of_a_trial_is_not_looked_for_one_by_one(store_url: str) -> None:
+    """It stays unbilled for ever: each audit would ask for each record of it."""
+    async with a_rig(store_url) as rig:
+        await rig.product()
+        await rig.plan()
+        await rig.work()
+        [plan] = rig.world.site.plans.values()
+        rig.world.site.plan_trial(plan.code, 1)
+        await rig.subscribe()
+        await rig.work()
+        for units in (1, 2, 3):
+            first = await reported(rig, units)
+        rig.pass_(DAY)
+        await rig.poll()
+        await rig.work()
+        assert first.subscription.cycle.kind == "paid"
+        await posted(rig, first)
+        rig.world.calls.clear()
+        await audited(rig)
+        assert lists(rig) == 2
+        assert (rig.units(), await rig.held()) == (6, {}), "a double among them is found all the same"

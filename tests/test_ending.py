@@ -1,6 +1,7 @@
 """The end of a subscription: the last usage is reported, then it is over at Recurly, and only then."""
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import pytest
 from rig import HOUR, LOOK_AGAIN, Json, Rig, a_rig
@@ -8,6 +9,8 @@ from rig import HOUR, LOOK_AGAIN, Json, Rig, a_rig
 from billingd.provisioning.ending import end_action
 from billingd.store import schema
 
+MINUTE = timedelta(minutes=1)
+LINES = "/subscriptions/*/line_items"
 ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 
 
@@ -230,3 +233,101 @@ async def test_a_link_that_comes_late_has_its_older_windows_read_before_the_end(
         assert await rig.rows(schema.unlinked_traffic) == []
         [served] = [one for one in rig.ledger()["subscriptions"] if one["id"] == acme]
         assert (served["served_units"], served["billed_units"]) == (5, 5)
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("resumed", [False, True])
+async def test_a_renewal_that_was_charged_is_told_although_it_was_paused_since(
+    rig: Rig, resumed: bool
+) -> None:
+    """The invoices say what was charged: the renewal and the cycle after the pause, but not the pause."""
+    uuid = billed(rig)["uuid"]
+    await rig.move("acme", "cancel")
+    await rig.work()
+    charged: list[str] = []
+    free: list[str] = []
+    steps = [(rig.world.site.renew, charged), (rig.world.site.pause, free)]
+    for happens, told in [*steps, (rig.world.site.resume, charged)] if resumed else steps:
+        rig.pass_(15 * MINUTE)
+        happens(uuid)
+        told.append(rig.far.now().isoformat())
+        rig.pass_(MINUTE)
+        await rig.poll()  # so that billingd sees each
+    await rig.settled()
+    assert billed(rig)["state"] == "expired"
+    reason = (await rig.held())["renewed_after_end"]
+    assert all(moment in reason for moment in charged)
+    assert free[0] not in reason
+
+
+@ONE_DATABASE
+async def test_a_pause_was_not_charged_whatever_the_answer_to_its_end(rig: Rig) -> None:
+    """The terminate's answer is lost, so the retry sees it expired: nobody is asked for a refund."""
+    await rig.move("acme", "cancel")
+    await rig.work()
+    rig.pass_(5 * MINUTE)
+    rig.world.site.pause(billed(rig)["uuid"])
+    rig.fault("lost", "DELETE", "/subscriptions/*", times=2)
+    await rig.settled()
+    assert rig.world.faults.counts["lost"] >= 1
+    assert billed(rig)["state"] == "expired"
+    assert await rig.held() == {}
+    assert await rig.dead() == []
+
+
+@ONE_DATABASE
+async def test_only_the_base_price_counts_as_charged(rig: Rig) -> None:
+    """Usage lines have the dates of their cycle, those of the final invoice too."""
+    uuid = billed(rig)["uuid"]
+    subscription = rig.world.site.subscription_by_uuid[uuid]
+    await rig.traffic("acme", 4)
+    await rig.report()
+    await rig.renew()
+    rig.pass_(MINUTE)
+    await rig.traffic("acme", 3)
+    rig.world.site.pause(uuid)
+    subscription.cycle.kind = "paid"  # as if Recurly put usage of a pause on the final invoice
+    rig.pass_(MINUTE)
+    rig.world.site.expire(uuid)
+    first, second, pause = (cycle.started_at for cycle in subscription.cycles)
+    assert pause in {line.start_date for line in subscription.invoices[-1].lines}
+    assert pause in await rig.recurly.list_billed_edges(uuid, since=first)
+    assert await rig.recurly.list_charged_starts(uuid, since=first) == {first, second}
+    assert await rig.recurly.list_charged_starts(uuid, since=first + MINUTE) == {second}
+
+
+@ONE_DATABASE
+async def test_a_renewal_for_nothing_needs_no_refund(rig: Rig) -> None:
+    """A base price of 0 is on the invoice too."""
+    rig.world.site.subscription_by_uuid[billed(rig)["uuid"]].unit_amount *= 0
+    await rig.move("acme", "cancel")
+    await rig.work()
+    rig.pass_(5 * MINUTE)
+    await rig.renew()
+    await rig.settled()
+    assert billed(rig)["state"] == "expired"
+    assert await rig.held() == {}
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("trouble", ["outage", "list_lag"])
+async def test_what_was_charged_is_told_once_the_invoices_can_be_read(rig: Rig, trouble: str) -> None:
+    """It renews right before its end, and the line items are not there, or not shown yet."""
+    await rig.move("acme", "cancel")
+    await rig.work()
+    rig.pass_(3 * HOUR)
+    await rig.poll()
+    await rig.renew()
+    if trouble == "list_lag":
+        rig.fault(trouble, "GET", LINES, times=None, args={"seconds": 60})
+    else:
+        rig.fault(trouble, "GET", LINES, times=2)
+    await rig.drain()
+    assert billed(rig)["state"] == "expired"
+    [row] = await rig.rows(schema.subscription_links)
+    assert (row["state"], await rig.held()) == ("ending", {}), "what is to be told is not known yet"
+    await rig.work(HOUR)
+    assert list(await rig.held()) == ["renewed_after_end"]
+    [row] = await rig.rows(schema.subscription_links)
+    assert row["state"] == "ended"
+    assert (await rig.dead(), sum("renewed too late" in told for told in rig.channels.provider)) == ([], 1)

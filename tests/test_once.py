@@ -306,7 +306,7 @@ async def test_a_retry_that_is_no_replay_casts_doubt_on_all_keys(bench: Bench) -
     async with bench.store.read() as tx:
         [item] = await held.standing(tx, kind="idempotency_doubted")
         notice, audit = sorted(await outbox.select(tx, states=["pending"]), key=lambda row: -len(row["kind"]))
-    assert (item["subject"], item["subscription_id"]) == (KEYS, "s1")
+    assert (item["subject"], item["subscription_id"]) == (f"{KEYS}:s1", "s1")
     assert (notice["kind"], audit["kind"]) == ("notify_provider", "audit_usage")
     assert audit["due_at"] == bench.clock.now() + SETTLING + SECOND_LOOK, "when no request is under way"
     bench.far.made.clear()
@@ -329,6 +329,50 @@ async def test_a_retry_that_is_no_replay_casts_doubt_on_all_keys(bench: Bench) -
     assert len(set(bench.keys())) == 3
     async with bench.store.read() as tx:
         assert len(await outbox.select(tx, states=["pending"])) == 2, "told once, audited once"
+
+
+async def test_each_doubted_subscription_has_a_doubt_of_its_own(bench: Bench) -> None:
+    """Two retries are under way when the first is doubted: both are held, people are told once."""
+    bench.far.plan = ["never arrives", "never arrives"]
+    await bench.fails(Unknown)
+    on_its_way, answered = asyncio.Event(), asyncio.Event()
+
+    async def send(key: str, *, retried: bool) -> str:
+        if retried:
+            on_its_way.set()
+            await answered.wait()
+        return await bench.far.send(key, retried=retried)
+
+    async def nothing() -> None:
+        return None
+
+    async def write() -> str:
+        return await bench.once.write("v", {}, send=send, find=nothing, about="s2")
+
+    with pytest.raises(Unknown):
+        await write()
+    other = asyncio.create_task(write())
+    await on_its_way.wait()
+    await bench.write()
+    bench.clock.advance(timedelta(seconds=1))
+    answered.set()
+    await other
+    async with bench.store.read() as tx:
+        doubts = await held.standing(tx, kind="idempotency_doubted")
+        pending = await outbox.select(tx, states=["pending"])
+    assert [(one["subject"], one["subscription_id"]) for one in doubts] == [
+        (f"{KEYS}:s1", "s1"),
+        (f"{KEYS}:s2", "s2"),
+    ]
+    kinds = sorted(row["kind"] for row in pending)
+    assert kinds == ["audit_usage", "audit_usage", "notify_provider"]
+    assert not await bench.once._keys_heeded()
+    async with bench.store.write() as tx:
+        await held.close_one(tx, doubts[0]["id"], resolution="clean", now=bench.clock.now())
+    assert not await bench.once._keys_heeded(), "the other one is not proven yet"
+    async with bench.store.write() as tx:
+        await held.close_one(tx, doubts[1]["id"], resolution="clean", now=bench.clock.now())
+    assert await bench.once._keys_heeded()
 
 
 class Lagging:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from rig import HOUR, LEASE, LOOK_AGAIN, PER_UNIT, Json, Rig, a_rig
 
+from billingd.admin.operations import release
 from billingd.domain.errors import Unknown
 from billingd.domain.events import subscription_action
 from billingd.domain.windows import floor
 from billingd.sandbox import control_amplify
 from billingd.store import outbox, schema
+from billingd.store.held import standing
 
 ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 """For what differs by the far sides' behaviour only."""
@@ -184,10 +186,13 @@ async def test_a_site_that_refuses_a_second_subscription_to_a_plan_holds_it(rig:
     held = await rig.held()
     assert set(held) == {"subscription_refused"}
     assert "already have a subscription to this plan" in held["subscription_refused"]
+    assert rig.world.calls["recurly POST /subscriptions"] == 2
     assert (len(rig.billed(first)), len(rig.billed(second))) == (1, 0)
     assert rig.approval("two") == "pending"
     rig.world.site.configure(allow_multiple_subscriptions_per_plan=True)
-    await rig.ask(subscription_action("two", second, because="released"))
+    async with rig.store.read() as tx:
+        [item] = await standing(tx)
+    assert await release(rig.store, item["id"], now=rig.far.now())
     await rig.work(HOUR)
     assert len(rig.billed(second)) == 1
     assert await rig.held() == {}
@@ -304,7 +309,7 @@ async def test_a_subscription_to_a_plan_that_failed_is_held_not_forgotten(store_
         broken = rig.fault("500", "POST", "/plans", times=None)
         await rig.plan()
         acme = await rig.subscribe()
-        await rig.work(24 * HOUR, rounds=60)
+        await rig.work(48 * HOUR, rounds=120)
         [error, *_] = await rig.dead()  # each event of the plan failed alike
         held = await rig.held()
         assert set(held) == {"plan_failed"}
@@ -465,7 +470,7 @@ async def test_a_refused_creation_that_is_rejected_meanwhile_is_over(rig: Rig) -
     await rig.work()
     assert set(await rig.held()) == {"subscription_refused"}
     await rig.move("two", "reject")
-    await rig.work()
+    await rig.work(LOOK_AGAIN)
     assert (await rig.held(), await rig.unfinished()) == ({}, [])
 
 

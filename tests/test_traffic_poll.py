@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,9 +22,16 @@ from billingd.domain.usage import Reading
 from billingd.domain.windows import Window
 from billingd.store import held, links, schema, usage, watermarks
 from billingd.store.engine import Store, StoreUnavailable, Tx
-from billingd.store.watermarks import WatermarkMoved
+from billingd.store.watermarks import Watermark, WatermarkMoved
 from billingd.traffic.periods import PeriodWatch
-from billingd.traffic.poll import WINDOWS_MAX, TrafficPoller
+from billingd.traffic.poll import (
+    AUDIT_LEAD,
+    WINDOWS_MAX,
+    TrafficPoller,
+    audit_due,
+    audit_hour,
+    audit_spread,
+)
 
 
 @pytest.fixture
@@ -663,7 +671,10 @@ async def test_before_a_bill_what_has_not_settled_is_read_too(
 async def test_each_open_cycle_is_audited_once_a_day(
     store: Store, clock: ManualClock, source: Counted
 ) -> None:
-    """Whatever is over at Recurly is left alone; a second process of the day asks for none."""
+    """Whatever is over at Recurly is left alone; a second process of the day asks for none.
+
+    Two audits are a day apart, also around midnight.
+    """
     await link(store, subscription("s1"), subscription("s2", billed_state="expired"))
     for _ in range(2):
         poller = a_poller(store, clock, source)
@@ -672,7 +683,103 @@ async def test_each_open_cycle_is_audited_once_a_day(
     clock.advance(24 * HOUR)
     await poller.run_once()
     audits = [row["key"] for row in await rows(store, schema.outbox) if row["kind"] == "audit_usage"]
-    assert audits == ["audit_usage:s1:2026-03-02", "audit_usage:s1:2026-03-03"]
+    last = audit_due("s1", clock.now())
+    assert last.hour == audit_hour("s1")
+    assert audits == [f"audit_usage:s1:{at:%Y%m%dT%H}" for at in (last - 24 * HOUR, last)]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("hour", [0, 11, 23])
+async def test_daily_audits_are_a_day_apart_however_often_it_starts(
+    store: Store, clock: ManualClock, source: Counted, monkeypatch: pytest.MonkeyPatch, hour: int
+) -> None:
+    """Polled every 20 minutes for three days, with a new process every seven hours."""
+    monkeypatch.setattr("billingd.traffic.poll.audit_hour", lambda _: hour)
+    await link(store, subscription("s1"))
+    poller = a_poller(store, clock, source)
+    for turn in range(3 * 72):
+        if turn % 21 == 0:
+            poller = a_poller(store, clock, source)
+        await poller.run_once()
+        clock.advance(timedelta(minutes=20))
+    first, *later = [row for row in await rows(store, schema.outbox) if row["kind"] == "audit_usage"]
+    assert first["due_at"] == TEN + audit_spread("s1")
+    assert [row["due_at"].hour for row in later] == [hour] * 3
+    assert all(one["due_at"] + 25 * HOUR > two["due_at"] for one, two in pairwise([first, *later]))
+    keyed = [datetime.strptime(row["key"][-11:] + "Z", "%Y%m%dT%H%z") for row in (first, *later)]
+    assert {two - one for one, two in pairwise(keyed)} == {24 * HOUR}
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_a_start_spreads_its_audits_over_an_hour(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """All subscriptions are asked for then, in one transaction."""
+    await link(store, *(subscription(f"s{n}") for n in range(200)))
+    await a_poller(store, clock, source).run_once()
+    due = Counter(row["due_at"] for row in await rows(store, schema.outbox) if row["kind"] == "audit_usage")
+    assert sum(due.values()) == 200
+    assert all(TEN <= at < TEN + HOUR for at in due)
+    assert len(due) > 40
+    assert max(due.values()) <= 12
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_audits_before_bills_are_asked_for_in_one_transaction(
+    store: Store, clock: ManualClock, source: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many subscriptions are about to be billed, now or a little later."""
+    bills = Bills(clock)
+    poller = a_poller(store, clock, source, bills)
+    await link(store, *(subscription(f"s{n}") for n in range(9)))
+    for n in range(9):
+        bills.show(Period(TEN, TEN + HOUR + timedelta(minutes=n % 3)), subscription=f"s{n}")
+    await poller.run_once()
+    clock.at = TEN + 0.9 * HOUR
+    await poller._learn_periods()
+    writes = []
+    write = Store.write
+
+    def counted(store: Store) -> Any:
+        writes.append(1)
+        return write(store)
+
+    monkeypatch.setattr(Store, "write", counted)
+    assert await poller._ask_for_audits() == []
+    assert len(writes) == 1
+    audits = [row for row in await rows(store, schema.outbox) if ":period:" in row["key"]]
+    assert len(audits) == 9
+    assert {(row["due_at"] - TEN - HOUR + AUDIT_LEAD) / timedelta(minutes=1) for row in audits} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_an_audit_that_is_due_waits_for_the_flush(
+    store: Store, clock: ManualClock, source: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bill is a minute away: what is read before it is booked first, then compared."""
+    bills = Bills(clock)
+    poller = a_poller(store, clock, source, bills)
+    await poller.run_once()
+    await link(store, subscription())
+    bills.show(Period(TEN, TEN + HOUR))
+    source.serve(5, hours=0.5)
+    clock.at = TEN + HOUR - timedelta(minutes=1)
+
+    async def audits() -> list[str]:
+        return [row["key"] for row in await rows(store, schema.outbox) if ":period:" in row["key"]]
+
+    flush, before = poller._flush, []
+
+    async def flushed(mark: Watermark) -> None:
+        await flush(mark)
+        before.extend([await audits(), await records(store)])
+
+    monkeypatch.setattr(poller, "_flush", flushed)
+    await poller.run_once()
+    assert before == [[], [(0, 1, 5, "recorded")]]
+    assert await audits() == [f"audit_usage:s1:period:{TEN + HOUR:%Y%m%dT%H%M%S}"]
+    [audit] = [row for row in await rows(store, schema.outbox) if row["kind"] == "audit_usage"]
+    assert audit["due_at"] == clock.now()
 
 
 async def test_where_bills_are_is_asked_every_ten_minutes(

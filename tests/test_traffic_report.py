@@ -172,12 +172,12 @@ async def test_usage_of_one_that_expired_unseen_is_held_and_told_once(rig: Rig) 
     await rig.poll()
     await rig.work(HOUR)
     assert await rig.totals() == {"held": 7}
-    assert set(await rig.held()) == {"usage_after_end"}
+    assert set(await rig.held()) == {"usage_after_end", "ended_at_recurly"}
     assert "expired" in (await rig.held())["usage_after_end"]
     assert sum("Usage is held" in told for told in rig.channels.provider) == 1
     assert (await rig.unfinished(), await rig.dead()) == ([], [])
     async with rig.store.read() as tx:
-        [item] = await held.standing(tx)
+        [item] = await held.standing(tx, kind="usage_after_end")
         assert (item["units"], (await held.count(tx))["units"]) == (7, 7)
 
 

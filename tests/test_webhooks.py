@@ -21,6 +21,7 @@ from linked import PLAN, link
 from manual_clock import ManualClock
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from billingd.intake import Intake
 from billingd.store import links, migrate, schema
 from billingd.store.engine import Store, StoreDamaged, Tx
 from billingd.webhooks import AMPLIFY_PATHS, Authenticator, Tally, WebhookListener
@@ -58,11 +59,10 @@ class Listening:
         self.tally = Tally()
         self.woken = asyncio.Event()
         listener = WebhookListener(
-            store,
+            Intake(store, clock, self.woken.set),
             clock,
             Authenticator(auth, secrets),
             body_bytes_max=MAX,
-            wake=self.woken,
             tally=self.tally,
         )
         self.server = TestServer(listener.application())

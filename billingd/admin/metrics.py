@@ -63,6 +63,9 @@ class Metrics:
         self._missed = self._gauge(
             "billingd_period_missed_units", "Units that missed the invoice of the last billing period"
         )
+        self._drift = self._gauge(
+            "billingd_drift_units", "Units in which the latest reconciliation differed, not mended since"
+        )
         self._held = Gauge("billingd_held", "Things held for a person", ["what"], registry=self._registry)
         Gauge("billingd_build_info", "The version", ["version"], registry=self._registry).labels(
             __version__
@@ -97,6 +100,7 @@ class Metrics:
         self._unreported.set(traffic["unreported_units"])
         self._unknown.set(traffic["unknown_outcomes"])
         self._missed.set(status["periods"]["missed_units"])
+        self._drift.set(status["drift"]["units"])
         for what in ("plans", "subscriptions", "units"):
             self._held.labels(what).set(status["held"][what])
         self._usage.units = {

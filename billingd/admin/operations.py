@@ -7,17 +7,21 @@ from typing import Any, Final
 
 from billingd.domain.attempts import Action, State
 from billingd.domain.errors import BillingdError
-from billingd.domain.events import END_SUBSCRIPTION
+from billingd.domain.events import END_SUBSCRIPTION, REPORT_USAGE
+from billingd.domain.resync import NATIVE_BILLING
+from billingd.domain.usage import TAG_PREFIX
 from billingd.once import DOUBTED
-from billingd.store import held, outbox, usage
-from billingd.store.engine import Store
+from billingd.store import held, history, outbox, usage
+from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.stakes import usage_hold
 
 IDS_MAX: Final = 10_000
 """Ids in one statement: both databases bound its parameters."""
 
-FACTS: Final = frozenset({"reading_shrank", "foreign_record", "double_record", "wrong_amount"})
+FACTS: Final = frozenset(
+    {"reading_shrank", "foreign_record", "double_record", "wrong_amount", "before_link", NATIVE_BILLING}
+)
 """Kinds of held items that only tell of something: there is nothing of ours to send or to mend."""
 
 
@@ -52,17 +56,36 @@ async def selected(store: Store, selection: Selection, *, limit: int | None = No
 
 async def replay(store: Store, selection: Selection, *, now: datetime) -> list[int]:
     """Give every dead action of the selection a new life; return their ids."""
-    ids = [int(row["id"]) for row in await selected(store, selection)]
+    rows = await selected(store, selection)
+    ids = [int(row["id"]) for row in rows]
     async with store.write() as tx:
         for start in range(0, len(ids), IDS_MAX):
             await outbox.retry(tx, ids[start : start + IDS_MAX], now=now)
+        for row in rows:
+            await _note(tx, row, "replayed", now=now)
     return ids
 
 
 async def retry(store: Store, action_id: int, *, now: datetime) -> bool:
     """Try one dead action again, or a pending one at once; False when it is neither."""
     async with store.write() as tx:
-        return await outbox.retry(tx, [action_id], now=now) == 1
+        row = await outbox.find(tx, action_id)
+        if row is None or await outbox.retry(tx, [action_id], now=now) != 1:
+            return False
+        await _note(tx, row, "retried", now=now)
+        return True
+
+
+async def _note(tx: Tx, row: Mapping[str, Any], what: str, *, now: datetime, **detail: Any) -> None:
+    """An operator did this to an action: it is told with the record or the subject it is about."""
+    about = str(row["key"])
+    report = f"{REPORT_USAGE}:{TAG_PREFIX}"
+    subject = (
+        f"usage:{about[len(report) - len(TAG_PREFIX) :]}" if about.startswith(report) else row["subject"]
+    )
+    await history.append(
+        tx, subject, what, now=now, by="operator", action=row["id"], error=row["error"], **detail
+    )
 
 
 async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -> bool:
@@ -74,6 +97,7 @@ async def discard(store: Store, action_id: int, *, reason: str, now: datetime) -
         row = await outbox.find(tx, action_id)
         if row is None or not await outbox.discard(tx, action_id, reason=reason, now=now):
             return False
+        await _note(tx, row, "discarded", now=now, reason=reason)
         record_id = row["args"].get("record")
         if record_id is not None and await usage.hold(tx, record_id):
             recorded = await usage.find(tx, record_id)
@@ -102,6 +126,7 @@ async def release(store: Store, held_id: int, *, now: datetime) -> bool:
             return False
         if not await held.close_one(tx, held_id, resolution="released by an operator", now=now):
             return False
+        await history.append(tx, item["subject"], "released", now=now, by="operator", held=held_id)
         if (again := item["action"]) is not None:
             if (record_id := again["args"].get("record")) is not None:
                 await usage.release(tx, record_id)
@@ -132,6 +157,9 @@ async def write_off(store: Store, held_id: int, *, reason: str, now: datetime) -
             raise NotForWritingOff(_instead(item))
         if not await held.write_off(tx, held_id, reason=reason, now=now):
             return False
+        await history.append(
+            tx, item["subject"], "written_off", now=now, by="operator", held=held_id, reason=reason
+        )
         if record_id is not None and not await usage.write_off(tx, record_id):
             state = (await usage.find(tx, record_id)).state
             raise NotForWritingOff(

@@ -10,6 +10,7 @@ import structlog
 from aiohttp import web
 
 from billingd.admin import operations, status
+from billingd.admin.explain import RECORDS_SHOWN, explain
 from billingd.admin.metrics import Metrics
 from billingd.admin.operations import NotForWritingOff, Selection
 from billingd.domain.attempts import State
@@ -44,6 +45,32 @@ class Poller(Protocol):
     ) -> int: ...
 
 
+class Resync(Protocol):
+    """What the resync command asks for."""
+
+    async def told(self, *, dry_run: bool) -> dict[str, Any]: ...
+
+
+class Adoption(Protocol):
+    """What the adopt command asks for."""
+
+    async def told(self, since: datetime, *, dry_run: bool) -> dict[str, Any]: ...
+
+
+class Reconciler(Protocol):
+    """What the reconcile command asks for."""
+
+    async def start(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        subscription: str | None = None,
+        repair: bool = False,
+    ) -> int: ...
+    async def document(self, run_id: int) -> dict[str, Any] | None: ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the admin listener looks at and works on."""
@@ -57,6 +84,11 @@ class Parts:
     source: str
     webhooks: Callable[[], dict[str, int]]
     wake_outbox: Callable[[], None]
+    resync: Resync
+    reconciler: Reconciler
+    adoption: Adoption
+    watched: Callable[[], status.Watched] = status.Watched
+    reading_back: Callable[[], str | None] = lambda: None
 
 
 class AdminListener:
@@ -84,10 +116,15 @@ class AdminListener:
                 web.post("/outbox/{id:[0-9]+}/retry", self._retry),
                 web.post("/outbox/{id:[0-9]+}/discard", self._discard),
                 web.get("/subscriptions", self._subscriptions),
+                web.get("/explain", self._explain),
                 web.get("/held", self._held),
                 web.post("/held/{id:[0-9]+}/release", self._release),
                 web.post("/held/{id:[0-9]+}/write-off", self._write_off),
                 web.get("/traffic/windows", self._windows),
+                web.post("/resync", self._resync),
+                web.post("/reconcile", self._reconcile),
+                web.get("/reconcile/{id:[0-9]+}", self._reconciliation),
+                web.post("/adopt", self._adopt),
                 web.post("/traffic/poll", self._poll),
                 web.post("/traffic/backfill", self._backfill),
             ]
@@ -102,6 +139,8 @@ class AdminListener:
             at = side.last_reached_at
             if at is None or now - at > REACHED_LATELY or side.last_error is not None:
                 reasons.append(f"{name} was not reached lately: {side.last_error or 'no call yet'}")
+        if (waits := self._parts.reading_back()) is not None:
+            reasons.append(waits)
         if self._parts.store.write_error is not None:
             reasons.append(f"the latest write failed: {self._parts.store.write_error}")
         return reasons
@@ -114,6 +153,7 @@ class AdminListener:
             now=parts.clock.now(),
             reasons=self._reasons(),
             webhooks=parts.webhooks(),
+            watched=parts.watched(),
         )
 
     async def _healthz(self, _request: web.Request) -> web.Response:
@@ -211,6 +251,12 @@ class AdminListener:
         rows = await status.subscriptions(self._parts.store, now=self._parts.clock.now())
         return web.json_response({"subscriptions": rows})
 
+    async def _explain(self, request: web.Request) -> web.Response:
+        about = request.query.get("about", "")
+        records = _number(request.query.get("records", str(RECORDS_SHOWN)), "records", at_most=10_000)
+        now = self._parts.clock.now()
+        return web.json_response(await explain(self._parts.store, about, now=now, records=records))
+
     async def _held(self, _request: web.Request) -> web.Response:
         async with self._parts.store.read() as tx:
             items = await held.standing(tx)
@@ -249,9 +295,44 @@ class AdminListener:
             }
         )
 
+    async def _resync(self, request: web.Request) -> web.Response:
+        dry_run = (await _body(request)).get("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise _bad_request("dry_run: must be true or false")
+        return web.json_response(await self._parts.resync.told(dry_run=dry_run))
+
+    async def _adopt(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        dry_run = body.get("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise _bad_request("dry_run: must be true or false")
+        since = _time(body.get("since"), "since")
+        return web.json_response(await self._parts.adoption.told(since, dry_run=dry_run))
+
     async def _poll(self, _request: web.Request) -> web.Response:
         await self._parts.poller.run_once()
         return web.json_response({"polled": True})
+
+    async def _reconcile(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        since, until = (
+            None if body.get(name) is None else _time(body[name], name) for name in ("since", "until")
+        )
+        if since is not None and until is not None and until <= since:
+            raise _bad_request("until: must be later than since")
+        repair = body.get("repair", False)
+        if not isinstance(repair, bool):
+            raise _bad_request("repair: must be true or false")
+        run = await self._parts.reconciler.start(
+            since=since, until=until, subscription=_optional_text(body, "subscription"), repair=repair
+        )
+        return web.json_response({"id": run})
+
+    async def _reconciliation(self, request: web.Request) -> web.Response:
+        found = await self._parts.reconciler.document(_id(request))
+        if found is None:
+            raise _not_found("reconciliation", _id(request))
+        return web.json_response(found)
 
     async def _backfill(self, request: web.Request) -> web.Response:
         body = await _body(request)

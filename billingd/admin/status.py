@@ -1,24 +1,51 @@
 """The state of things in one document: what /status and `billingd status` say."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import datetime
-from typing import Any
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 from billingd import __version__
 from billingd.domain.attempts import State
-from billingd.store import completeness, events, held, intents, links, outbox, usage, watermarks
+from billingd.domain.resync import MASS_ABSENCE, NATIVE_BILLING
+from billingd.store import completeness, drift, events, feed, held, intents, links, outbox, usage, watermarks
 from billingd.store.completeness import ClosedPeriod, Completeness, CurrentPeriod
 from billingd.store.engine import Store
+from billingd.store.feed import Place
+
+WARNINGS: Final = frozenset({NATIVE_BILLING, MASS_ABSENCE, "product_unlabelled"})
+"""Kinds of held items that speak of more than one plan or subscription."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The watch topic that is read `every` so often; "" is none. `missing`: Amplify has no such topic."""
+
+    topic: str = ""
+    every: timedelta = timedelta(minutes=1)
+    missing: bool = False
+
+
+FEED_TURNS: Final = 5
+"""The feed is behind when its end was not reached for so many turns, ten minutes at least."""
+
+FEED_BEHIND_MIN: Final = timedelta(minutes=10)
 
 
 async def read(
-    store: Store, *, source: str, now: datetime, reasons: Sequence[str], webhooks: Mapping[str, int]
+    store: Store,
+    *,
+    source: str,
+    now: datetime,
+    reasons: Sequence[str],
+    webhooks: Mapping[str, int],
+    watched: Watched | None = None,
 ) -> dict[str, Any]:
     """The status document (contract section 4); `reasons` say why the daemon is not ready.
 
     `webhooks` are this process's counts; what was accepted is counted in the store, across restarts.
     """
+    watched = watched or Watched()
     async with store.read() as tx:
         counts = await outbox.count(tx)
         oldest = await outbox.oldest_pending(tx)
@@ -30,7 +57,10 @@ async def read(
         held_counts = await held.count(tx)
         held_items = await held.standing(tx)
         accepted = await events.count(tx)
+        caught_up = await events.count_caught_up(tx)
+        place = await feed.find(tx, watched.topic) if watched.topic else None
         periods = await completeness.summary(tx, now=now)
+        drifting = await drift.summary(tx)
     by_state = {state: sum(n for (of, _), n in counts.items() if of == state) for state in State}
     recorded = sum(totals.values())
     reported = totals.get("reported", 0)
@@ -42,6 +72,13 @@ async def read(
             "accepted": accepted,
             "duplicates": webhooks.get("duplicates", 0),
             "rejected": webhooks.get("rejected", 0),
+        },
+        "catch_up": {
+            "topic": watched.topic or None,
+            "position": None if place is None else place.position,
+            "read_at": None if place is None else timestamp(place.read_at),
+            "events": caught_up,
+            "state": _feed_state(watched, place, now),
         },
         "outbox": {
             "pending": by_state[State.PENDING],
@@ -68,9 +105,23 @@ async def read(
             "ends_next": plain(periods.ends_next),
             "missed_units": periods.missed_units,
         },
+        "drift": {name: plain(value) for name, value in drifting.items()},
+        "warnings": [str(item["reason"]) for item in held_items if item["kind"] in WARNINGS],
         "held": {**held_counts, "items": [held_item(item) for item in held_items]},
         "links": {"plans": plans, "subscriptions": subscriptions},
     }
+
+
+def _feed_state(watched: Watched, place: Place | None, now: datetime) -> str:
+    """off | missing | never | behind | ok"""
+    if not watched.topic:
+        return "off"
+    if watched.missing:
+        return "missing"
+    if place is None:
+        return "never"
+    patience = max(FEED_TURNS * watched.every, FEED_BEHIND_MIN)
+    return "behind" if now - place.read_at > patience else "ok"
 
 
 async def subscriptions(store: Store, *, now: datetime) -> list[dict[str, Any]]:

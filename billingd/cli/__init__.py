@@ -7,12 +7,17 @@ import click
 
 from billingd import __version__
 from billingd.cli import output
+from billingd.cli.adopt import adopt
 from billingd.cli.config import check_config, config
 from billingd.cli.db import db
 from billingd.cli.demo import demo
+from billingd.cli.explain import explain
 from billingd.cli.held import held
+from billingd.cli.hooks import hooks
 from billingd.cli.notify import notify
 from billingd.cli.outbox import outbox
+from billingd.cli.reconcile import reconcile
+from billingd.cli.resync import resync
 from billingd.cli.run import run
 from billingd.cli.sandbox import sandbox
 from billingd.cli.status import status
@@ -62,5 +67,22 @@ def program(ctx: click.Context, config: Path | None) -> None:
     ctx.obj = config
 
 
-for command in (run, demo, sandbox, check_config, config, status, outbox, traffic, held, notify, db):
+for command in (
+    run,
+    demo,
+    sandbox,
+    check_config,
+    config,
+    status,
+    outbox,
+    traffic,
+    resync,
+    reconcile,
+    held,
+    explain,
+    adopt,
+    hooks,
+    notify,
+    db,
+):
     program.add_command(command)

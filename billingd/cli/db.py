@@ -2,9 +2,11 @@
 
 import asyncio
 import sqlite3
+import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,7 +16,10 @@ from billingd.domain.errors import BillingdError
 
 if TYPE_CHECKING:
     from billingd.settings import Settings
+    from billingd.store.copies import Copy, Restored, Tell
     from billingd.store.engine import Store
+
+REDRAW_SECONDS: Final = 0.2
 
 
 @click.group()
@@ -93,9 +98,10 @@ def check(ctx: click.Context, as_json: bool) -> None:
 @output.json_option
 @click.pass_obj
 def backup(config: Path | None, to: Path | None, as_json: bool) -> None:
-    """Copy a SQLite store, beside a running daemon too, and verify the copy.
+    """Copy the store, beside a running daemon too, and verify the copy by opening it.
 
-    Without FILE the copy lies beside the store, named after the time.
+    The copy is one SQLite file whichever database the store is in, and can be restored into either. Without
+    FILE it lies beside a SQLite store, else in the current directory, named after the time.
 
     \b
     Example:
@@ -106,6 +112,40 @@ def backup(config: Path | None, to: Path | None, as_json: bool) -> None:
         output.document({"backup": str(copy)})
     else:
         output.say(f"backup: {copy}")
+
+
+@db.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@output.json_option
+@click.pass_obj
+def restore(config: Path | None, file: Path, yes: bool, as_json: bool) -> None:
+    """Put a safety copy in the store's place; stop the daemon first.
+
+    The store as it is now is kept under another name. The next start of the daemon reads back from Recurly
+    what was sent since the copy was made, before it sends anything: nothing is billed twice. Forgotten is
+    what people decided since (held items released or written off, actions discarded), and some notices may
+    be sent again.
+
+    \b
+    Example:
+      billingd db restore /var/backups/billingd.db
+    """
+    settings = settings_of(config)
+    copy = _inspected(file)
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            raise click.UsageError("it replaces the store: add --yes, or answer on a terminal")
+        output.note(_meaning(copy, settings.store.url))
+        click.confirm("Put it in the store's place?", abort=True, err=True)
+    done = asyncio.run(_restore(settings, file))
+    if as_json:
+        output.document(_restored(done))
+        return
+    output.say(f"restored: {file} ({_made_at(done.copy.copied_at)})")
+    if done.set_aside is not None:
+        output.say(f"the store that was there: {done.set_aside}")
+    output.note("the next start reads Recurly back before it sends anything; `billingd status` says when")
 
 
 async def _upgrade(settings: "Settings") -> dict[str, Any]:
@@ -152,17 +192,91 @@ async def _check(settings: "Settings") -> list[str]:
 
 
 async def _backup(settings: "Settings", to: Path | None) -> Path:
+    from billingd.store import copies
+
     async with opened(settings, current=False) as store:
-        copy = _copy(store, to)
-    if copy is None:
-        raise BillingdError("`db backup` copies SQLite stores only; use pg_dump for PostgreSQL")
-    return copy
+        try:
+            return await copies.backup(store, to, now=datetime.now(UTC), tell=_tell())
+        except (sqlite3.Error, OSError) as error:
+            raise _not_copied(store, to, error) from error
 
 
 def _copy(store: "Store", to: Path | None) -> Path | None:
-    from billingd.store import migrate
+    from billingd.store import copies
 
     try:
-        return migrate.backup(store, to, now=datetime.now(UTC))
+        return copies.backup_file(store, to, now=datetime.now(UTC))
     except (sqlite3.Error, OSError) as error:
-        raise BillingdError(f"cannot copy {store.path} to {to or 'a file beside it'}: {error}") from error
+        raise _not_copied(store, to, error) from error
+
+
+def _not_copied(store: "Store", to: Path | None, error: Exception) -> BillingdError:
+    name = store.path or store.url.render_as_string(hide_password=True)
+    return BillingdError(f"cannot copy {name} to {to or 'a file beside it'}: {error}")
+
+
+def _inspected(file: Path) -> "Copy":
+    from billingd.store import copies
+
+    return copies.inspect(file)
+
+
+async def _restore(settings: "Settings", file: Path) -> "Restored":
+    from billingd.store import copies
+
+    async with opened(settings, lock=True, may_be_missing=True, current=False) as store:
+        try:
+            return await copies.restore(store, file, now=datetime.now(UTC), tell=_tell())
+        except (sqlite3.Error, OSError) as error:
+            name = store.path or store.url.render_as_string(hide_password=True)
+            raise BillingdError(f"cannot put {file} in the place of {name}: {error}") from error
+
+
+def _meaning(copy: "Copy", url: str) -> str:
+    """What a restore does, for whoever decides on it."""
+    import sqlalchemy as sa
+
+    rows = sum(number for name, number in copy.rows.items() if name != "alembic_version")
+    store = sa.make_url(url).render_as_string(hide_password=True)
+    return (
+        f"{copy.path} was copied {_made_at(copy.copied_at)}; schema {copy.revision}, {rows} rows, "
+        f"{copy.rows.get('usage_records', 0)} of them usage records.\n"
+        f"It takes the place of {store}, which is kept under another name.\n"
+        "What was sent to Recurly since is read back at the next start, before anything else is sent.\n"
+        "Lost is what people decided since (held items released or written off, actions discarded); notices "
+        "may be sent again."
+    )
+
+
+def _made_at(copied_at: datetime | None) -> str:
+    from billingd.admin.status import timestamp
+
+    return "at an unknown time" if copied_at is None else f"at {timestamp(copied_at)}"
+
+
+def _restored(done: "Restored") -> dict[str, Any]:
+    from billingd.admin.status import timestamp
+
+    copied_at = done.copy.copied_at
+    return {
+        "restored": str(done.copy.path),
+        "copied_at": None if copied_at is None else timestamp(copied_at),
+        "schema": done.copy.revision,
+        "rows": {name: number for name, number in done.copy.rows.items() if name != "alembic_version"},
+        "set_aside": None if done.set_aside is None else str(done.set_aside),
+    }
+
+
+def _tell() -> "Tell":
+    """A line on the terminal that says how far it got; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda _what, _done: None
+    last = 0.0
+
+    def tell(what: str, done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > REDRAW_SECONDS:
+            last = time.monotonic()
+            click.echo(f"\x1b[K{what}: {done:,}\r", nl=False, err=True)
+
+    return tell

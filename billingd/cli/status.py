@@ -65,6 +65,7 @@ async def _read(settings: "Settings", each: bool, as_json: bool) -> dict[str, An
             now=now,
             reasons=["the daemon does not answer; read from the store"],
             webhooks={},
+            watched=admin.Watched(settings.catch_up.watch_topic, settings.catch_up.every),
         )
         return told | ({"subscriptions": await admin.subscriptions(store, now=now)} if each else {})
 
@@ -89,6 +90,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         *(f"          {reason}" for reason in found["reasons"]),
         f"webhooks  {webhooks['accepted']} accepted, {webhooks['duplicates']} duplicates, "
         f"{webhooks['rejected']} rejected",
+        *_feed(found.get("catch_up")),
         f"outbox    {outbox['pending']} pending, {outbox['leased']} leased, {outbox['dead']} dead, "
         f"{outbox['done']} done" + ("" if waits is None else f"; the oldest waits for {_length(waits)}"),
         "traffic   nothing read yet"
@@ -102,6 +104,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{held['units']} units",
         f"links     {links['plans']} plans, {links['subscriptions']} subscriptions",
     ]
+    written += [f"warning   {warning}" for warning in found.get("warnings", [])]
     if outbox["dead"]:
         written.append("look      `billingd outbox list --state dead` shows the dead letters")
     if items:
@@ -138,6 +141,20 @@ def _periods(periods: Mapping[str, Any] | None) -> list[str]:
         f"periods   {periods['open']} open, {periods['incomplete']} of them not complete, {ends}; "
         f"{periods['missed_units']} units missed the last invoice"
     ]
+
+
+def _feed(feed: Mapping[str, Any] | None) -> list[str]:
+    """The line about the watch topic; a daemon that is still the release before has none."""
+    if feed is None:
+        return []
+    told = {
+        "off": "off: lost webhooks are found by the next resync",
+        "missing": f"watch topic {feed['topic']} is missing: `billingd hooks apply` makes it",
+        "never": f"watch topic {feed['topic']} was never read",
+        "behind": f"watch topic {feed['topic']} is behind: last read to its end {feed['read_at']}",
+        "ok": f"watch topic {feed['topic']} read to {feed['position']}, last {feed['read_at']}",
+    }
+    return [f"feed      {told[feed['state']]}; {feed['events']} events came by it alone"]
 
 
 def _length(seconds: float) -> str:

@@ -10,6 +10,7 @@ from decimal import Decimal
 
 from billingd.domain.billing import BilledAddOn, BilledPlan
 from billingd.domain.catalog import UNLIMITED_TO
+from billingd.domain.charges import Prices
 from billingd.domain.money import shown
 from billingd.domain.pricing import AddOnSpec, PlanSpec, TierSpec
 
@@ -22,6 +23,15 @@ def differences(spec: PlanSpec, plan: BilledPlan) -> tuple[str, ...]:
 def add_on_differences(spec: AddOnSpec, add_on: BilledAddOn) -> tuple[str, ...]:
     """How the add-on at Recurly charges otherwise than `spec`: sentences, none if it agrees."""
     return tuple(f'Add-on "{add_on.code}" {clause}' for clause in _add_on_clauses(spec, add_on))
+
+
+def same_prices(one: Prices, other: Prices) -> bool:
+    """Whether two add-ons charge the same for any usage."""
+    if one.tier_type != other.tier_type:
+        return False
+    if one.tier_type == "flat":
+        return one.unit_amount == other.unit_amount
+    return _charged(one.tiers) == _charged(other.tiers)
 
 
 def _plan_clauses(spec: PlanSpec, plan: BilledPlan) -> Iterator[str]:

@@ -18,6 +18,18 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class SubscribedAddOn:
+    """An add-on on a subscription: the prices are its own, those of the day it was attached."""
+
+    id: str
+    code: str
+    prices: Prices
+    """In the subscription's currency; the open last tier may end with None or 999999999."""
+    created_at: datetime | None
+    """Since when it takes usage."""
+
+
+@dataclass(frozen=True, slots=True)
 class BilledSubscription:
     """A subscription at Recurly, as far as billingd cares. Times are aware UTC, whole seconds."""
 
@@ -33,6 +45,10 @@ class BilledSubscription:
     period_started_at: datetime | None
     period_ends_at: datetime | None
     trial_ends_at: datetime | None = None
+    add_ons: tuple[SubscribedAddOn, ...] = ()
+    unit_amount: Decimal | None = None
+    """What one period costs, without its add-ons."""
+    currency: str | None = None
 
     @property
     def period(self) -> Period | None:
@@ -72,6 +88,7 @@ class BilledPlan:
     auto_renew: bool
     unit_amounts: dict[str, Decimal]
     setup_fees: dict[str, Decimal]
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +110,7 @@ class BilledAddOn:
     measured_unit_id: str | None
     unit_amount: Decimal | None
     tiers: tuple[TierSpec, ...]
+    name: str = ""
 
     @property
     def prices(self) -> Prices:

@@ -12,6 +12,9 @@ from typing import Literal
 UNLIMITED_TO = 999_999_999
 """A tier's `to` that means "no end" in Amplify."""
 
+BILLING_SYSTEM = "recurly"
+"""What the attribute `billingSystem` of a product says when its plans are billed here."""
+
 Interval = Literal["daily", "weekly", "monthly", "annually"]
 
 
@@ -164,6 +167,23 @@ class Subscription:
     attributes: dict[str, str] = field(default_factory=dict)
     resource_version: str | None = None
     deleting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Marketplace:
+    """A Marketplace; where `payment_type` is set, Amplify's own billing charges the consumers too."""
+
+    name: str
+    title: str
+    payment_type: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A resource that is there and cannot be understood: whatever else it is, it is not absent."""
+
+    id: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)

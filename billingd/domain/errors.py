@@ -68,6 +68,17 @@ class NotFound(Permanent):
     """The far side says clearly that there is no such thing."""
 
 
+class Gone(Permanent):
+    """What was asked for is no longer kept: begin anew, after looking at everything.
+
+    `max_sequence` is the newest position the far side named, or None.
+    """
+
+    def __init__(self, message: str, *, max_sequence: int | None = None) -> None:
+        super().__init__(message)
+        self.max_sequence = max_sequence
+
+
 class Rejected(BillingdError):
     """A webhook delivery that is not accepted: nothing of it is kept.
 

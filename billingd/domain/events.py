@@ -1,29 +1,42 @@
-"""Webhook bytes -> Event -> Actions. The event is a hint: handlers read the resource as it is then."""
+"""Webhook bytes or feed item -> Event -> Actions. An event is a hint: handlers read the resource as it is."""
 
 import hashlib
 import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from billingd.domain.attempts import Action
+from billingd.domain.catalog import BILLING_SYSTEM
 from billingd.domain.errors import Rejected
+from billingd.domain.usage import UsageRecord
 
+PROVISION_PRODUCT: Final = "provision_product"
 PROVISION_PLAN: Final = "provision_plan"
 PROVISION_SUBSCRIPTION: Final = "provision_subscription"
 END_SUBSCRIPTION: Final = "end_subscription"
+ATTACH_ADD_ONS: Final = "attach_add_ons"
+ADOPT_SUBSCRIPTION: Final = "adopt_subscription"
 REFRESH_SUBSCRIPTION: Final = "refresh_subscription"
 AUDIT_USAGE: Final = "audit_usage"
+RESYNC: Final = "resync"
+REPORT_USAGE: Final = "report_usage"
+REPAIR_USAGE: Final = "repair_usage"
 
 EVENT_TYPES: Final = frozenset(
     {"ResourceCreated", "ResourceUpdated", "ResourceDeleted", "SubResourceUpdated"}
 )
 NAME_LENGTH_MAX: Final = 100
 ID_LENGTH_MAX: Final = 64
+SEQUENCE_MAX: Final = 2**63 - 1
+_PLAN_OF_A_QUOTA: Final = re.compile(r"/productplans/([^/]+)/quotas/")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One delivery, reduced to what is needed: which resource, and what is said to have happened to it."""
+    """One event, reduced to what is needed: which resource, and what is said to have happened to it."""
 
     source: str
     id: str
@@ -39,6 +52,10 @@ class Event:
     """The plan's or subscription's state where the payload carries it."""
     deleting: bool
     correlation_id: str | None
+    labelled: bool | None = None
+    """Whether a product says that its plans are billed here; None where the payload does not tell."""
+    approved: bool | None = None
+    """Whether a new subscription is approved from the first; None where the payload does not tell."""
 
 
 def _reject(message: str) -> Rejected:
@@ -75,9 +92,49 @@ def _state(payload: dict[str, Any]) -> str | None:
     return _optional(state.get("name") if isinstance(state, dict) else state)
 
 
+def _says(payload: dict[str, Any], part: str, field: str, value: str) -> bool:
+    found = payload.get(part)
+    return isinstance(found, dict) and found.get(field) == value
+
+
+def _scope_name(metadata: dict[str, Any]) -> str | None:
+    """What contains it, by name; of a quota also from its link, for the feed shows less than a webhook."""
+    scope = metadata.get("scope")
+    if isinstance(scope, dict):
+        return _optional(scope.get("name"), length_max=NAME_LENGTH_MAX)
+    link = metadata.get("selfLink")
+    found = _PLAN_OF_A_QUOTA.search(link) if isinstance(link, str) else None
+    return None if found is None else _optional(found[1], length_max=NAME_LENGTH_MAX)
+
+
 def parse_amplify(body: bytes) -> Event:
     """The event in an Amplify webhook's body. Raises `Rejected` (400) when it is not one."""
-    document = _object(body)
+    return _event(_object(body), whole=True)
+
+
+def parse_feed(item: Any) -> tuple[int, Event]:
+    """The sequence number and the event of a watch topic's item. Raises `Rejected` when it is not one.
+
+    Its payload has neither spec nor subresources, and its attributes are not relied on (amplify.md 4.5).
+    """
+    sequence = sequence_of(item)
+    if sequence is None:
+        raise _reject("metadata.sequenceID must be a whole number")
+    return sequence, _event(item, whole=False)
+
+
+def sequence_of(item: Any) -> int | None:
+    """The sequence number of a watch topic's item, None when it has none."""
+    about = item.get("metadata") if isinstance(item, dict) else None
+    number = about.get("sequenceID") if isinstance(about, dict) else None
+    if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) <= 19:
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int):
+        return None
+    return number if 0 < number <= SEQUENCE_MAX else None
+
+
+def _event(document: dict[str, Any], *, whole: bool) -> Event:
     payload = document.get("payload")
     if not isinstance(payload, dict):
         raise _reject("payload must be an object: the resource that changed")
@@ -88,7 +145,7 @@ def parse_amplify(body: bytes) -> Event:
     about = document.get("metadata") if isinstance(document.get("metadata"), dict) else {}
     assert isinstance(metadata, dict)
     assert isinstance(about, dict)
-    scope = metadata.get("scope")
+    whole = whole and event_type != "ResourceDeleted"
     return Event(
         source="amplify",
         id=_text(document.get("id"), "id", length_max=100),
@@ -98,12 +155,16 @@ def parse_amplify(body: bytes) -> Event:
         resource_id=_optional(metadata.get("id")),
         subresource=_optional(about.get("subresource")),
         resource_version=_optional(metadata.get("resourceVersion")),
-        scope_name=_optional(scope.get("name"), length_max=NAME_LENGTH_MAX)
-        if isinstance(scope, dict)
-        else None,
+        scope_name=_scope_name(metadata),
         state=_state(payload),
         deleting=metadata.get("state") == "DELETING",
         correlation_id=_optional(document.get("correlationId"), length_max=100),
+        labelled=_says(payload, "attributes", "billingSystem", BILLING_SYSTEM)
+        if whole and payload.get("kind") == "Product"
+        else None,
+        approved=_says(payload, "approval", "state", "approved")
+        if whole and payload.get("kind") == "Subscription" and event_type == "ResourceCreated"
+        else None,
     )
 
 
@@ -134,12 +195,16 @@ def parse_recurly(body: bytes, notification_id: str | None) -> Event:
 def actions_for(event: Event) -> tuple[Action, ...]:
     """What an event asks for; nothing when that is known at once.
 
-    A product plan matters whatever happened to it, once it has left the draft; a quota because a plan may
-    gain one; a subscription when its approval or state moved or it went (sequence in amplify.md 4.2). Any
-    event of a Recurly subscription (a renewal that is near, a pause) asks to look at it again.
+    A product matters when its label may have changed; a product plan whatever happened to it, once it has
+    left the draft; a quota because a plan may gain one; a subscription when its approval or state moved or it
+    went (sequence in amplify.md 4.2), and when it came unless it says that it is not approved yet: one that a
+    migration made may never be pending. Any event of a Recurly subscription (a renewal that is near, a pause)
+    asks to look at it again.
     """
     if event.source == "recurly":
         return (refresh_action(event.name, because=event.id),) if event.kind == "subscription" else ()
+    if event.kind == "Product" and event.type != "SubResourceUpdated":
+        return (product_action(event.name, event.resource_id, because=event.id),)
     if event.kind == "ProductPlan":
         if event.state == "draft" and event.type != "ResourceDeleted":
             return ()
@@ -148,9 +213,42 @@ def actions_for(event: Event) -> tuple[Action, ...]:
         return (plan_action(event.scope_name, None, because=event.id),)
     if event.kind == "Subscription" and event.resource_id is not None:
         moved = event.type == "SubResourceUpdated" and event.subresource in {"approval", "state"}
-        if moved or event.type == "ResourceDeleted" or event.deleting:
+        came = event.type == "ResourceCreated" and event.approved is not False
+        if moved or came or event.type == "ResourceDeleted" or event.deleting:
             return (subscription_action(event.name, event.resource_id, because=event.id),)
     return ()
+
+
+def adopt_action(subscription_id: str, name: str, uuid: str, since: datetime, *, because: str) -> Action:
+    """Take over a subscription that another program made at Recurly; its usage counts from `since` on.
+
+    Its subject is its own: `provision_subscription` may be waiting for just that.
+    """
+    return Action(
+        ADOPT_SUBSCRIPTION,
+        f"adopt:{subscription_id}",
+        f"{ADOPT_SUBSCRIPTION}:{subscription_id}:{because}",
+        {"id": subscription_id, "name": name, "uuid": uuid, "since": since.isoformat()},
+    )
+
+
+def attach_action(subscription_id: str, add_on_codes: Collection[str]) -> Action:
+    """Put the add-ons that its plan has now on a subscription, which was made before it had them all.
+
+    Its subject is its own: while it waits, the subscription may end.
+    """
+    codes = hashlib.sha256("\n".join(sorted(add_on_codes)).encode()).hexdigest()[:16]
+    return Action(
+        ATTACH_ADD_ONS,
+        attach_subject(subscription_id),
+        f"{ATTACH_ADD_ONS}:{subscription_id}:{codes}",
+        {"id": subscription_id},
+    )
+
+
+def attach_subject(subscription_id: str) -> str:
+    """The subject of every `attach_add_ons` of a subscription."""
+    return f"add_ons:{subscription_id}"
 
 
 def refresh_action(uuid: str, *, because: str) -> Action:
@@ -160,6 +258,16 @@ def refresh_action(uuid: str, *, because: str) -> Action:
         f"refresh:{uuid}",
         f"{REFRESH_SUBSCRIPTION}:{uuid}:{because}",
         {"uuid": uuid},
+    )
+
+
+def report_action(record_id: int, record: UsageRecord) -> Action:
+    """Tell Recurly of one record. All of one add-on share a subject: one writer at a time."""
+    return Action(
+        REPORT_USAGE,
+        f"usage:{record.subscription_id}:{record.quota_id}",
+        f"{REPORT_USAGE}:{record.merchant_tag}",
+        {"record": record_id},
     )
 
 
@@ -173,6 +281,16 @@ def audit_action(subscription_id: str, *, because: str) -> Action:
         f"audit:{subscription_id}:{because}",
         f"{AUDIT_USAGE}:{subscription_id}:{because}",
         {"id": subscription_id},
+    )
+
+
+def product_action(name: str, product_id: str | None, *, because: str) -> Action:
+    """Bring the plans and subscriptions of a product in line with its label."""
+    return Action(
+        PROVISION_PRODUCT,
+        f"product:{name}",
+        f"{PROVISION_PRODUCT}:{name}:{because}",
+        {"name": name, "id": product_id},
     )
 
 

@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 CODE_CHARS_MAX: Final = 50
+PLAN_CODES: Final = "amplify-plan-"
+"""How the codes of our plans begin."""
 NAME_CHARS_MAX: Final = 255
 DISPLAY_NAME_CHARS_MAX: Final = 50
 CODE: Final = re.compile(rf"[a-z0-9_+-]{{1,{CODE_CHARS_MAX}}}")
@@ -251,7 +253,7 @@ def _distinct(quotas: tuple[Quota, ...]) -> tuple[tuple[Quota, ...], frozenset[s
 
 
 def _plan_code(plan: ProductPlan) -> str:
-    return f"amplify-plan-{plan.id}"
+    return f"{PLAN_CODES}{plan.id}"
 
 
 def _add_on_code(quota: Quota) -> str:

@@ -1,9 +1,10 @@
 """Readings of traffic -> usage records, each with its merchant tag."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from billingd.domain.windows import Window
@@ -13,6 +14,9 @@ UNITS_MAX: Final = 999_999_999
 
 TAG_PREFIX: Final = "bd1:"
 """How every merchant tag of ours begins."""
+
+CORRECTION: Final = "~"
+"""What stands between the tag of a record and the number of its correction, in the correction's tag."""
 
 RECURLY_SECOND: Final = timedelta(seconds=1)
 """Recurly's timestamps are whole seconds."""
@@ -54,16 +58,68 @@ class Booked:
     revisions: int
 
 
+@dataclass(frozen=True, slots=True)
+class ParsedTag:
+    """What a merchant tag says: of which pair, which window or piece, and the how manieth record of it."""
+
+    pair_hash: str
+    window: Window
+    revision: int
+
+
+_TAG: Final = re.compile(
+    rf"{TAG_PREFIX}(?P<pair>[0-9a-f]{{24}}):(?P<start>\d{{8}}T\d{{6}}Z):(?P<seconds>[1-9]\d{{0,9}}):"
+    r"(?P<revision>[1-9]\d{0,8})",
+    re.ASCII,
+)
+
+
+def pair_hash(subscription_id: str, quota_id: str) -> str:
+    """How a merchant tag names its (subscription, quota): 24 hex digits."""
+    return hashlib.sha256(f"{subscription_id}\n{quota_id}".encode()).hexdigest()[:24]
+
+
+def parse_tag(tag: str) -> ParsedTag | None:
+    """What `merchant_tag` was given to make this tag; None when it cannot have made it."""
+    found = _TAG.fullmatch(tag)
+    if found is None:
+        return None
+    try:
+        start = datetime.strptime(found["start"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        window = Window(start, start + timedelta(seconds=int(found["seconds"])))
+    except (ValueError, OverflowError):  # no such day, or beyond the calendar
+        return None
+    return ParsedTag(found["pair"], window, int(found["revision"]))
+
+
 def merchant_tag(subscription_id: str, quota_id: str, window: Window, revision: int) -> str:
     """The name of a usage record at Recurly: the same for the same record, whoever computes it.
 
     `bd1:` + 24 hex digits of the pair + window start + its seconds + revision; at most 64 ASCII characters.
     """
-    pair = hashlib.sha256(f"{subscription_id}\n{quota_id}".encode()).hexdigest()[:24]
+    pair = pair_hash(subscription_id, quota_id)
     start = window.start.strftime("%Y%m%dT%H%M%SZ")
     tag = f"{TAG_PREFIX}{pair}:{start}:{int(window.length.total_seconds())}:{revision}"
     assert len(tag) <= 64
     return tag
+
+
+def correction_tag(tag: str, number: int) -> str:
+    """The name of the correction of a billed record that is there twice, or with other units."""
+    correction = f"{tag}{CORRECTION}{number}"
+    assert len(correction) <= 64
+    return correction
+
+
+def corrected_tag(tag: str) -> str | None:
+    """The tag that a correction's own tag is about; None when it is no correction's."""
+    corrected, mark, number = tag.rpartition(CORRECTION)
+    return corrected if mark and number.isdigit() and corrected.startswith(TAG_PREFIX) else None
+
+
+def usage_intent(tag: str) -> str:
+    """The name of the intent to report the record with that merchant tag; also its subject in history."""
+    return f"usage:{tag}"
 
 
 def book(

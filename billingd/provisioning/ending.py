@@ -15,7 +15,7 @@ from billingd.domain.notices import provider_notice
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.provisioning.holding import hold
-from billingd.store import links, outbox, periods, usage, watermarks
+from billingd.store import links, outbox, usage, watermarks
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
@@ -27,6 +27,9 @@ EXPIRED: Final = "expired"
 
 LAST_LOOK: Final = timedelta(minutes=1)
 """How long before a renewal one that waits to end is looked at once more."""
+
+LINES_SHOWN: Final = timedelta(minutes=2)
+"""How long after a renewal its line items may be missing in a list."""
 
 
 def end_action(subscription_id: str) -> Action:
@@ -43,6 +46,7 @@ class Billing(Protocol):
     """What is read and written at Recurly."""
 
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    async def list_charged_starts(self, uuid: str, *, since: datetime) -> frozenset[datetime]: ...
     def far_now(self) -> datetime: ...
     async def cancel_subscription(
         self, uuid: str, *, key: str, retried: bool = False
@@ -117,12 +121,10 @@ class SubscriptionEnder:
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
             + _told(link, how),
         )
-        current = (await self._seen(link)).period  # also when it renewed between the look and the end
+        charged = await self._charged_since(link, link.usage_until)
         async with self._store.write() as tx:
-            known = {*await periods.of(tx, link.subscription_id), *([current] if current else [])}
-            paid_for = sorted({one.started_at for one in known if one.started_at > link.usage_until})
-            if paid_for and theirs.state != PAUSED and link.approved_at is not None:
-                await hold(tx, *_renewed(link, paid_for, now), now=now)
+            if charged:
+                await hold(tx, *_renewed(link, charged, now), now=now)
             await links.end(tx, link.subscription_id, billed_state=how, now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
@@ -133,6 +135,28 @@ class SubscriptionEnder:
             return await self._billing.get_subscription(link.uuid)
         except NotFound as error:
             raise Retryable(f"Recurly does not show it: {error}") from error
+
+    async def _charged_since(self, link: SubscriptionLink, until: datetime) -> list[datetime]:
+        """The renewals after its end at Amplify whose base price was charged, the oldest first.
+
+        Only Recurly's invoices know: its state now may be another than it was at the renewal, and a pause is
+        not charged. One that was never approved has all of it refunded.
+        """
+        if link.approved_at is None:
+            return []
+        # Also when it renewed between the look and the end; one that ended at once has a period of no length.
+        began = (await self._seen(link)).period_started_at
+        if began is not None and began <= until:
+            return []
+        try:
+            starts = await self._billing.list_charged_starts(link.uuid, since=until)
+        except NotFound as error:
+            raise Retryable(f"Recurly does not show its line items: {error}") from error
+        if began is not None and began not in starts:
+            left = began + LINES_SHOWN - self._billing.far_now()
+            if left > timedelta(0):
+                raise Retryable("it renewed just now, and its invoice may not show yet", retry_after=left)
+        return sorted(start for start in starts if start > until)
 
     def _pause(self, theirs: BilledSubscription) -> timedelta:
         """How long to wait before the next look: a renewal is near enough to be worth an earlier one."""
@@ -173,7 +197,7 @@ def _renewed(link: SubscriptionLink, renewals: Sequence[datetime], now: datetime
     times = ", ".join(one.isoformat() for one in renewals)
     reason = (
         f"Subscription {link.title} was over at {link.usage_until}, but Recurly renewed {link.uuid} "
-        f"({times}) before its last usage was reported. Refund the base price of what was charged for that "
+        f"({times}) before its last usage was reported, and charged the base price each time. Refund that "
         "there, then release this."
     )
     subject = f"subscription:{link.subscription_id}:renewed"

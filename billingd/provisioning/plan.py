@@ -1,32 +1,37 @@
 """Provision plan: a product plan's measured units, plan and add-ons at Recurly, as Amplify prices them."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import Final, Literal, Protocol
 
 import structlog
 
 from billingd.domain.agreement import add_on_differences, differences
 from billingd.domain.attempts import Action, Leased, Wait
-from billingd.domain.billing import BilledAddOn, BilledPlan
+from billingd.domain.billing import BilledAddOn, BilledPlan, BilledUsage
 from billingd.domain.catalog import Product, ProductPlan, Quota
 from billingd.domain.errors import NotFound, Permanent, Refused
-from billingd.domain.events import PROVISION_PLAN, subscription_action
+from billingd.domain.events import PROVISION_PLAN, attach_action, subscription_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.pricing import AddOnSpec, Inexpressible, MeasuredUnitSpec, NotOurs, PlanSpec, translate
 from billingd.loops import Clock
 from billingd.once import Once
+from billingd.provisioning import renaming
 from billingd.provisioning.holding import hold
+from billingd.provisioning.renaming import Renamer
 from billingd.store import held, links, outbox
-from billingd.store.engine import Store
+from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
-from billingd.store.links import AddOnLink, PlanLink
+from billingd.store.links import AddOnLink, PlanLink, SubscriptionLink
 
 log = structlog.get_logger()
 
 BILLING_SYSTEM: Final = "recurly"
 """What the attribute `billingSystem` of a product says when its plans are billed here."""
+
+LIVE: Final = ("created", "active")
+"""States of the links of subscriptions that go on."""
 
 GONE: Final = "gone"
 """The result of a removal: there is no id to keep."""
@@ -43,7 +48,7 @@ class Catalog(Protocol):
     ) -> str | None: ...
 
 
-class Billing(Protocol):
+class Billing(renaming.Billing, Protocol):
     """What is read and written at Recurly."""
 
     async def find_measured_unit(self, name: str) -> str | None: ...
@@ -59,6 +64,32 @@ class Billing(Protocol):
     ) -> str: ...
 
 
+Found = Mapping[str, tuple[BilledUsage, ...]]
+"""Usage of a subscription at Recurly, by add-on code."""
+
+
+class ReadBack(Protocol):
+    """Usage that Recurly holds already of add-ons that a linked plan gains, or gains again."""
+
+    async def list_gained(
+        self, plan_id: str, add_on_codes: Sequence[str]
+    ) -> Sequence[tuple[SubscriptionLink, Found]]: ...
+
+    """What it holds of each subscription that has any."""
+
+    async def keep(self, tx: Tx, link: SubscriptionLink, found: Found, *, now: datetime) -> None: ...
+
+    """Write it down, in the transaction that writes the add-ons' links."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ensured:
+    """What is at Recurly: how it charges otherwise than it should, and the add-ons that agree."""
+
+    wrong: tuple[str, ...]
+    add_ons: tuple[AddOnSpec, ...]
+
+
 class PlanProvisioner:
     """Handles `provision_plan`: brings Recurly in line with a product plan as it is now."""
 
@@ -71,22 +102,27 @@ class PlanProvisioner:
         once: Once,
         *,
         look_again: timedelta,
+        read_back: ReadBack | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._catalog = catalog
         self._billing = billing
         self._once = once
+        self._renamer = Renamer(store, clock, billing, once)
         self._look_again = look_again
+        self._read_back = read_back
 
     async def provision(self, action: Leased) -> Wait | None:
         """Read the plan as it is now, the event being only a hint.
 
         1. Whatever was linked under this name and is no longer there, or is archived, is removed.
-        2. A deprecated plan only takes no new subscriptions.
-        3. An active one of a product labelled for us is translated; what cannot be is held.
+        2. A deprecated plan only takes no new subscriptions; it is made for nobody any more, but linked
+           where it is at Recurly already.
+        3. One of a product labelled for us is translated; what cannot be is held.
         4. Unit, plan and add-ons are ensured at Recurly; what is there and differs in price is held.
-        5. The link is written, then the attributes at Amplify.
+        5. What Amplify calls otherwise now is renamed.
+        6. The link is written, then the attributes at Amplify; a new add-on goes to every subscription.
         """
         name = action.args["name"]
         plan = await self._catalog.find_product_plan(name)
@@ -95,42 +131,68 @@ class PlanProvisioner:
         if plan is None or plan.deleting or plan.state not in {"active", "deprecated"}:
             await self._release(name, "the plan is not active")
             return None
-        if plan.state == "deprecated":
+        deprecated = plan.state == "deprecated"
+        if deprecated:
             await self._deprecate(plan)
-            return None
         product = await self._catalog.find_product(plan.product_name)
         if product is None or product.billing_system != BILLING_SYSTEM:
             await self._release(name, "its product is not labelled billingSystem=recurly")
             return None
-        translated = translate(plan, await self._catalog.list_quotas(name))
+        quotas = await self._catalog.list_quotas(name)
+        await self._tell_of_gone(plan, quotas)
+        translated = translate(plan, quotas)
         match translated:
             case NotOurs(reason):
                 log.info("plan.not_ours", plan=name, reason=reason)
                 await self._release(name, reason)
+            case Inexpressible() if deprecated:
+                await self._release(name, "the plan is deprecated")
             case Inexpressible(reasons):
                 await self._hold(plan, "plan_inexpressible", reasons)
             case PlanSpec() as spec:
-                await self._ensure(plan, product, spec)
+                if deprecated and await self._billing.find_plan(spec.code) is None:
+                    await self._release(name, "the plan is deprecated")
+                else:
+                    await self._ensure(plan, product, spec, action.id)
         return None
 
-    async def _ensure(self, plan: ProductPlan, product: Product, spec: PlanSpec) -> None:
+    async def _ensure(self, plan: ProductPlan, product: Product, spec: PlanSpec, action_id: int) -> None:
+        async with self._store.read() as tx:
+            linked = await links.find_plan(tx, plan.id)
+            known = {one.quota_id: one for one in await links.add_ons_of(tx, plan.id)}
         try:
             for unit in {one.measured_unit.name: one.measured_unit for one in spec.add_ons}.values():
                 await self._ensure_unit(unit)
-            wrong = await self._ensure_plan(spec)
+            ensured = await self._ensure_plan(spec)
         except Refused as error:
             reason = f'Plan "{plan.title}": Recurly refused it: {error}'
             await self._hold(plan, "plan_refused", (reason,))
             return
-        if wrong:
-            await self._hold(plan, "plan_differs", wrong)
+        if linked is not None:
+            await self._renamer.retitle(linked, known, plan, spec, ensured.add_ons, action_id)
+        if ensured.wrong and linked is None:
+            await self._hold(plan, "plan_differs", ensured.wrong)
             return
-        await self._link(plan, product, spec)
+        if ensured.wrong and plan.state == "active":
+            await self._hold(plan, "plan_differs", (*ensured.wrong, await self._meaning(plan)))
+            await self._link(plan, product, spec, ensured.add_ons, resolution=None)
+            return
+        await self._link(plan, product, spec, ensured.add_ons, resolution="provisioned")
         code = {"billingSystem": BILLING_SYSTEM, "recurlyPlanCode": spec.code}
         version = await self._catalog.set_attributes("productplans", plan.name, code)
         if version is not None:
             async with self._store.write() as tx:
                 await links.plan_written(tx, plan.id, version)
+
+    async def _meaning(self, plan: ProductPlan) -> str:
+        """What other prices mean for those that subscribe already, and what to do."""
+        async with self._store.read() as tx:
+            there = await links.subscriptions(tx, plan_id=plan.id, states=LIVE)
+        return (
+            f"Recurly applies a changed price to new subscriptions only: the {len(there)} that exist keep "
+            "the price they were made at, until they end. New ones wait. Make both sides agree, at Recurly "
+            "or at Amplify, then run `billingd resync` (it also runs by itself): this is released then."
+        )
 
     async def _ensure_unit(self, unit: MeasuredUnitSpec) -> None:
         async def send(key: str, *, retried: bool) -> str:
@@ -141,8 +203,8 @@ class PlanProvisioner:
 
         await self._once.write(f"unit:{unit.name}", asdict(unit), send=send, find=find, look_first=True)
 
-    async def _ensure_plan(self, spec: PlanSpec) -> tuple[str, ...]:
-        """The plan and its add-ons exist; returns how what was there already charges otherwise."""
+    async def _ensure_plan(self, spec: PlanSpec) -> Ensured:
+        """The plan and its add-ons exist; says how what was there already charges otherwise."""
 
         async def send(key: str, *, retried: bool) -> str:
             return await self._billing.create_plan(spec, key=key, retried=retried)
@@ -159,15 +221,18 @@ class PlanProvisioner:
                 "after the product plan was copied under a new id"
             )
         wrong = list(differences(spec, plan))
-        if wrong:
-            return tuple(wrong)
+        if plan.state != "active":
+            return Ensured(tuple(wrong), ())
         there = {add_on.code: add_on for add_on in await self._billing.list_add_ons(spec.code, spec.currency)}
+        agreeing: list[AddOnSpec] = []
         for add_on in spec.add_ons:
-            if add_on.code in there:
-                wrong += add_on_differences(add_on, there[add_on.code])
-            else:
+            if add_on.code not in there:
                 await self._ensure_add_on(spec, add_on)
-        return tuple(wrong)
+            elif differing := add_on_differences(add_on, there[add_on.code]):
+                wrong += differing
+                continue
+            agreeing.append(add_on)
+        return Ensured(tuple(wrong), tuple(agreeing))
 
     async def _ensure_add_on(self, plan: PlanSpec, add_on: AddOnSpec) -> None:
         async def send(key: str, *, retried: bool) -> str:
@@ -181,7 +246,16 @@ class PlanProvisioner:
 
         await self._once.write(f"add_on:{add_on.code}", asdict(add_on), send=send, find=find)
 
-    async def _link(self, plan: ProductPlan, product: Product, spec: PlanSpec) -> None:
+    async def _link(
+        self,
+        plan: ProductPlan,
+        product: Product,
+        spec: PlanSpec,
+        agreeing: tuple[AddOnSpec, ...],
+        *,
+        resolution: str | None,
+    ) -> None:
+        """Write the links; what was held of the plan is held no longer, if there is a `resolution`."""
         link = PlanLink(
             plan_id=plan.id,
             name=plan.name,
@@ -189,24 +263,54 @@ class PlanProvisioner:
             product_name=product.name,
             plan_code=spec.code,
             currency=spec.currency,
-            state="active",
+            state=plan.state,
             resource_version=None,
         )
         add_ons = tuple(
             AddOnLink(one.quota_id, plan.id, one.code, one.name, one.unit, one.tier_type, one.prices)
-            for one in spec.add_ons
+            for one in agreeing
         )
         now = self._clock.now()
-        notice = provider_notice(
-            f"plan-linked:{plan.id}",
-            f"Plan {plan.title} is billed by Recurly",
-            f"Product plan {plan.title} ({plan.name}) of {product.title} is linked to Recurly's plan "
-            f"{spec.code} with {len(add_ons)} usage add-on(s).",
-        )
+        async with self._store.read() as tx:
+            before = {one.add_on_code for one in await links.add_ons_of(tx, plan.id)}
+        new = [one.add_on_code for one in add_ons if one.add_on_code not in before]
+        told = await self._read_back.list_gained(plan.id, new) if self._read_back and new else ()
         async with self._store.write() as tx:
+            linked = await links.find_plan(tx, plan.id)
+            known = {one.add_on_code for one in await links.add_ons_of(tx, plan.id)}
             await links.save_plan(tx, link, add_ons, now=now)
-            await held.close(tx, subject=f"plan:{plan.name}", resolution="provisioned", now=now)
-            await outbox.insert(tx, [notice], now=now)
+            for subscription, found in told:
+                assert self._read_back is not None
+                await self._read_back.keep(tx, subscription, found, now=now)
+            if resolution is not None:
+                await held.close(tx, subject=f"plan:{plan.name}", resolution=resolution, now=now)
+            if linked is None:
+                await outbox.insert(tx, [_linked_notice(plan, product, spec.code, len(add_ons))], now=now)
+            elif gained := [one for one in add_ons if one.add_on_code not in known]:
+                codes = {*known, *(one.add_on_code for one in gained)}
+                subscribed = await links.subscriptions(tx, plan_id=plan.id, states=LIVE)
+                attach = [attach_action(one.subscription_id, codes) for one in subscribed]
+                await outbox.insert(tx, [*attach, _gained_notice(plan, gained, len(attach))], now=now)
+
+    async def _tell_of_gone(self, plan: ProductPlan, quotas: tuple[Quota, ...]) -> None:
+        """A quota that an active plan lost: nothing is removed, for what was counted is billed still."""
+        there = {quota.id for quota in quotas}
+        async with self._store.read() as tx:
+            gone = [one for one in await links.add_ons_of(tx, plan.id) if one.quota_id not in there]
+        if not gone:
+            return
+        notices = [
+            provider_notice(
+                f"quota-gone:{one.quota_id}",
+                f"Quota {one.title} of {plan.title} is gone",
+                f"Amplify has no quota {one.title} in plan {plan.title} ({plan.name}) any more. Its add-on "
+                f"{one.add_on_code} stays at Recurly, on the plan and on its subscriptions, so that what was "
+                "counted is billed; without usage it costs nothing. Nothing was removed.",
+            )
+            for one in gone
+        ]
+        async with self._store.write() as tx:
+            await outbox.insert(tx, notices, now=self._clock.now())
 
     async def _remove_gone(self, name: str, plan: ProductPlan | None) -> Wait | None:
         """Remove at Recurly what Amplify no longer has, once its subscriptions have ended."""
@@ -281,3 +385,22 @@ class PlanProvisioner:
     async def _release(self, name: str, why: str) -> None:
         async with self._store.write() as tx:
             await held.close(tx, subject=f"plan:{name}", resolution=why, now=self._clock.now())
+
+
+def _linked_notice(plan: ProductPlan, product: Product, code: str, add_ons: int) -> Action:
+    return provider_notice(
+        f"plan-linked:{plan.id}",
+        f"Plan {plan.title} is billed by Recurly",
+        f"Product plan {plan.title} ({plan.name}) of {product.title} is linked to Recurly's plan "
+        f"{code} with {add_ons} usage add-on(s).",
+    )
+
+
+def _gained_notice(plan: ProductPlan, gained: Sequence[AddOnLink], subscriptions: int) -> Action:
+    titles = ", ".join(one.title for one in gained)
+    return provider_notice(
+        f"quota-linked:{min(one.quota_id for one in gained)}",
+        f"Plan {plan.title} gained {titles}",
+        f"Plan {plan.title} ({plan.name}) has a Recurly add-on for {titles} now, which is put on its "
+        f"{subscriptions} subscription(s) too.",
+    )

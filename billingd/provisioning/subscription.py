@@ -10,18 +10,18 @@ import structlog
 from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import Account, BilledSubscription, NewSubscription
 from billingd.domain.catalog import Person, Product, ProductPlan, Subscription
-from billingd.domain.errors import NotDone, NotFound, Permanent, Refused, Retryable
+from billingd.domain.errors import NotDone, Permanent, Refused
 from billingd.domain.events import plan_action, subscription_action
 from billingd.domain.notices import provider_notice, subscriber_notice
-from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.provisioning.account import MISSING, Accounts, NoAccount
 from billingd.provisioning.ending import end_action
 from billingd.provisioning.holding import hold
+from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
 from billingd.provisioning.plan import BILLING_SYSTEM
-from billingd.store import held, links, outbox, periods
+from billingd.store import held, links, outbox
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import PlanLink, SubscriptionLink
@@ -31,11 +31,10 @@ log = structlog.get_logger()
 OVER: Final = frozenset({"archived", "migrated"})
 """States of a subscription that Amplify no longer serves."""
 
+REFUSED: Final = "subscription_refused"
+
 SOON: Final = timedelta(seconds=2)
 """How long to wait for another action that this one has asked for."""
-
-SECOND: Final = timedelta(seconds=1)
-"""Recurly's clock counts whole seconds."""
 
 
 class Marketplace(Protocol):
@@ -61,8 +60,6 @@ class Billing(Protocol):
         self, code: str, *, email: str | None = None, key: str, retried: bool = False
     ) -> str: ...
     async def list_subscriptions(self, account_code: str) -> tuple[BilledSubscription, ...]: ...
-    async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]: ...
-    async def get_subscription(self, uuid: str) -> BilledSubscription: ...
     async def create_subscription(
         self, new: NewSubscription, *, key: str, retried: bool = False
     ) -> BilledSubscription: ...
@@ -70,17 +67,12 @@ class Billing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the configuration decides. `window` is the length of a traffic window.
-
-    `organization_id` is the provider's own: a subscription that names no owner's is counted there.
-    """
+    """What the configuration decides; `look_again` is how often what is held looks by itself."""
 
     accounts_missing: str
     collection_method: str
     marketplace_url: str
-    window: timedelta
     look_again: timedelta
-    organization_id: str = ""
 
 
 class SubscriptionProvisioner:
@@ -93,6 +85,7 @@ class SubscriptionProvisioner:
         marketplace: Marketplace,
         billing: Billing,
         once: Once,
+        linker: Linker,
         policy: Policy,
     ) -> None:
         self._store = store
@@ -100,6 +93,7 @@ class SubscriptionProvisioner:
         self._marketplace = marketplace
         self._billing = billing
         self._once = once
+        self._linker = linker
         self._policy = policy
         create = policy.accounts_missing == "create"
         self._accounts = Accounts(marketplace, billing, once, create_missing=create)
@@ -121,7 +115,9 @@ class SubscriptionProvisioner:
             subscription = None  # the name is used again; ours was deleted
         if subscription is None or _over(subscription):
             if link is None:
-                link = await self._orphan(name, subscription_id, subscription)
+                link = await self._linker.find_lost(
+                    name, subscription_id, subscription, seen=action.args.get("uuid")
+                )
             await self._begin_end(link, subscription_id, subscription, now)
             return None
         if link is not None and link.state in {"ending", "ended"}:
@@ -168,7 +164,7 @@ class SubscriptionProvisioner:
             standing = await held.standing(tx, subject=subject)
             working = await outbox.select(tx, states=UNFINISHED, subject=subject, limit=1)
             dead = await outbox.select(tx, states=["dead"], subject=subject, limit=1)
-        if plan is not None and plan.state != "active":
+        if plan is not None and not _takes(plan, subscription):
             reason = (
                 f"Subscription {subscription.title} asks for plan {plan.title}, which is {plan.state} and "
                 "takes no new subscriptions. Reject it in the Marketplace, or move it to another plan."
@@ -223,12 +219,17 @@ class SubscriptionProvisioner:
     ) -> SubscriptionLink | Wait | None:
         """Create at Recurly, after looking for the marker: no crash or lost answer makes two."""
         theirs = await self._billing.list_subscriptions(account)
-        unmarked = [one for one in theirs if one.plan_code == plan.plan_code and one.live and not one.marker]
+        same = [one for one in theirs if one.plan_code == plan.plan_code and one.live]
+        beside = [one for one in same if one.marker != subscription.id]
+        if beside and beside == same and (why := await self._refused_before(subscription)):
+            return await self._hold(subscription, REFUSED, why)
+        unmarked = [one for one in beside if not one.marker]
         if unmarked:
             reason = (
                 f"Subscription {subscription.title}: account {account} already has a Recurly subscription to "
-                f"{plan.plan_code} ({unmarked[0].uuid}) that no Amplify subscription is marked on. Put "
-                f"{subscription.id} into its PO number to adopt it, or end it; then release this."
+                f"{plan.plan_code} ({unmarked[0].uuid}) that no Amplify subscription is marked on. If "
+                "another integration made it, `billingd adopt --since TIME` takes over what is approved, from "
+                f"that moment on; else put {subscription.id} into its PO number, or end it, then release this."
             )
             return await self._hold(subscription, "subscription_unmarked", reason)
         async with self._store.read() as tx:
@@ -248,7 +249,9 @@ class SubscriptionProvisioner:
         async def find() -> str | None:
             # an earlier attempt may have been for another account, the only one that existed then
             places = dict.fromkeys([account, *candidates(subscription)])
-            marked = [one for code in places for one in await self._listed(code) if one.marker == new.marker]
+            marked = [
+                one for code in places for one in await self._linker.listed(code) if one.marker == new.marker
+            ]
             if len([one for one in marked if one.live]) > 1:
                 raise Permanent(
                     f"{len(marked)} subscriptions of {', '.join(places)} are marked {new.marker}; "
@@ -262,14 +265,20 @@ class SubscriptionProvisioner:
             )
         except Refused as error:
             reason = f"Subscription {subscription.title}: Recurly refused to create it: {error}"
-            await self._hold(subscription, "subscription_refused", reason)
+            if beside:
+                reason += (
+                    f" The account has {beside[0].uuid} to the same plan already. Once that has ended, "
+                    "billingd tries again by itself."
+                )
+                return await self._hold(subscription, REFUSED, reason)
+            await self._hold(subscription, REFUSED, reason)
             return None
         except NotDone as error:
             if error.retry_after is None:
                 raise
             # Recurly takes one new subscription of an account a minute (recurly.md 4.6): a queue, no failure
             return Wait(error.retry_after + SECOND, str(error))
-        made = await self._made(uuid)
+        made = await self._linker.made(uuid)
         if not made.live:
             reason = (
                 f"Subscription {subscription.title}: Recurly's subscription {uuid}, marked for it, is "
@@ -277,75 +286,13 @@ class SubscriptionProvisioner:
                 "the subscriber may then subscribe anew."
             )
             return await self._hold(subscription, "subscription_expired", reason)
-        return await self._save_link(subscription, plan, made)
+        return await self._linker.link(subscription, plan, made)
 
-    async def _made(self, uuid: str) -> BilledSubscription:
-        """The subscription that Recurly said it has; what it does not show yet, it will show later."""
-        try:
-            return await self._billing.get_subscription(uuid)
-        except NotFound as error:
-            raise Retryable(f"Recurly does not show it yet: {error}") from error
-
-    async def _listed(self, account: str) -> tuple[BilledSubscription, ...]:
-        """An account's subscriptions; none of an account that does not exist."""
-        try:
-            return await self._billing.list_subscriptions(account)
-        except NotFound:
-            return ()
-
-    async def _save_link(
-        self, subscription: Subscription, plan: PlanLink, made: BilledSubscription
-    ) -> SubscriptionLink:
-        """Write the link, then the attributes at Amplify.
-
-        Before its approval a pending subscription has no access, so all traffic of the window in which it
-        was linked is billed. One that somebody approved before had access: what counts is from the moment
-        on at which it was made at Recurly.
-        """
-        now = self._clock.now()
-        begun = min(made.activated_at or now, now)
-        if subscription.approval == "pending":
-            usage_from = floor(begun, self._policy.window)
-        else:
-            usage_from = begun.replace(microsecond=0)  # Recurly's times are whole seconds, and so are edges
-        link = self._new_link(subscription.id, subscription.name, subscription, plan, made, usage_from, now)
-        async with self._store.write() as tx:
-            await links.create_subscription(tx, link)
-            await periods.seen(tx, link.subscription_id, state=made.state, current=made.period, now=now)
-            await held.close(
-                tx, subject=f"subscription:{subscription.id}", resolution="created at Recurly", now=now
-            )
-        return link
-
-    def _new_link(
-        self,
-        subscription_id: str,
-        name: str,
-        subscription: Subscription | None,
-        plan: PlanLink,
-        made: BilledSubscription,
-        usage_from: datetime,
-        now: datetime,
-    ) -> SubscriptionLink:
-        """The link to what was made at Recurly; `subscription` is None when Amplify no longer has it."""
-        owner_org_id = None if subscription is None else subscription.owner_org_id
-        return SubscriptionLink(
-            subscription_id=subscription_id,
-            name=name,
-            title=name if subscription is None else subscription.title,
-            plan_id=plan.plan_id,
-            organization_id=owner_org_id or self._policy.organization_id,
-            account_code=made.account_code,
-            uuid=made.uuid,
-            state="created",
-            resource_version=None,
-            usage_from=usage_from,
-            approved_at=None,
-            usage_until=None,
-            period_started_at=made.period_started_at,
-            period_ends_at=made.period_ends_at,
-            linked_at=now,
-        )
+    async def _refused_before(self, subscription: Subscription) -> str | None:
+        """Why Recurly refused it, if that is still held: it is not asked again while nothing has changed."""
+        async with self._store.read() as tx:
+            standing = await held.standing(tx, subject=f"subscription:{subscription.id}", kind=REFUSED)
+        return next((str(item["reason"]) for item in standing if item["kind"] == REFUSED), None)
 
     async def _approve(self, subscription: Subscription, link: SubscriptionLink) -> None:
         """Write the attributes; approve only what is still pending; tell both sides once."""
@@ -355,11 +302,12 @@ class SubscriptionProvisioner:
             {"recurlyAccountCode": link.account_code, "recurlySubscriptionUuid": link.uuid},
         )
         current = await self._marketplace.find_subscription(subscription.name)
-        now = self._clock.now()
+        now = max(self._clock.now(), link.linked_at)  # the clock may have been set back
         if current is None or current.id != subscription.id or _over(current):
             await self._begin_end(link, subscription.id, current, now)
             return
-        if current.approval == "pending":
+        pending = current.approval == "pending"
+        if pending:
             async with self._store.write() as tx:
                 await links.approving(tx, subscription.id, now=now)
             await self._marketplace.decide(
@@ -370,13 +318,14 @@ class SubscriptionProvisioner:
                 f"subscription-linked:{subscription.id}",
                 f"{subscription.title} was approved",
                 f"Subscription {subscription.title} ({subscription.name}) to {subscription.plan_name} is "
-                f"billed to account {link.account_code} by Recurly subscription {link.uuid}.",
+                f"billed to account {link.account_code} by Recurly subscription {link.uuid}."
+                + ("" if pending else _served_before(current, link)),
             )
         ]
         if subscription.created_by is not None:
             notices.append(self._welcome(subscription, subscription.created_by))
         async with self._store.write() as tx:
-            await links.activate(tx, subscription.id, now=self._clock.now())
+            await links.activate(tx, subscription.id, now=max(now, self._clock.now()))
             await outbox.insert(tx, notices, now=now)
 
     def _welcome(self, subscription: Subscription, user_id: str) -> Action:
@@ -388,40 +337,6 @@ class SubscriptionProvisioner:
             f"Your subscription {subscription.title} is approved",
             f"Hello {{name}},\n\nyour subscription {subscription.title} is approved and ready to use.{where}",
         )
-
-    async def _orphan(
-        self, name: str, subscription_id: str, subscription: Subscription | None
-    ) -> SubscriptionLink | None:
-        """The link of a Recurly subscription that was made (or may have been) before its link was written.
-
-        Without it a subscription that ended in between would be billed for ever. One that was deleted does
-        not say any more which account to look in: then all that are live are looked through.
-        """
-
-        async def find() -> str | None:
-            if subscription is None:
-                theirs = await self._billing.list_live_subscriptions()
-            else:
-                theirs = ()
-                for code in candidates(subscription):
-                    theirs += await self._listed(code)
-            return next((one.uuid for one in theirs if one.marker == subscription_id and one.live), None)
-
-        uuid = await self._once.look(f"subscription:{subscription_id}", find=find)
-        if uuid is None:
-            return None
-        made = await self._made(uuid)
-        async with self._store.read() as tx:
-            plan = await links.find_plan_by_code(tx, made.plan_code)
-        if not made.live or plan is None:
-            return None
-        now = self._clock.now()
-        usage_from = floor(min(made.activated_at or now, now), self._policy.window)
-        link = self._new_link(subscription_id, name, subscription, plan, made, usage_from, now)
-        async with self._store.write() as tx:
-            await links.create_subscription(tx, link)
-            await periods.seen(tx, link.subscription_id, state=made.state, current=made.period, now=now)
-        return link
 
     async def _begin_end(
         self,
@@ -442,10 +357,13 @@ class SubscriptionProvisioner:
                 return
             if subscription is not None and (subscription.approval == "approved" or subscription.state):
                 # approved before billingd wrote that down: it was served, so its first invoice stands
-                await links.activate(tx, subscription_id, now=now)
+                await links.activate(tx, subscription_id, now=max(now, link.linked_at))
             elif subscription is not None:
                 # an approval was intended at most: somebody's no came first, so nothing was served
                 await links.not_approved(tx, subscription_id)
+            for what in ("ended", "add_ons"):
+                over = "the subscription is over at Amplify"
+                await held.close(tx, subject=f"{subject}:{what}", resolution=over, now=now)
             if await links.begin_ending(tx, subscription_id, usage_until=until):
                 await outbox.insert(tx, [end_action(subscription_id)], now=now)
                 log.info("subscription.ending", subscription=subscription_id, usage_until=until.isoformat())
@@ -467,6 +385,23 @@ class SubscriptionProvisioner:
     async def _tell_provider(self, key: str, title: str, body: str) -> None:
         async with self._store.write() as tx:
             await outbox.insert(tx, [provider_notice(key, title, body)], now=self._clock.now())
+
+
+def _takes(plan: PlanLink, subscription: Subscription) -> bool:
+    """Whether it may be made to that plan: a deprecated one bills what Amplify serves already."""
+    return plan.state == "active" or (plan.state == "deprecated" and subscription.approval == "approved")
+
+
+def _served_before(subscription: Subscription, link: SubscriptionLink) -> str:
+    """What it means that somebody approved it, or moved it to this plan, before it was at Recurly."""
+    since = subscription.state_at
+    if since is None or since >= link.usage_from:
+        return ""
+    return (
+        f" It was served from {since.isoformat()} on, before Recurly had it at {link.usage_from.isoformat()}."
+        " Recurly takes no usage of that time: what was counted in it is held as before_link, to be charged "
+        "by hand or written off. What lies before the horizon, `billingd traffic backfill` counts."
+    )
 
 
 def _over(subscription: Subscription) -> bool:

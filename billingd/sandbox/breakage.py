@@ -80,6 +80,11 @@ def _in_flight(blow: Blow) -> web.StreamResponse:
     return web.Response(status=409, headers=headers | _recurly_headers())
 
 
+def _in_progress(blow: Blow) -> web.StreamResponse:
+    message = "A change for this subscription is already in progress."
+    return refusal(blow.side, 422, "simultaneous_request", message)
+
+
 def _gateway_page(_: Blow) -> web.StreamResponse:
     return web.Response(status=502, text=GATEWAY_PAGE, content_type="text/html")
 
@@ -154,6 +159,7 @@ BEFORE: Final[Mapping[str, Callable[[Blow], web.StreamResponse]]] = {
     "outage": _outage,
     "429": _rate_limited,
     "409": _in_flight,
+    "422": _in_progress,
     "html_502": _gateway_page,
 }
 """Kinds that strike before anything is done."""

@@ -31,6 +31,7 @@ KINDS: Final[Mapping[str, str]] = {
     "not_json": "commit, then the right status with a body that is not JSON",
     "429": "rate limited; nothing done",
     "409": "an identical request is in flight; nothing done",
+    "422": "a JSON error: another change is in progress; nothing done",
     "500": "a JSON error; nothing done",
     "500_committed": "commit, then a JSON error",
     "html_502": "a gateway's HTML page without a request id; nothing done",

@@ -32,7 +32,7 @@ def ledger(world: World) -> Json:
         "not_yet_visible_units": world.tenant.traffic.pending_units(),
         "subscriptions": rows,
         "foreign": [
-            {"uuid": each.uuid, "po_number": po_number, "reported_units": _reported(each.add_ons.values())}
+            {"uuid": each.uuid, "po_number": po_number, "reported_units": _reported(each.all_add_ons)}
             for po_number, several in at_recurly.items()
             for each in several
         ],
@@ -41,7 +41,7 @@ def ledger(world: World) -> Json:
 
 def _row(world: World, subscription: Resource, served: dict[str, int], far: list[Subscription]) -> Json:
     body = subscription.body
-    add_ons = [attached for each in far for attached in each.add_ons.values() if attached.metered]
+    add_ons = [attached for each in far for attached in each.all_add_ons if attached.metered]
     codes = dict.fromkeys([f"amplify-quota-{quota}" for quota in served])
     codes |= dict.fromkeys(attached.add_on.code for attached in add_ons)
     quotas = [_quota(world, code, served, far) for code in codes]
@@ -71,9 +71,7 @@ def _row(world: World, subscription: Resource, served: dict[str, int], far: list
 def _quota(world: World, code: str, served: dict[str, int], far: list[Subscription]) -> Json:
     quota_id = code.removeprefix("amplify-quota-")
     quota = world.tenant.resources.get(quota_id) or world.tenant.resources.gone.get(quota_id)
-    attached = [
-        (each, add_on) for each in far for add_on in each.add_ons.values() if add_on.add_on.code == code
-    ]
+    attached = [(each, add_on) for each in far for add_on in each.all_add_ons if add_on.add_on.code == code]
     billed = sum(
         line.units
         for each, add_on in attached

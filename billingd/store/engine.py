@@ -22,6 +22,8 @@ Tx = AsyncConnection
 BUSY_TIMEOUT_MS: Final = 5_000
 READERS: Final = 4
 POSTGRES_CONNECTIONS: Final = 10
+APPLICATION: Final = "billingd"
+"""How PostgreSQL's `pg_stat_activity` names our connections: a restore waits for none to be left."""
 
 
 class StoreUnavailable(Retryable):
@@ -47,7 +49,11 @@ class Store:
             self._group: GroupCommit | None = GroupCommit(self._writer)
         else:
             self._writer = self._reader = create_async_engine(
-                self.url, pool_size=POSTGRES_CONNECTIONS, max_overflow=0, pool_pre_ping=True
+                self.url,
+                pool_size=POSTGRES_CONNECTIONS,
+                max_overflow=0,
+                pool_pre_ping=True,
+                connect_args={"server_settings": {"application_name": APPLICATION}},
             )
             self._group = None
 
@@ -80,6 +86,19 @@ class Store:
                 if self.sqlite:
                     await tx.exec_driver_sql("BEGIN")
                 yield tx
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Tx]:
+        """As `read`, but all its statements see the store as it was at the first, on PostgreSQL too."""
+        if self.sqlite:
+            async with self.read() as tx:
+                yield tx
+            return
+        with _translated():
+            async with self._reader.connect() as connection:
+                yield await connection.execution_options(
+                    isolation_level="REPEATABLE READ", postgresql_readonly=True
+                )
 
     def lock(self) -> None:
         """Take a SQLite store for this process until it ends. Raises StoreBusy when another has it.

@@ -1,6 +1,8 @@
-"""Recorded webhook deliveries."""
+"""Recorded events, each once, whichever way it came."""
 
+from collections.abc import Collection
 from datetime import datetime
+from typing import Literal
 
 import sqlalchemy as sa
 
@@ -10,8 +12,12 @@ from billingd.store.rows import insert_new
 from billingd.store.schema import events
 
 
-async def insert(tx: Tx, event: Event, *, now: datetime) -> bool:
-    """Record a delivery; False when its id is known already, which changes nothing."""
+Via = Literal["webhook", "feed"]
+"""The way an event came; what came by webhook after the feed had shown it is kept as `both`."""
+
+
+async def insert(tx: Tx, event: Event, *, now: datetime, via: Via = "webhook") -> bool:
+    """Record an event; False when its id is known already, which changes nothing."""
     row = {
         "source": event.source,
         "id": event.id,
@@ -21,14 +27,38 @@ async def insert(tx: Tx, event: Event, *, now: datetime) -> bool:
         "resource_id": event.resource_id,
         "subresource": event.subresource,
         "correlation_id": event.correlation_id,
+        "via": via,
         "received_at": now,
     }
     return await insert_new(tx, events, [row]) == 1
 
 
+async def delivered(tx: Tx, event: Event) -> bool:
+    """Note that a webhook brought what the feed had shown before; False when one had brought it already."""
+    moved = await tx.execute(
+        sa.update(events)
+        .where(events.c.source == event.source, events.c.id == event.id, events.c.via == "feed")
+        .values(via="both")
+    )
+    return moved.rowcount == 1
+
+
+async def known(tx: Tx, source: str, ids: Collection[str]) -> set[str]:
+    """Which of these ids are recorded."""
+    statement = sa.select(events.c.id).where(events.c.source == source, events.c.id.in_(ids))
+    return set((await tx.execute(statement)).scalars())
+
+
 async def count(tx: Tx) -> int:
-    """How many deliveries are recorded."""
-    return int((await tx.execute(sa.select(sa.func.count()).select_from(events))).scalar_one())
+    """How many events webhooks have brought."""
+    statement = sa.select(sa.func.count()).select_from(events).where(events.c.via != "feed")
+    return int((await tx.execute(statement)).scalar_one())
+
+
+async def count_caught_up(tx: Tx) -> int:
+    """How many events only the feed has shown: webhooks lost them, or were slower."""
+    statement = sa.select(sa.func.count()).select_from(events).where(events.c.via == "feed")
+    return int((await tx.execute(statement)).scalar_one())
 
 
 async def latest(tx: Tx, *, limit: int) -> list[dict[str, object]]:

@@ -125,6 +125,14 @@ async def standing(tx: Tx, *, subject: str | None = None, kind: str | None = Non
     return [dict(row) for row in found.mappings() if kind is None or row["kind"] == kind]
 
 
+async def written_off(tx: Tx, subscription_id: str) -> list[dict[str, Any]]:
+    """What a person has given up of a subscription."""
+    statement = sa.select(held).where(
+        held.c.subscription_id == subscription_id, held.c.resolution.startswith(WRITTEN_OFF)
+    )
+    return [dict(row) for row in (await tx.execute(statement)).mappings()]
+
+
 async def count(tx: Tx) -> dict[str, int]:
     """How many plans and subscriptions are held, and how many units."""
     part = sa.func.substr(held.c.subject, 1, 5)

@@ -32,7 +32,7 @@ async def append(tx: Tx, subject: str, kind: str, *, now: datetime, **detail: An
     )
 
 
-async def of(tx: Tx, subject: str) -> list[Entry]:
-    """All that happened to a subject, the oldest first."""
-    statement = sa.select(history).where(history.c.subject == subject).order_by(history.c.id)
+async def of(tx: Tx, *subjects: str) -> list[Entry]:
+    """All that happened to these subjects, the oldest first."""
+    statement = sa.select(history).where(history.c.subject.in_(subjects)).order_by(history.c.id)
     return [Entry(row.at, row.subject, row.kind, row.detail) for row in await tx.execute(statement)]

@@ -68,6 +68,19 @@ async def done(tx: Tx, name: str, *, result: str) -> None:
     await tx.execute(_OF_NAME, {"of_name": name, "state": "done", "result": result, "burnt": False})
 
 
+async def reopen(tx: Tx, name: str, *, key: str, now: datetime) -> None:
+    """What was done is no more: nothing of it is under way since `now`, and its key can help no more.
+
+    So two look-ups that find nothing, and then a new epoch, come before it is sent again. Where nothing was
+    ever sent from here, `key` stands in for the key it may have been sent under.
+    """
+    again = {"state": "open", "result": None, "burnt": True, "gave_up_at": now, "missed_at": None}
+    first = {"epoch": 1, "idempotency_key": key, "body_hash": "", "sends": 1}
+    times = {"first_sent_at": now, "last_sent_at": now}
+    if await insert_new(tx, intents, [{"name": name, **first, **times, **again}]) == 0:
+        await tx.execute(_OF_NAME, {"of_name": name, **again})
+
+
 async def refused(tx: Tx, name: str, *, sends: int) -> bool:
     """That sending clearly did not take effect. False, and nothing changes, when it was sent since."""
     moved = await tx.execute(_SENT, {"of_name": name, "at_sends": sends, "state": "refused"})

@@ -66,6 +66,11 @@ class SubscriptionLink:
     billed_state: str | None = None
     seen_at: datetime | None = None
 
+    @property
+    def adopted(self) -> bool:
+        """Whether another program billed it until it was linked: it was approved before."""
+        return self.approved_at is not None and self.approved_at < self.linked_at
+
 
 _PLANS: Final = sa.select(*(plan_links.c[name] for name in PlanLink.__slots__))
 _PLAN: Final = _PLANS.where(plan_links.c.plan_id == sa.bindparam("of_plan"))
@@ -109,6 +114,12 @@ async def find_plan(tx: Tx, plan_id: str) -> PlanLink | None:
 async def find_plans_by_name(tx: Tx, name: str) -> list[PlanLink]:
     """The links of every product plan that has or had this name, removed ones left out."""
     statement = _PLANS.where(plan_links.c.name == name, plan_links.c.state != "removed")
+    return [PlanLink(*row) for row in await tx.execute(statement)]
+
+
+async def plans_of_product(tx: Tx, product_name: str) -> list[PlanLink]:
+    """Every plan of a product that is or was linked, by the product's name."""
+    statement = _PLANS.where(plan_links.c.product_name == product_name).order_by(plan_links.c.plan_id)
     return [PlanLink(*row) for row in await tx.execute(statement)]
 
 

@@ -1,7 +1,5 @@
 """The schema's versions: bring a store up to date, tell which it has, refuse one that is newer."""
 
-import sqlite3
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +11,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from billingd.domain.errors import BillingdError, StoreBusy
-from billingd.store.engine import Store
+from billingd.store.engine import Store, Tx
 from billingd.store.schema import metadata
 
 PACKAGE: Final = Path(__file__).parents[1]
@@ -52,16 +50,28 @@ async def current(store: Store) -> str | None:
 
 async def check(store: Store) -> None:
     """Raise StoreBusy when the store is newer than this program, SchemaBehind when it is older."""
-    at = await current(store)
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if at is not None and at not in known:
-        raise StoreBusy(
-            f"the store's schema {at} is newer than this program, which knows up to {newest()}; "
-            "install the billingd that wrote it, or restore the backup from before its upgrade"
-        )
+    at = await check_known(store)
     if at != newest():
         raise SchemaBehind(
             f"the store's schema is {at or 'empty'}, this program needs {newest()}; run `billingd db upgrade`"
+        )
+
+
+async def check_known(store: Store) -> str | None:
+    """The store's revision. Raises StoreBusy when it is newer than this program."""
+    at = await current(store)
+    if at is not None:
+        known(at, "the store")
+    return at
+
+
+def known(revision: str, whose: str) -> None:
+    """Raise StoreBusy when this program does not know a revision, which then is newer."""
+    all_known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if revision not in all_known:
+        raise StoreBusy(
+            f"{whose} has the schema {revision}, which is newer than this program, which knows up to "
+            f"{newest()}; install the billingd that wrote it, or restore the backup from before its upgrade"
         )
 
 
@@ -71,15 +81,20 @@ async def upgrade(store: Store) -> tuple[str | None, str]:
     try:
         await check(store)
     except SchemaBehind:
-        config = _config()
-
-        def run(connection: sa.Connection) -> None:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-
         async with store.write() as tx:
-            await tx.run_sync(run)
+            await upgrade_to(tx, "head")
     return before, newest()
+
+
+async def upgrade_to(tx: Tx, revision: str) -> None:
+    """Migrate to a revision ("head": the newest), which must not be older, in this transaction."""
+    config = _config()
+
+    def run(connection: sa.Connection) -> None:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+    await tx.run_sync(run)
 
 
 async def differences(store: Store) -> list[str]:
@@ -91,27 +106,3 @@ async def differences(store: Store) -> list[str]:
 
     async with store.read() as tx:
         return await tx.run_sync(compare)
-
-
-def backup(store: Store, to: Path | None, *, now: datetime) -> Path | None:
-    """Copy a SQLite store while it may be in use, and verify the copy by opening it; None on PostgreSQL.
-
-    Raises BillingdError when the copy is not sound.
-    """
-    path = store.path
-    if path is None or not path.exists():
-        return None
-    target = to or path.with_name(f"{path.name}.{now:%Y%m%dT%H%M%SZ}.backup")
-    if target.exists():
-        raise BillingdError(f"{target} exists already; name another file")
-    source = sqlite3.connect(path)
-    copy = sqlite3.connect(target)
-    try:
-        source.backup(copy)
-        verdict = copy.execute("PRAGMA integrity_check").fetchone()[0]
-    finally:
-        copy.close()
-        source.close()
-    if verdict != "ok":
-        raise BillingdError(f"the backup {target} is not sound: {verdict}")
-    return target

@@ -231,6 +231,12 @@ async def select(
     return [dict(row) for row in (await tx.execute(statement)).mappings()]
 
 
+async def subjects(tx: Tx, *, states: Sequence[str]) -> set[str]:
+    """What the actions in these states are about, each once."""
+    statement = sa.select(outbox.c.subject).where(_in(outbox, states)).distinct()
+    return set((await tx.execute(statement)).scalars())
+
+
 async def count(tx: Tx) -> dict[tuple[str, str], int]:
     """How many actions there are by (state, kind)."""
     statement = sa.select(outbox.c.state, outbox.c.kind, sa.func.count()).group_by(
@@ -244,6 +250,11 @@ async def oldest_pending(tx: Tx) -> datetime | None:
     statement = sa.select(sa.func.min(outbox.c.created_at)).where(_in(outbox, UNFINISHED))
     made_at: datetime | None = (await tx.execute(statement)).scalar_one()
     return made_at
+
+
+async def newest(tx: Tx) -> int:
+    """The id of the newest action, 0 when there is none: it grows with every action that is made."""
+    return int((await tx.execute(sa.select(sa.func.max(outbox.c.id)))).scalar_one() or 0)
 
 
 async def forget(tx: Tx, *, before: datetime) -> int:

@@ -62,8 +62,10 @@ events = sa.Table(
     sa.Column("resource_id", sa.String(64)),
     sa.Column("subresource", sa.String(64)),
     sa.Column("correlation_id", sa.String(100)),
+    sa.Column("via", sa.String(16), nullable=False, server_default="webhook"),
     _time("received_at"),
     one_of("source", "amplify", "recurly"),
+    one_of("via", "webhook", "feed", "both"),
 )
 sa.Index("ix_events_received_at", events.c.received_at)
 
@@ -297,12 +299,13 @@ feed_positions = sa.Table(
     "feed_positions",
     metadata,
     sa.Column("topic", sa.String(100), primary_key=True),
+    sa.Column("topic_id", sa.String(64), nullable=False),
     sa.Column("position", sa.BigInteger(), nullable=False),
     sa.Column("mark", sa.BigInteger(), nullable=False),
     sa.Column("read_from", sa.BigInteger(), nullable=False),
     _time("marked_at"),
     _time("read_at"),
-    sa.CheckConstraint("read_from <= mark AND mark <= position", name="position"),
+    sa.CheckConstraint("read_from >= 0 AND read_from <= mark AND mark <= position", name="position"),
 )
 
 marks = sa.Table(
@@ -334,15 +337,18 @@ reconciliations = sa.Table(
     _time("until"),
     sa.Column("subscription_id", sa.String(64)),
     sa.Column("repair", sa.Boolean(), nullable=False),
+    sa.Column("asked", sa.String(200), nullable=False),
     sa.Column("phase", sa.String(16), nullable=False),
     sa.Column("cursor", sa.String(100)),
     sa.Column("steps_done", sa.Integer(), nullable=False),
     sa.Column("steps", sa.Integer(), nullable=False),
     sa.Column("subscriptions", sa.Integer(), nullable=False),
     sa.Column("records", sa.BigInteger(), nullable=False),
+    sa.Column("held_units", sa.BigInteger(), nullable=False),
     sa.Column("repaired_units", sa.BigInteger(), nullable=False),
     _time("started_at"),
     _time("finished_at", nullable=True),
+    sa.Column("drifting", sa.Boolean()),
     sa.Column("error", sa.Text()),
     one_of("state", "running", "done", "failed"),
     sa.CheckConstraint("until > since", name="until"),

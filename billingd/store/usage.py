@@ -95,6 +95,12 @@ async def sums(tx: Tx, start: datetime, end: datetime) -> dict[Pair, dict[Window
     return found
 
 
+async def recorded_before(tx: Tx, moment: datetime) -> bool:
+    """Whether anything is recorded of a window that begins before a moment."""
+    one = sa.select(usage_records.c.id).where(usage_records.c.window_start < moment).limit(1)
+    return (await tx.execute(one)).first() is not None
+
+
 async def find(tx: Tx, record_id: int) -> Recorded:
     """A record by its id, which must exist."""
     row = (await tx.execute(_FIND, {"of_id": record_id})).one()
@@ -111,12 +117,13 @@ async def find(tx: Tx, record_id: int) -> Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A record with its id, its state, and the id that Recurly is thought to have it under."""
+    """A record with its id, its state, and the id that Recurly is thought to have it under, since when."""
 
     id: int
     state: str
     usage_id: str | None
     record: UsageRecord
+    reported_at: datetime | None = None
 
 
 async def by_tags(tx: Tx, tags: Sequence[str]) -> dict[str, Known]:
@@ -126,8 +133,31 @@ async def by_tags(tx: Tx, tags: Sequence[str]) -> dict[str, Known]:
         some = tags[start : start + PARAMETERS_MAX]
         statement = sa.select(usage_records).where(usage_records.c.merchant_tag.in_(some))
         for row in await tx.execute(statement):
-            found[row.merchant_tag] = Known(row.id, row.state, row.usage_id, _record(row))
+            found[row.merchant_tag] = _known(row)
     return found
+
+
+def _known(row: sa.Row[Any]) -> Known:
+    return Known(row.id, row.state, row.usage_id, _record(row), row.reported_at)
+
+
+async def of_add_on(
+    tx: Tx, subscription_id: str, quota_id: str, start: datetime, end: datetime
+) -> list[Known]:
+    """The records of one add-on whose time lies in [start, end), in order."""
+    columns = usage_records.c
+    statement = (
+        sa.select(usage_records)
+        .where(
+            columns.subscription_id == subscription_id,
+            columns.quota_id == quota_id,
+            columns.window_start < end,
+            columns.usage_timestamp >= start,
+            columns.usage_timestamp < end,
+        )
+        .order_by(columns.usage_timestamp, columns.id)
+    )
+    return [_known(row) for row in await tx.execute(statement)]
 
 
 async def units_in(
@@ -177,6 +207,11 @@ async def reported(tx: Tx, record_id: int, *, usage_id: str, now: datetime) -> N
 async def renamed(tx: Tx, record_id: int, *, usage_id: str) -> None:
     """Of several records that Recurly had for this one, it is this that stays."""
     await _move(tx, record_id, ("reported",), usage_id=usage_id)
+
+
+async def missing(tx: Tx, record_id: int) -> bool:
+    """Recurly has this record no more, so it is still to be reported; False when it was not reported."""
+    return await _move(tx, record_id, ("reported",), state="recorded", usage_id=None, reported_at=None)
 
 
 async def hold(tx: Tx, record_id: int) -> bool:
@@ -273,6 +308,17 @@ async def set_unlinked(
         "read_at": now,
     }
     await upsert(tx, unlinked_traffic, row)
+
+
+async def unlinked_before(tx: Tx, subscription_id: str, quota_id: str, moment: datetime) -> int:
+    """Units of a pair that belong to no link, in windows or pieces that begin before a moment."""
+    columns = unlinked_traffic.c
+    statement = sa.select(sa.func.sum(columns.units)).where(
+        columns.subscription_id == subscription_id,
+        columns.quota_id == quota_id,
+        columns.window_start < moment,
+    )
+    return int((await tx.execute(statement)).scalar_one() or 0)
 
 
 async def forget_unlinked(tx: Tx, keys: Sequence[tuple[str, str, datetime]]) -> None:

@@ -97,3 +97,16 @@ async def change_length(tx: Tx, seen: Watermark, length: timedelta, *, now: date
     )
     if moved.rowcount != 1:
         raise WatermarkMoved(f"the watermark of {seen.source} is no longer at {seen.at.isoformat()}")
+
+
+async def go_back(tx: Tx, to: datetime, *, now: datetime) -> None:
+    """Read everything from a window edge on again, or for the first time: the ledger books what it lacks.
+
+    Whoever is reading meanwhile finds that the watermark moved, and begins anew.
+    """
+    earlier = sa.case((watermarks.c.regular_since < to, watermarks.c.regular_since), else_=to)
+    await tx.execute(
+        sa.update(watermarks)
+        .where(watermarks.c.at > to)
+        .values(at=to, regular_since=earlier, read_at=now)
+    )

@@ -12,22 +12,21 @@ from billingd.domain.billing import BilledUsage
 from billingd.domain.errors import NotFound, Refused
 from billingd.domain.events import audit_action
 from billingd.domain.notices import provider_notice
+from billingd.domain.periods import Period, period_of
 from billingd.domain.sending import idempotency_key
-from billingd.domain.usage import TAG_PREFIX
+from billingd.domain.usage import TAG_PREFIX, corrected_tag, usage_intent
 from billingd.loops import Clock
-from billingd.once import DOUBTED, KEYS
+from billingd.once import DOUBTED, IGNORED, KEYS, mistrust
 from billingd.store import held, intents, links, outbox, periods, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
-from billingd.traffic.report import usage_intent
 
 log = structlog.get_logger()
 
 DOUBLE: Final = "double_record"
 FOREIGN: Final = "foreign_record"
 WRONG: Final = "wrong_amount"
-IGNORED: Final = "idempotency_ignored"
 SECOND: Final = timedelta(seconds=1)
 
 
@@ -70,11 +69,12 @@ class UsageAuditor:
                 return
             known = await periods.of(tx, link.subscription_id)
             add_ons = await links.add_ons_of(tx, link.plan_id)
-        begin = max(known).started_at if known else link.usage_from
+        # what an adopted subscription was billed for before its cut-over is the original integration's
+        begin = max(max(known).started_at, link.usage_from) if known else link.usage_from
         verdicts = []
         for add_on in add_ons:
             try:
-                there = await self._listed(link, add_on, begin)
+                there = await self._listed(link, add_on, known, begin)
             except NotFound:
                 continue  # a quota that came after this subscription: it has no such add-on
             verdicts.append(await self._add_on(link, add_on, there, begin))
@@ -82,11 +82,12 @@ class UsageAuditor:
             await self._clear_doubt(link, began)
 
     async def _listed(
-        self, link: SubscriptionLink, add_on: AddOnLink, begin: datetime
+        self, link: SubscriptionLink, add_on: AddOnLink, known: Sequence[Period], begin: datetime
     ) -> dict[str, list[BilledUsage]]:
         """What can still be undone, by tag: all of the open cycle, and corrections of earlier ones.
 
-        The twin of a correction may be billed already, so what is there at its time is asked for, too.
+        The twin of a correction may be billed already, so what is there at its time is asked for, too; but
+        nothing of a trial ever is.
         """
         uuid, code = link.uuid, add_on.add_on_code
         there = list(await self._billing.list_usage(uuid, code, begin=begin, end=self._billing.far_now()))
@@ -97,12 +98,10 @@ class UsageAuditor:
             )
         async with self._store.read() as tx:
             ours = await usage.by_tags(tx, [one.merchant_tag for one in early if one.merchant_tag])
-        for one in early:
-            known = ours.get(one.merchant_tag or "")
-            if known is not None:
-                at = one.usage_timestamp
-                near = await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
-                there += [twin for twin in near if twin.merchant_tag == one.merchant_tag]
+        corrections = [one for one in early if one.merchant_tag in ours and not _in_trial(one, known)]
+        for at in sorted({one.usage_timestamp.replace(microsecond=0) for one in corrections}):
+            near = await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
+            there += [twin for twin in near if twin.merchant_tag in ours]
         by_tag: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
         for one in (*there, *early):
             by_tag[one.merchant_tag or ""][one.id] = one
@@ -117,8 +116,16 @@ class UsageAuditor:
     ) -> bool:
         """Whether each of our tags is there once, with its units."""
         async with self._store.read() as tx:
-            ours = await usage.by_tags(tx, [tag for tag in by_tag if tag.startswith(TAG_PREFIX)])
-        foreign = [one for tag, records in by_tag.items() if tag not in ours for one in records]
+            tags = {corrected_tag(tag) or tag for tag in by_tag if tag.startswith(TAG_PREFIX)}
+            known_tags = await usage.by_tags(tx, sorted(tags))
+        ours = {tag: known for tag, known in known_tags.items() if tag in by_tag}
+        corrections: dict[str, int] = defaultdict(int)
+        foreign: list[BilledUsage] = []
+        for tag, records in by_tag.items():
+            if (corrected := corrected_tag(tag)) is not None and corrected in known_tags:
+                corrections[corrected] += sum(one.units for one in records)
+            elif tag not in known_tags:
+                foreign += records
         await self._tell_foreign(link, add_on, foreign, begin)
         right: set[str] = set()
         clean = True
@@ -132,7 +139,11 @@ class UsageAuditor:
             elif known.usage_id != first.id:
                 async with self._store.write() as tx:
                     await usage.renamed(tx, known.id, usage_id=first.id)
-            if first.units == units:
+            billed = sum(one.units for one in extra if one.billed_at is not None)
+            if tag in corrections and first.units + billed + corrections[tag] == units:
+                extra = [one for one in extra if one.billed_at is None]
+                right.add(f"audit:{tag}")
+            elif first.units == units:
                 right.add(f"audit:{tag}")
             else:
                 clean = False
@@ -231,21 +242,29 @@ class UsageAuditor:
             "Idempotency-Key; ask Recurly."
         )
         async with self._store.write() as tx:
-            if not await held.standing(tx, subject=KEYS, kind=DOUBTED):
-                return
-            await held.close(tx, subject=KEYS, resolution="proven", now=now, but_kind=IGNORED)
-            if await held.add(tx, Hold(IGNORED, KEYS, reason), now=now):
+            doubts = await held.standing(tx, kind=DOUBTED)
+            for item in doubts:
+                await held.close_one(tx, item["id"], resolution="proven", now=now)
+            if doubts and await held.add(tx, Hold(IGNORED, KEYS, reason), now=now):
                 log.error("recurly.keys_ignored")
                 key = f"{IGNORED}:{now.isoformat()}"
                 notice = provider_notice(key, "Recurly ignores idempotency keys", reason)
                 await outbox.insert(tx, [notice], now=now)
 
     async def _clear_doubt(self, link: SubscriptionLink, began: datetime) -> None:
-        """Keys are relied on again once what was doubted turned out to be there once, after all."""
+        """Keys are relied on again once all that was doubted turned out to be there once, after all."""
         async with self._store.write() as tx:
-            for item in await held.standing(tx, subject=KEYS, kind=DOUBTED):
+            doubts = await held.standing(tx, kind=DOUBTED)
+            for item in doubts:
                 settled = item["since"] + self._settling <= began
                 if settled and item["subscription_id"] in {None, link.subscription_id}:
                     resolution = "audited: each record is there once"
                     await held.close_one(tx, item["id"], resolution=resolution, now=self._clock.now())
-                    log.info("recurly.keys_relied_on_again")
+            if doubts and not await mistrust(tx):
+                log.info("recurly.keys_relied_on_again")
+
+
+def _in_trial(record: BilledUsage, known: Sequence[Period]) -> bool:
+    """Whether a record's time lies in a trial, which is never billed."""
+    period = period_of(known, record.usage_timestamp)
+    return period is not None and period.trial

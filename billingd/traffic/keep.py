@@ -6,15 +6,16 @@ from datetime import datetime
 import structlog
 
 from billingd.domain.delivery import AFTER_END, OVER
+from billingd.domain.events import report_action
+from billingd.domain.money import shown
 from billingd.domain.notices import provider_notice
 from billingd.domain.usage import Booked, UsageRecord, book
 from billingd.domain.windows import Window
-from billingd.store import held, outbox, usage
+from billingd.store import held, links, outbox, usage
 from billingd.store.engine import Tx
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.stakes import usage_hold
-from billingd.traffic.report import report_action
 
 log = structlog.get_logger()
 
@@ -32,6 +33,15 @@ def _after_end(link: SubscriptionLink, window: Window) -> bool:
     if link.usage_until is not None and window.start >= link.usage_until:
         return True
     return link.state == "ended" and link.billed_state in {None, *OVER}
+
+
+def _before_link(link: SubscriptionLink, add_on: AddOnLink) -> bool:
+    """Whether what was counted before `usage_from` was served in vain.
+
+    While it is not approved nothing was served, and what an adopted one was served before, another program
+    has billed.
+    """
+    return add_on.plan_id == link.plan_id and link.approved_at is not None and not link.adopted
 
 
 class Keeper:
@@ -64,6 +74,7 @@ class Keeper:
         """
         new: list[UsageRecord] = []
         late: list[UsageRecord] = []
+        early: set[tuple[str, str]] = set()
         for key, pieces in sorted(counted.items(), key=lambda item: (item[0][2], item[0][0], item[0][1])):
             subscription_id, quota_id, _ = key
             link = self._linked.get(subscription_id)
@@ -77,6 +88,8 @@ class Keeper:
                     )
             if link is None:
                 continue
+            if add_on is not None and _before_link(link, add_on) and pieces.keys() - ours.keys():
+                early.add((subscription_id, quota_id))
             known = recorded.get(key, {})
             for record in book(subscription_id, quota_id, ours, known, before=before):
                 (late if _after_end(link, record.window) else new).append(record)
@@ -89,6 +102,8 @@ class Keeper:
         await self._mended(recorded.keys() - set(shrunk))
         await self._record(new)
         await self._hold_late(late)
+        for subscription_id, quota_id in sorted(early):
+            await self._hold_early(self._linked[subscription_id], self._add_ons[quota_id])
         await self._announce()
 
     @staticmethod
@@ -120,6 +135,38 @@ class Keeper:
             await self._tell(
                 await usage_hold(self._tx, recorded, AFTER_END, reason, report_action(id_, record))
             )
+
+    async def _hold_early(self, link: SubscriptionLink, add_on: AddOnLink) -> None:
+        """Usage of a subscription that Amplify served before Recurly had it: no record can carry it.
+
+        That is one that was approved by somebody else, or came from another plan, while billingd was not
+        there. One item for each quota, with all that is known of.
+        """
+        units = await usage.unlinked_before(self._tx, link.subscription_id, add_on.quota_id, link.usage_from)
+        if not units:
+            return
+        reason = (
+            f"{units} unit(s) of {add_on.title} in all were served to subscription {link.title} before "
+            f"{link.usage_from.isoformat()}, when Recurly's subscription {link.uuid} was made, which takes "
+            "no usage of an earlier time. Charge them there by hand, or leave them; then write this off."
+        )
+        alone = None if add_on.prices is None else add_on.prices.at_stake(units, on_top_of=0)
+        item = Hold(
+            "before_link",
+            f"before:{link.subscription_id}:{add_on.quota_id}",
+            reason,
+            subscription_id=link.subscription_id,
+            add_on_code=add_on.add_on_code,
+            units=units,
+            amount=None if alone is None else shown(alone),
+            currency=None if alone is None else await self._currency(link),
+        )
+        await self._tell(item)
+
+    async def _currency(self, link: SubscriptionLink) -> str:
+        plan = await links.find_plan(self._tx, link.plan_id)
+        assert plan is not None
+        return plan.currency
 
     async def _hold_shrunk(self, key: Key, *, read: int, recorded: int) -> None:
         subscription_id, quota_id, window = key

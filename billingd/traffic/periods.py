@@ -14,6 +14,7 @@ from billingd.loops import Clock
 from billingd.store import links, periods
 from billingd.store.engine import Store
 from billingd.store.links import SubscriptionLink
+from billingd.traffic import far_ends
 
 log = structlog.get_logger()
 
@@ -94,6 +95,7 @@ class PeriodWatch:
             async with self._store.write() as tx:
                 now = self._clock.now()
                 await periods.seen(tx, link.subscription_id, state=MISSING, current=None, now=now)
+                await far_ends.heed(tx, link, MISSING, ends_at=None, now=now)
             return MISSING
         await self._keep(link, theirs)
         return theirs.state
@@ -111,11 +113,12 @@ class PeriodWatch:
         if current is not None and last is not None and last.ends_at < current.started_at:
             billed = await self._billing.list_billed_edges(link.uuid, since=last.ends_at)
             missed = between(last.ends_at, billed, current.started_at)
+        now = self._clock.now()
         async with self._store.write() as tx:
             for one in (*missed, current):
-                await periods.seen(
-                    tx, link.subscription_id, state=theirs.state, current=one, now=self._clock.now()
-                )
+                await periods.seen(tx, link.subscription_id, state=theirs.state, current=one, now=now)
+            ends_at = None if current is None else current.ends_at
+            await far_ends.heed(tx, link, theirs.state, ends_at=ends_at, now=now)
         log.info(
             "subscription.seen",
             subscription=link.subscription_id,

@@ -2,14 +2,15 @@
 
 import asyncio
 import zlib
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 import structlog
 
-from billingd.domain.attempts import Leased
+from billingd.domain.attempts import Action, Leased
 from billingd.domain.errors import BillingdError, NotFound, Retryable
 from billingd.domain.events import audit_action
 from billingd.domain.periods import cut, edges
@@ -73,6 +74,7 @@ class TrafficPoller:
         settle: timedelta,
         horizon: timedelta,
         wake_outbox: asyncio.Event,
+        may_read: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -82,6 +84,7 @@ class TrafficPoller:
         self._settle = settle
         self._horizon = horizon
         self._wake_outbox = wake_outbox
+        self._may_read = may_read
         self.wake = asyncio.Event()
         self._reading = asyncio.Lock()
         self._audited_at: datetime | None = None
@@ -94,10 +97,12 @@ class TrafficPoller:
         present. Returns False: the schedule and `until_flush` say when to look again.
         """
         async with self._reading:
-            await self._learn_periods()
-            await self._ask_for_audits()
+            await self._begins()
+            due = await self._ask_for_audits()
             mark = await self._poll()
             await self._flush(mark)
+            now = self._clock.now()
+            await self._ask({now: due}, now)
         return False
 
     async def look_again(self, action: Leased) -> None:
@@ -125,6 +130,12 @@ class TrafficPoller:
         async with self._store.read() as tx:
             ends = [(lead, await links.next_period_end(tx, after=now + lead)) for lead in FLUSH_LEADS]
         return min((ends_at - lead - now for lead, ends_at in ends if ends_at is not None), default=None)
+
+    async def _begins(self) -> None:
+        """See that windows may be booked at all, and where they are cut. Raises Retryable after a restore."""
+        if self._may_read is not None:
+            await self._may_read()
+        await self._learn_periods()
 
     async def _learn_periods(self) -> None:
         """See where bills end. While Recurly is away, windows are read as far as that is known."""
@@ -163,55 +174,64 @@ class TrafficPoller:
         What Amplify counts later for the same windows is booked as a difference, as always.
         """
         now = self._watch.now()
-        closing = await self._closing()
-        if not closing:
+        async with self._store.read() as tx:
+            only = {link.subscription_id for link, _ in self._ending_soon(await links.billing(tx))}
+        if not only:
             return
         start, end = mark.at, _ceil(now, mark.length)
-        only = {link.subscription_id for link in closing}
         before = (now - FLUSH_MARGIN).replace(microsecond=0)
         while start < end:
             upto = min(start + mark.length * WINDOWS_MAX, end)
             await self._read(mark, start, upto, advance_to=mark.at, only=only, before=before)
             start = upto
 
-    async def _closing(self) -> list[SubscriptionLink]:
-        """Subscriptions whose billing period is about to end."""
+    def _ending_soon(self, billing: Iterable[SubscriptionLink]) -> list[tuple[SubscriptionLink, datetime]]:
+        """Those whose billing period is about to end, and when it does."""
         now = self._watch.now()
-        async with self._store.read() as tx:
-            return [
-                link
-                for link in await links.billing(tx)
-                if link.linked_at < now - FLUSH_MARGIN
-                and link.period_ends_at is not None
-                and now < link.period_ends_at <= now + FLUSH_LEADS[0]
-            ]
+        return [
+            (link, link.period_ends_at)
+            for link in billing
+            if link.linked_at < now - FLUSH_MARGIN
+            and link.period_ends_at is not None
+            and now < link.period_ends_at <= now + FLUSH_LEADS[0]
+        ]
 
-    async def _ask_for_audits(self) -> None:
+    async def _ask_for_audits(self) -> list[Action]:
         """Each open cycle is compared with the ledger right before its bill, and once a day.
 
-        That is in an hour of its own for each subscription: all at once, thousands would hold up the reports.
+        Returns those that are due before a bill already: they compare what is yet to be read. The daily ones
+        come in an hour of their own for each subscription: all at once, thousands would hold up the reports.
         """
         now = self._clock.now()
-        for link in await self._closing():
-            assert link.period_ends_at is not None
-            audit = audit_action(link.subscription_id, because=f"period:{link.period_ends_at:%Y%m%dT%H%M%S}")
-            wait = link.period_ends_at - AUDIT_LEAD - self._watch.now()
-            async with self._store.write() as tx:  # after what is read until then has been reported
-                await outbox.insert(tx, [audit], now=now, due_at=now + max(wait, timedelta(0)))
-        hours = set(range(24))
-        if self._audited_at is not None:
-            passed = (floor(now, HOUR) - floor(self._audited_at, HOUR)) // HOUR
-            hours = {(now.hour - back) % 24 for back in range(min(max(passed, 0), 24))}
-        if hours:
-            async with self._store.read() as tx:
-                ids = [one.subscription_id for one in await links.billing(tx)]
-            due = [one for one in ids if audit_hour(one) in hours]
-            async with self._store.write() as tx:
-                audits = [audit_action(one, because=f"{now:%Y-%m-%d}") for one in due]
-                new = await outbox.insert(tx, audits, now=now)
-            if new:
-                self._wake_outbox.set()
+        async with self._store.read() as tx:
+            billing = await links.billing(tx)
+        due: list[Action] = []
+        asked: dict[datetime, list[Action]] = defaultdict(list)
+        for link, ends_at in self._ending_soon(billing):
+            audit = audit_action(link.subscription_id, because=f"period:{ends_at:%Y%m%dT%H%M%S}")
+            wait = ends_at - AUDIT_LEAD - self._watch.now()
+            if wait > timedelta(0):
+                asked[now + wait].append(audit)
+            else:
+                due.append(audit)
+        for link in billing:
+            at = audit_due(link.subscription_id, now)
+            # Nobody knows when the process before this one asked; the outbox knows what it asked for.
+            if self._audited_at is None or self._audited_at < at:
+                spread = audit_spread(link.subscription_id) if self._audited_at is None else timedelta(0)
+                asked[now + spread].append(audit_action(link.subscription_id, because=f"{at:%Y%m%dT%H}"))
+        await self._ask(asked, now)
         self._audited_at = now
+        return due
+
+    async def _ask(self, audits: Mapping[datetime, Sequence[Action]], now: datetime) -> None:
+        """Ask for audits by when they are due, all in one transaction; the outbox drops what it knows."""
+        if not any(audits.values()):
+            return
+        async with self._store.write() as tx:
+            new = [await outbox.insert(tx, each, now=now, due_at=at) for at, each in audits.items()]
+        if any(new):
+            self._wake_outbox.set()
 
     async def read_range(self, since: datetime, until: datetime, *, subscription: str | None = None) -> int:
         """Read past windows again, of one subscription or of all, and book only differences.
@@ -223,7 +243,7 @@ class TrafficPoller:
                 raise NotFound(f"no subscription with the id {subscription} is linked")
         only = None if subscription is None else {subscription}
         async with self._reading:
-            await self._learn_periods()
+            await self._begins()
             mark = await self._begin()
             start = max(floor(since, mark.length), mark.regular_since)
             stop = min(_ceil(until, mark.length), mark.at)
@@ -387,6 +407,16 @@ class TrafficPoller:
 def audit_hour(subscription_id: str) -> int:
     """The hour of the day in which a subscription is audited, the same each day."""
     return zlib.crc32(subscription_id.encode()) % 24
+
+
+def audit_due(subscription_id: str, now: datetime) -> datetime:
+    """When its last daily audit fell due: the latest beginning of its hour."""
+    return floor(now, HOUR) - HOUR * ((now.hour - audit_hour(subscription_id)) % 24)
+
+
+def audit_spread(subscription_id: str) -> timedelta:
+    """How long after a start its daily audit waits, in whole minutes: all of them are asked for then."""
+    return timedelta(minutes=zlib.crc32(subscription_id.encode()) // 24 % 60)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@ from typing import Final, Protocol
 
 import structlog
 
-from billingd.domain.attempts import Action, Leased, Wait
+from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription, BilledUsage, NewUsage
 from billingd.domain.delivery import AFTER_END, LATE, PAUSED, Obstacle, obstacle
 from billingd.domain.errors import NotFound, Permanent, Refused, Retryable
+from billingd.domain.events import attach_subject, report_action
 from billingd.domain.notices import provider_notice
-from billingd.domain.usage import UsageRecord
+from billingd.domain.usage import usage_intent
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.store import held, outbox, periods, usage
@@ -21,22 +22,14 @@ from billingd.traffic.periods import PeriodWatch
 
 log = structlog.get_logger()
 
-REPORT_USAGE: Final = "report_usage"
 REFUSED: Final = "usage_refused"
 AROUND: Final = timedelta(seconds=1)
 """A look-up spans a second on each side: whether Recurly's `end_time` is inclusive is not certain."""
 
 SECOND: Final = timedelta(seconds=1)
 
-
-def report_action(record_id: int, record: UsageRecord) -> Action:
-    """Tell Recurly of one record. All of one add-on share a subject: one writer at a time."""
-    return Action(
-        REPORT_USAGE,
-        f"usage:{record.subscription_id}:{record.quota_id}",
-        f"{REPORT_USAGE}:{record.merchant_tag}",
-        {"record": record_id},
-    )
+ATTACHED_SOON: Final = timedelta(minutes=1)
+"""How long a report waits for its add-on to be put on the subscription, each time."""
 
 
 class Billing(Protocol):
@@ -172,10 +165,41 @@ class UsageReporter:
         stop = await self._obstacle(recorded, state=await self._watch.look_at(recorded.link))
         if stop is not None and stop.kind == PAUSED:
             return Wait(self._look_again, stop.reason)
+        if stop is None and await self._to_be_attached(recorded):
+            return Wait(ATTACHED_SOON, f"add-on {new.add_on_code} is yet to be put on its subscription")
         if (ahead := new.usage_timestamp + SECOND - self._billing.far_now()) > timedelta(0):
             return Wait(ahead, f"by Recurly's clock its time is still to come ({why})")
-        await self._hold(recorded, new, REFUSED if stop is None else stop.kind, why)
+        if stop is None:
+            await self._hold(recorded, new, REFUSED, await self._refusal(recorded, why))
+        else:
+            await self._hold(recorded, new, stop.kind, why)
         return None
+
+    async def _to_be_attached(self, recorded: Recorded) -> bool:
+        """Whether its plan gained an add-on that the subscription does not have yet."""
+        subject = attach_subject(recorded.record.subscription_id)
+        async with self._store.read() as tx:
+            return bool(await outbox.select(tx, states=UNFINISHED, subject=subject, limit=1))
+
+    async def _refusal(self, recorded: Recorded, why: str) -> str:
+        """Recurly's words, and what they come from where that is known."""
+        try:
+            theirs = await self._billing.get_subscription(recorded.link.uuid)
+        except NotFound:
+            return why
+        code, at = recorded.add_on.add_on_code, recorded.record.usage_timestamp
+        attached = next((one for one in theirs.add_ons if one.code == code), None)
+        if attached is None:
+            return (
+                f"the subscription does not have that add-on ({why}). Add it there, then release this; what "
+                "was counted before it had it stays refused"
+            )
+        if attached.created_at is not None and at < attached.created_at:
+            return (
+                f"it was counted before the subscription had that add-on ({attached.created_at.isoformat()})"
+                f", and Recurly takes no usage of that time ({why}). Charge it there by hand, or write it off"
+            )
+        return why
 
     async def _hold(self, recorded: Recorded, new: NewUsage, kind: str, why: str) -> None:
         now = self._clock.now()
@@ -201,11 +225,6 @@ class UsageReporter:
 def staying(one: BilledUsage) -> tuple[bool, str]:
     """Which of several records with one tag stays: a billed one, which cannot be removed, else the first."""
     return one.billed_at is None, one.id
-
-
-def usage_intent(merchant_tag: str) -> str:
-    """The name of the intent to report a record."""
-    return f"usage:{merchant_tag}"
 
 
 def _new(recorded: Recorded) -> NewUsage:

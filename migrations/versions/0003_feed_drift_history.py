@@ -17,15 +17,22 @@ TIME = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
+    with op.batch_alter_table("events") as events:
+        events.add_column(sa.Column("via", sa.String(16), nullable=False, server_default="webhook"))
+        events.create_check_constraint(op.f("ck_events_via"), "via IN ('webhook', 'feed', 'both')")
     op.create_table(
         "feed_positions",
         sa.Column("topic", sa.String(100), nullable=False),
+        sa.Column("topic_id", sa.String(64), nullable=False),
         sa.Column("position", sa.BigInteger(), nullable=False),
         sa.Column("mark", sa.BigInteger(), nullable=False),
         sa.Column("read_from", sa.BigInteger(), nullable=False),
         sa.Column("marked_at", TIME, nullable=False),
         sa.Column("read_at", TIME, nullable=False),
-        sa.CheckConstraint("read_from <= mark AND mark <= position", name=op.f("ck_feed_positions_position")),
+        sa.CheckConstraint(
+            "read_from >= 0 AND read_from <= mark AND mark <= position",
+            name=op.f("ck_feed_positions_position"),
+        ),
         sa.PrimaryKeyConstraint("topic", name=op.f("pk_feed_positions")),
     )
     op.create_table(
@@ -54,15 +61,18 @@ def upgrade() -> None:
         sa.Column("until", TIME, nullable=False),
         sa.Column("subscription_id", sa.String(64)),
         sa.Column("repair", sa.Boolean(), nullable=False),
+        sa.Column("asked", sa.String(200), nullable=False),
         sa.Column("phase", sa.String(16), nullable=False),
         sa.Column("cursor", sa.String(100)),
         sa.Column("steps_done", sa.Integer(), nullable=False),
         sa.Column("steps", sa.Integer(), nullable=False),
         sa.Column("subscriptions", sa.Integer(), nullable=False),
         sa.Column("records", sa.BigInteger(), nullable=False),
+        sa.Column("held_units", sa.BigInteger(), nullable=False),
         sa.Column("repaired_units", sa.BigInteger(), nullable=False),
         sa.Column("started_at", TIME, nullable=False),
         sa.Column("finished_at", TIME),
+        sa.Column("drifting", sa.Boolean()),
         sa.Column("error", sa.Text()),
         sa.CheckConstraint("state IN ('running', 'done', 'failed')", name=op.f("ck_reconciliations_state")),
         sa.CheckConstraint("until > since", name=op.f("ck_reconciliations_until")),

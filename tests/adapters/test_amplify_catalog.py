@@ -12,6 +12,7 @@ from amplify_bench import CENTRAL, Bench, a_bench, sample
 from structlog.testing import capture_logs
 
 from billingd.adapters.amplify.catalog import Catalog
+from billingd.domain.catalog import Marketplace, Subscription, Unreadable
 from billingd.domain.errors import Conflict, Misconfigured, NotFound, Permanent, Refused, Retryable, Unknown
 
 V1 = f"{CENTRAL}/apis/catalog/v1"
@@ -259,6 +260,56 @@ async def test_filters() -> None:
             ["metadata.references.id===8ac9aa00;approval.state===pending"],
         ]
         assert re.search(r"query=[\w.%-]+&", str(bench.asked[1][1]))  # nothing but escapes
+
+
+async def test_a_survey_reads_each_row_on_its_own() -> None:
+    """What cannot be understood is there all the same, with what is wrong; a listing fails for it."""
+    async with a_bench() as bench:
+        bench.token()
+        good = sample("subscription_pending.json").decode()
+        bad = '{"name": "odd", "metadata": {"id": "id1"}, "spec": {"plan": {"name": "p"}}}'
+        for _ in range(2):
+            bench.answer("GET", f"{V1}/subscriptions*", f"[{good}, {bad}]")
+        first, second = await bench.amplify.survey_subscriptions()
+        assert isinstance(first, Unreadable)
+        assert first == Unreadable("id1", "Amplify's Subscription odd: spec.product is missing")
+        assert isinstance(second, Subscription)
+        with pytest.raises(Permanent, match="odd"):
+            await bench.amplify.list_subscriptions()
+        bench.answer("GET", f"{V1}/productplans*", f"[{sample('product_plan.json').decode()}, {bad}]")
+        assert len(await bench.amplify.survey_product_plans()) == 2
+
+
+async def test_marketplaces() -> None:
+    """Only `billing.payment.type` tells whether one bills by itself (amplify.md 3.7)."""
+    async with a_bench() as bench:
+        bench.token()
+        body = [
+            {
+                "name": "m1",
+                "title": "One",
+                "metadata": {"id": "1"},
+                "billing": {"payment": {"type": "stripe"}},
+            },
+            {"name": "m2", "metadata": {"id": "2"}, "billing": {}},
+            {"name": "m3", "metadata": {"id": "3"}},
+        ]
+        bench.answer("GET", f"{V1}/marketplaces*", json.dumps(body))
+        assert await bench.amplify.list_marketplaces() == (
+            Marketplace("m1", "One", "stripe"),
+            Marketplace("m2", "m2", None),
+            Marketplace("m3", "m3", None),
+        )
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_marketplaces_that_may_not_be_seen(status: int) -> None:
+    """No list at all, and no empty one."""
+    async with a_bench() as bench:
+        bench.token()
+        bench.answer("GET", "*/marketplaces*", MISSING, status=status, times=4)
+        with pytest.raises((Misconfigured, NotFound)):
+            await bench.amplify.list_marketplaces()
 
 
 async def test_quotas_come_oldest_first() -> None:

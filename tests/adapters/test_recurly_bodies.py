@@ -256,6 +256,32 @@ async def test_how_a_subscription_is_ended() -> None:
         assert full.headers["idempotency-key"] == "k3"
 
 
+def test_a_change_lists_what_is_there_and_what_is_new() -> None:
+    """The set is replaced by it: ids keep prices, codes take the plan's; the way of collecting stays."""
+    assert bodies.attachment(["x1", "x2"], ["q3"], "manual") == {
+        "timeframe": "now",
+        "add_ons": [{"id": "x1"}, {"id": "x2"}, {"code": "q3"}],
+        "collection_method": "manual",
+    }
+    assert bodies.attachment([], ["q3"], None) == {"timeframe": "now", "add_ons": [{"code": "q3"}]}
+
+
+async def test_how_names_and_markers_are_changed() -> None:
+    """One field each, names cut to what fits."""
+    plan, add_on = {"object": "plan", "id": "p1"}, {"object": "add_on", "id": "o1"}
+    marked = {"object": "subscription", "id": "x1"}
+    async with world() as w:
+        w.far.script.extend([reply(201, plan), reply(201, add_on), reply(200, marked)])
+        await w.recurly.rename_plan("p", "n" * 300, key="k1")
+        await w.recurly.rename_add_on("p", "q", "Calls", key="k2")
+        await w.recurly.mark_subscription("s1", "sub-1", key="k3")
+        assert [(r.method, r.target, r.json, r.headers["idempotency-key"]) for r in w.far.requests] == [
+            ("PUT", "/plans/code-p", {"name": "n" * 255}, "k1"),
+            ("PUT", "/plans/code-p/add_ons/code-q", {"name": "Calls"}, "k2"),
+            ("PUT", "/subscriptions/uuid-s1", {"po_number": "sub-1"}, "k3"),
+        ]
+
+
 async def test_what_a_usage_list_asks() -> None:
     """Billed records too, oldest first, in UTC."""
     async with world() as w:

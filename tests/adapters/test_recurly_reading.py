@@ -5,12 +5,14 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from recurly_far_side import API_KEY, NOW, World, listing, lose, reply, usage, world
+from recurly_far_side import API_KEY, NOW, Action, World, error, listing, lose, reply, usage, world
+from structlog.testing import capture_logs
 
 from billingd.adapters.recurly import Recurly
 from billingd.adapters.recurly.client import Address, locate
-from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription, BilledUsage
-from billingd.domain.errors import Retryable
+from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription, BilledUsage, SubscribedAddOn
+from billingd.domain.charges import Prices
+from billingd.domain.errors import NotDone, NotFound, Retryable
 from billingd.domain.pricing import TierSpec
 
 BEGIN = datetime(2026, 11, 1, tzinfo=UTC)
@@ -89,6 +91,29 @@ async def test_a_plan() -> None:
         )
 
 
+async def test_plans_of_ours() -> None:
+    """Every page; those of others are left out without a word, ours that cannot be read with one."""
+    async with world() as w:
+        named, other = plan(name="Finance starter"), plan(code="gold", state=None)
+        odd = plan(code="amplify-plan-p2", interval_unit=None)
+        w.far.script.append(reply(200, listing([named, other, odd], "/plans?cursor=2")))
+        w.far.script.append(reply(200, listing([plan(code="amplify-plan-p3")])))
+        with capture_logs() as logs:
+            found = await w.recurly.list_plans()
+        assert [(one.code, one.name) for one in found] == [
+            ("amplify-plan-p1", "Finance starter"),
+            ("amplify-plan-p3", ""),
+        ]
+        assert [one["plan"] for one in logs if one["event"] == "recurly.plan_not_readable"] == [
+            "amplify-plan-p2"
+        ]
+        path, _, query = w.far.requests[0].target.partition("?")
+        assert (path, sorted(query.split("&"))) == (
+            "/plans",
+            ["limit=200", "order=asc", "sort=created_at", "state=active"],
+        )
+
+
 async def test_a_plans_setup_fees_have_a_place_of_their_own() -> None:
     """The old place is deprecated; an inactive plan is still found."""
     async with world() as w:
@@ -151,6 +176,60 @@ async def test_a_subscription() -> None:
             period_started_at=BEGIN,
             period_ends_at=datetime(2026, 12, 1, tzinfo=UTC),
         )
+
+
+async def test_a_subscriptions_own_prices() -> None:
+    """Its own, in its currency, whatever the plan's are; since when it has each add-on."""
+    attached = {"object": "subscription_add_on", "created_at": "2026-11-01T00:00:00Z"}
+    flat = {"unit_amount": None, "unit_amount_decimal": "0.0025", "tier_type": "flat", "tiers": None}
+    tiers = [
+        {"ending_quantity": 10, "unit_amount": 0.1, "unit_amount_decimal": None},
+        {"ending_quantity": 999_999_999, "unit_amount": None, "unit_amount_decimal": "0.05"},
+    ]
+    own = [
+        attached | flat | {"id": "x1", "add_on": {"code": "q1"}},
+        attached | {"id": "x2", "add_on": {"code": "q2"}, "tier_type": "volume", "tiers": tiers},
+    ]
+    async with world() as w:
+        w.far.script.append(reply(200, subscription(add_ons=own, currency="EUR", unit_amount=19.99)))
+        found = await w.recurly.get_subscription("u")
+    assert (found.currency, found.unit_amount) == ("EUR", Decimal("19.99"))
+    ends = (TierSpec(10, Decimal("0.1")), TierSpec(999_999_999, Decimal("0.05")))
+    assert found.add_ons == (
+        SubscribedAddOn("x1", "q1", Prices("flat", Decimal("0.0025")), BEGIN),
+        SubscribedAddOn("x2", "q2", Prices("volume", None, ends), BEGIN),
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lose,
+        reply(200, subscription(add_ons=None)),
+        reply(200, subscription()),  # add-ons without an id
+        reply(200, {"object": "plan"}),
+        reply(503),
+    ],
+)
+async def test_no_change_is_sent_without_knowing_what_is_there(answer: Action) -> None:
+    """It would remove what it does not list; nothing left, so nothing is unknown."""
+    async with world(threads=1) as w:
+        w.far.script.extend([answer] * 2)
+        with pytest.raises(NotDone):
+            await w.recurly.add_to_subscription("u", ["q3"], key="k")
+        assert {request.method for request in w.far.requests} == {"GET"}
+
+
+async def test_a_change_that_is_there_already_is_not_sent() -> None:
+    """Nor one for a subscription that is not there."""
+    own = [{"id": "x1", "object": "subscription_add_on", "add_on": {"code": "q1"}}]
+    async with world() as w:
+        w.far.script.append(reply(200, subscription(add_ons=own)))
+        await w.recurly.add_to_subscription("u", ["q1"], key="k")
+        w.far.script.append(error(404, "not_found"))
+        with pytest.raises(NotFound):
+            await w.recurly.add_to_subscription("u", ["q1"], key="k")
+        assert [request.method for request in w.far.requests] == ["GET", "GET"]
 
 
 async def test_a_subscription_with_little_to_say() -> None:

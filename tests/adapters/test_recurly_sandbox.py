@@ -14,6 +14,7 @@ from recurly_far_side import FakeTime
 
 from billingd.adapters.recurly import Recurly
 from billingd.domain.billing import BilledSubscription, NewSubscription, NewUsage
+from billingd.domain.charges import Prices
 from billingd.domain.errors import Misconfigured, NotDone, NotFound, Refused, Unknown
 from billingd.domain.pricing import AddOnSpec, MeasuredUnitSpec, PlanSpec, TierSpec
 from billingd.sandbox.clock import ManualClock, dating
@@ -185,6 +186,100 @@ async def test_a_subscription_from_beginning_to_end() -> None:
             await r.recurly.terminate_subscription(made.uuid, refund="full", key="again")
 
 
+async def test_names_are_changed_everywhere() -> None:
+    """Of plans and add-ons; prices stay."""
+    async with rehearsal() as r:
+        await r.subscribed()
+        [plan] = await r.recurly.list_plans()
+        assert (plan.code, plan.name) == (PLAN.code, PLAN.name)
+        await r.recurly.rename_plan(PLAN.code, "Ünïcode", key="k1")
+        await r.recurly.rename_add_on(PLAN.code, FLAT.code, "More calls", key="k2")
+        assert await r.recurly.list_plans() == (replace(plan, name="Ünïcode"),)
+        add_ons = {each.code: each for each in await r.recurly.list_add_ons(PLAN.code, "USD")}
+        assert (add_ons[FLAT.code].name, add_ons[FLAT.code].unit_amount) == ("More calls", FLAT.unit_amount)
+        with pytest.raises(NotFound):
+            await r.recurly.rename_plan("amplify-plan-none", "x", key="k3")
+        with pytest.raises(NotFound):
+            await r.recurly.rename_add_on(PLAN.code, "amplify-quota-none", "x", key="k4")
+        await r.recurly.remove_plan(PLAN.code, key="k5")
+        assert await r.recurly.list_plans() == ()
+        with pytest.raises(Refused):
+            await r.recurly.rename_plan(PLAN.code, "x", key="k6")
+
+
+async def test_plans_over_many_pages() -> None:
+    """Each once; those of others are left out."""
+    async with rehearsal() as r:
+        r.site.configure(rate_limit_per_minute=10_000)
+        codes = [f"amplify-plan-{n}" for n in range(203)]
+        for code in [*codes, "gold"]:
+            await r.recurly.create_plan(replace(PLAN, code=code, add_ons=()), key=code)
+        assert [plan.code for plan in await r.recurly.list_plans()] == codes
+
+
+async def test_add_ons_are_attached_to_a_subscription() -> None:
+    """What it has stays, with its prices and usage; those that it has already are not sent again."""
+    async with rehearsal() as r:
+        made = await r.subscribed()
+        began = r.clock.now()
+        r.clock.advance(timedelta(hours=1))
+        await r.recurly.create_usage(r.usage(made, "bd1:a"), key="k1")
+        more = replace(FLAT, code="amplify-quota-q4", unit_amount=Decimal("0.75"))
+        await r.recurly.create_add_on(PLAN.code, more, "USD", key="k2")
+        await r.recurly.add_to_subscription(made.uuid, [FLAT.code, more.code], key="k3")
+        found = await r.recurly.get_subscription(made.uuid)
+        assert found.add_ons[:3] == made.add_ons
+        assert [each.code for each in found.add_ons] == list(found.add_on_codes)
+        assert (found.add_ons[3].code, found.add_ons[3].prices) == (more.code, more_prices(more))
+        assert (found.add_ons[3].created_at, found.unit_amount) == (r.clock.now(), Decimal("19.99"))
+        (kept,) = await r.recurly.list_usage(made.uuid, FLAT.code, begin=began, end=r.clock.now())
+        assert kept.billed_at is None
+        await r.recurly.add_to_subscription(made.uuid, [more.code], key="k4")
+        await r.recurly.add_to_subscription(made.uuid, [more.code], key="k3", retried=True)
+        assert await r.recurly.get_subscription(made.uuid) == found
+        with pytest.raises(Refused) as caught:
+            await r.recurly.add_to_subscription(made.uuid, ["amplify-quota-none"], key="k5")
+        assert caught.value.params == ("add_ons.add_on",)
+        await r.recurly.terminate_subscription(made.uuid, refund="none", key="end")
+        with pytest.raises(Refused) as caught:
+            await r.recurly.add_to_subscription(made.uuid, ["amplify-quota-none"], key="k6")
+        assert caught.value.code == "immutable_subscription"
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "happened"),
+    [("lost", Unknown, True), ("500", Unknown, False), ("422", NotDone, False), ("reset", Unknown, False)],
+)
+async def test_a_change_goes_wrong_like_any_other_write(
+    kind: str, error: type[Exception], happened: bool
+) -> None:
+    """Unknown, or not done; sent again, the add-on is there once."""
+    async with rehearsal() as r:
+        made = await r.subscribed()
+        more = replace(FLAT, code="amplify-quota-q4")
+        await r.recurly.create_add_on(PLAN.code, more, "USD", key="k2")
+        r.faults.add(Rule("recurly", "POST", "/subscriptions/*/change", kind))
+        with pytest.raises(error):
+            await r.recurly.add_to_subscription(made.uuid, [more.code], key="k3")
+        codes = (await r.recurly.get_subscription(made.uuid)).add_on_codes
+        assert (more.code in codes) == happened
+        await r.recurly.add_to_subscription(made.uuid, [more.code], key="k4")
+        codes = (await r.recurly.get_subscription(made.uuid)).add_on_codes
+        assert codes == (*made.add_on_codes, more.code)
+
+
+async def test_a_subscription_is_marked() -> None:
+    """It is found by its marker from then on."""
+    async with rehearsal() as r:
+        made = await r.subscribed()
+        await r.recurly.mark_subscription(made.uuid, "8ac9dd77", key="k1")
+        assert await r.recurly.get_subscription(made.uuid) == replace(made, marker="8ac9dd77")
+        with pytest.raises(Refused):
+            await r.recurly.mark_subscription(made.uuid, "x" * 51, key="k2")
+        with pytest.raises(NotFound):
+            await r.recurly.mark_subscription("0" * 32, "x", key="k3")
+
+
 async def test_usage_over_many_pages() -> None:
     """450 records are three pages, in order, each once; a removed one is gone."""
     async with rehearsal() as r:
@@ -309,6 +404,11 @@ async def test_the_rate_limit_of_the_site() -> None:
         assert timedelta(seconds=290) < caught.value.retry_after <= timedelta(seconds=301)
         with pytest.raises(NotDone, match="rate limit is used up"):
             await r.recurly.create_usage(r.usage(made, "bd1:5"), key="k5")
+
+
+def more_prices(spec: AddOnSpec) -> Prices:
+    """What a flat add-on charges."""
+    return Prices("flat", spec.unit_amount)
 
 
 def _or_none(ending_quantity: int | None) -> int | None:

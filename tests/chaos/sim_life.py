@@ -104,6 +104,10 @@ class Ingredients:
     beyond_horizon: bool = True
     cycles: bool = True
     """Whether the oracle asks that every unit is in its own billing cycle."""
+    lost_mail: float = 0.0
+    """The share of webhooks that never come; of the others, none comes a second time because it failed."""
+    away: bool = False
+    """Whether the daemon is down for days, once for longer than the feed keeps events."""
     density: float = 1.0
     """How much of everything happens in a day."""
 
@@ -121,7 +125,7 @@ class Life:
         self.ingredients = ingredients
         self.far = FarClock(loop, START)
         self.clock = OwnClock(self.far)
-        self.app = server.build(clock=self.far, watch_topic=None)
+        self.app = server.build(clock=self.far)
         self.app.freeze()
         self.world = self.app[server.WORLD]
         self.world.tenant.settings.configure(resource_hooks=False, token_seconds=6 * 3600)
@@ -179,6 +183,9 @@ class Life:
         if payload["kind"] not in ("Product", "ProductPlan", "Quota", "Subscription"):
             return
         body = json.dumps(event.envelope()).encode()
+        if self._mail.random() < self.ingredients.lost_mail:
+            self.counts["lost_webhooks"] += 1
+            return
         for _ in range(2 if self._mail.random() < 0.1 else 1):
             late = self._mail.random()
             delay = self._mail.uniform(0, 20) if late < 0.8 else self._mail.uniform(0, 1800)
@@ -188,7 +195,11 @@ class Life:
 
     async def _deliver(self, id_: str, body: bytes, delay: float) -> None:
         await asyncio.sleep(delay)
-        while not await self.process.accepts(body):  # noqa: ASYNC110 - as a sender does
+        while not await self.process.accepts(body):
+            if self.ingredients.lost_mail:  # Amplify never repeats one (amplify.md 4.3)
+                self.counts["lost_webhooks"] += 1
+                self._on_the_way -= 1
+                return
             await asyncio.sleep(self._mail.uniform(5, 300))
         self.ledger.acknowledged.add(id_)
         self.counts["webhooks"] += 1
@@ -383,6 +394,13 @@ class Life:
         lifecycle.pause(site, one, {"remaining_pause_cycles": 1})
         self.note("pause", one.given.get("po_number"))
 
+    def leave(self) -> None:
+        """Nobody starts the daemon again for days."""
+        days = self._life_rng.choice((1.5, 3.0, 8.0))
+        self.note("away", days)
+        self.counts["days_away"] += int(days)
+        self.process.stay_away(days * 86_400)
+
     def step_clock(self) -> None:
         """billingd's clock is set."""
         self.clock.offset = self._life_rng.uniform(-1, 1) * CLOCK_STEP_MAX
@@ -411,6 +429,7 @@ class Life:
             (chosen.crashes, 0.3, "stop"),
             (chosen.clock_steps, 0.4, "clock"),
             (chosen.pauses, 0.2, "pause"),
+            (chosen.away, 0.1, "away"),
         ):
             if wanted:
                 often(per_day, what)
@@ -434,6 +453,8 @@ class Life:
                 if self.process.daemon is not None:
                     self.note("stop")
                     self.process.restart()
+            elif what == "away":
+                self.leave()
             elif what == "clock":
                 self.step_clock()
             else:
@@ -445,6 +466,7 @@ class Life:
         self.note("calm")
         await asyncio.sleep(8 * 3600)  # the last outage and the last webhook
         self.process.die_in(None)
+        self.process.stay_away(None)
         self.world.faults.clear()
         self.clock.offset = timedelta(0)
         span = self._shape.horizon + self._shape.settle + 2 * self._shape.window + 4 * HOUR

@@ -41,6 +41,8 @@ class Shape:
     schedule: str
     look_again: timedelta
     on_cancel: str
+    feed: timedelta
+    resync: timedelta
 
     @classmethod
     def drawn(cls, rng: Random) -> "Shape":
@@ -52,6 +54,8 @@ class Shape:
             schedule=rng.choice(("4h", "6h", "7 */6 * * *")),
             look_again=rng.choice((timedelta(minutes=10), *[HOUR] * 7)),
             on_cancel=rng.choice(("terminate", "terminate", "cancel")),
+            feed=rng.choice((1, 2)) * HOUR,
+            resync=rng.choice((12, 24, 48)) * HOUR,
         )
 
 
@@ -94,6 +98,7 @@ class Process:
         self._died = asyncio.Event()
         self._softly = asyncio.Event()
         self._over = asyncio.Event()
+        self._away_until = 0.0
         self._disk: sim_store.Disk | None = None
         self._wire: Wire | None = None
         self._dies_in: int | None = None
@@ -104,6 +109,14 @@ class Process:
     def die_in(self, steps: int | None) -> None:
         """Die so many steps from now; None: not any more."""
         self._dies_in = steps
+
+    def stay_away(self, seconds: float | None) -> None:
+        """Die, and be started again only after so long; None: soon."""
+        if seconds is None:
+            self._away_until = 0.0
+            return
+        self._away_until = self._loop.time() + seconds
+        self.restart()
 
     def restart(self) -> None:
         """End as on SIGTERM, and start again."""
@@ -165,6 +178,8 @@ class Process:
             await self._bury(self.number)
             if not self._over.is_set():
                 await asyncio.sleep(self._rng.choice((1, 30, 600, 7200)) * self._rng.random())
+            while self._loop.time() < self._away_until and not self._over.is_set():  # noqa: ASYNC110
+                await asyncio.sleep(600)
 
     async def _bury(self, number: int) -> None:
         for _ in range(50):
@@ -221,6 +236,7 @@ class Process:
                     "backoff_max": self.shape.look_again,
                 },
                 "subscriptions": {"on_cancel": self.shape.on_cancel},
+                "catch_up": {"every": self.shape.feed, "resync_every": self.shape.resync},
             }
         )
 

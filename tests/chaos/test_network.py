@@ -76,6 +76,31 @@ async def serving(rig: Rig, script: Script) -> timedelta:
     return 30 * MINUTE
 
 
+async def retitling(rig: Rig, script: Script) -> timedelta:
+    """Plans and quotas get other titles."""
+    resources = rig.world.tenant.resources
+    for kind in ("ProductPlan", "Quota"):
+        for each in list(resources.of_kind(kind)):
+            rig.world.tenant.replace(each, {**each.shown("v1"), "title": f"New {each.name}"})
+    return timedelta(0)
+
+
+def renamed(rig: Rig) -> list[str]:
+    """Who still has the old name."""
+    named = [(plan.code, plan.name) for plan in rig.world.site.plans.values()]
+    named += [(one.code, one.name) for plan in rig.world.site.plans.values() for one in plan.add_ons.values()]
+    return [f"{code} is still named {name}" for code, name in named if not name.startswith("New ")]
+
+
+def attached(rig: Rig) -> list[str]:
+    """Which subscription does not have every add-on of its plan once, or lost one on the way."""
+    return [
+        f"{each.uuid} has {[one.add_on.code for one in each.all_add_ons]}"
+        for each in rig.world.site.subscriptions.values()
+        if sorted(one.add_on.code for one in each.all_add_ons) != sorted(each.plan.add_ons)
+    ]
+
+
 async def cancelling(rig: Rig, script: Script) -> timedelta:
     """Everybody goes."""
     for number in range(MANY):
@@ -101,6 +126,8 @@ class Part:
     play: Play
     operations: tuple[Operation, ...]
     on_cancel: str = "terminate"
+    also: Callable[[Rig], list[str]] = lambda _: []
+    """What is amiss in the end besides units."""
 
 
 PARTS = {
@@ -121,6 +148,21 @@ PARTS = {
         ),
     ),
     "quotas": Part((plans,), quotas_, (Operation("create_add_on", "recurly", "POST", "/plans/*/add_ons"),)),
+    "retitling": Part(
+        (plans,),
+        retitling,
+        (
+            Operation("rename_plan", "recurly", "PUT", "/plans/*"),
+            Operation("rename_add_on", "recurly", "PUT", "/plans/*/add_ons/*"),
+        ),
+        also=renamed,
+    ),
+    "attaching": Part(
+        (plans, subscribers, serving),
+        quotas_,
+        (GET_SUBSCRIPTION, Operation("add_to_subscription", "recurly", "POST", "/subscriptions/*/change")),
+        also=attached,
+    ),
     "subscribers": Part(
         (plans,),
         subscribers,
@@ -221,7 +263,7 @@ async def test_whatever_goes_wrong_on_the_wire_each_unit_is_billed_once(
                             given_up += await replayed(rig)
                         again = rig.far.now() + (2 * HOUR if times is None else timedelta(0))
                         await live(rig, max(until, again))
-                        faults = await wrong(rig, script) + misplaced(rig, script)
+                        faults = await wrong(rig, script) + misplaced(rig, script) + playing.also(rig)
                         cells, struck, units = cells + 1, struck + hits, units + script.units
                         if not hits and when != "third":  # one token is enough for hours
                             faults.append("it never struck")

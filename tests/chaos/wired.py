@@ -22,6 +22,7 @@ WRITES = (
     "garbage",
     "429",
     "409",
+    "422",
     "500_committed",
     "500",
     "late",
@@ -32,8 +33,9 @@ WRITES = (
 )
 READS = (REFUSED, "reset", "lost", "cut", "garbage", "429", "409", "500", "html_502")
 """A read that was carried out and one that was not are the same; it has no key, and never comes late."""
+RECURLYS = {"stored_500", "key_expired", "422"}
+"""What only Recurly has."""
 
-NEEDS_A_KEY = {"stored_500", "key_expired"}
 LATE_SECONDS = 30
 """Well before the settling time of the rig is over."""
 
@@ -54,7 +56,7 @@ class Operation:
         """What can go wrong with it."""
         if self.method == "GET":
             return READS
-        without = NEEDS_A_KEY if self.side == "amplify" else set()
+        without = RECURLYS if self.side == "amplify" else set()
         return tuple(kind for kind in WRITES if kind not in without)
 
 

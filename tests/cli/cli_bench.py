@@ -15,6 +15,7 @@ import structlog
 from aiohttp import web
 from click.testing import CliRunner, Result
 from manual_clock import START, ManualClock
+from reconciling import Reconciling
 
 from billingd.admin.metrics import Metrics
 from billingd.admin.server import AdminListener, Parts
@@ -61,6 +62,71 @@ class Poller:
         self.ranges.append((since, until))
         return 42
 
+    async def told(self, *, dry_run: bool) -> dict[str, Any]:
+        if self.fault is not None:
+            raise self.fault
+        return resync_document(dry_run=dry_run)
+
+
+class Adopter:
+    """Stands in for the daemon's: finds one of each sort."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[datetime, bool]] = []
+        self.fault: Exception | None = None
+        self.ops = "+~!="
+
+    async def told(self, since: datetime, *, dry_run: bool) -> dict[str, Any]:
+        if self.fault is not None:
+            raise self.fault
+        self.asked.append((since, dry_run))
+        whats = {"+": "plan", "!": "recurly"}
+        steps = [
+            {
+                "op": op,
+                "what": whats.get(op, "subscription"),
+                "id": f"id-{op}",
+                "name": f"name-{op}",
+                "title": f"Title {op}",
+                "recurly_uuid": None,
+                "reason": f"because of {op}",
+            }
+            for op in self.ops
+        ]
+        return {
+            "since": since.isoformat().replace("+00:00", "Z"),
+            "dry_run": dry_run,
+            "steps": steps,
+            "to_do": sum(op in "+~" for op in self.ops),
+            "problems": self.ops.count("!"),
+            "adopted": 5,
+        }
+
+
+def resync_document(*, dry_run: bool) -> dict[str, Any]:
+    """What a resync found: one of each sort."""
+    whats = (("+", "subscription"), ("~", "plan"), ("-", "subscription"))
+    steps = [
+        {
+            "op": op,
+            "what": what,
+            "id": f"id{number}",
+            "name": f"n{number}",
+            "title": f"T{number}",
+            "reason": "so",
+        }
+        for number, (op, what) in enumerate(whats)
+    ]
+    return {
+        "dry_run": dry_run,
+        "steps": steps,
+        "enqueued": 0 if dry_run else len(steps),
+        "withheld": [],
+        "warnings": ["Much is missing."],
+        "notes": [],
+        "counts": {"plans": 1, "subscriptions": 2},
+    }
+
 
 class Bench:
     """A directory with a configuration, and perhaps a store in it."""
@@ -72,6 +138,8 @@ class Bench:
         self.config = directory / "billingd.toml"
         self.socket = directory / "a.sock"
         self.poller = Poller()
+        self.reconciler = Reconciling()
+        self.adopter = Adopter()
         self.configure(f"unix:{self.socket}")
 
     def configure(self, listen: str, more: str = "") -> None:
@@ -134,6 +202,9 @@ class Bench:
                 source="metrics",
                 webhooks=lambda: {"duplicates": 1, "rejected": 2},
                 wake_outbox=lambda: None,
+                resync=self.poller,
+                adoption=self.adopter,
+                reconciler=self.reconciler,
             )
             async with self.listening(AdminListener(parts).application(), over):
                 yield

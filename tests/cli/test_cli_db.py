@@ -1,12 +1,17 @@
-"""`db`: upgrade with a copy first, check, backup."""
+"""`db`: upgrade with a copy first, check, backup, restore."""
 
 import sqlite3
+from datetime import datetime
 from pathlib import Path
 
 from cli_bench import Bench, document
 
-from billingd.store import migrate
+from billingd.store import marks, migrate
 from billingd.store.engine import Store
+
+
+def names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
 
 
 def sql(path: Path, *statements: str) -> None:
@@ -109,13 +114,68 @@ def test_a_store_that_is_missing_is_not_made_by_looking(tmp_path: Path) -> None:
     assert not bench.path.exists()
 
 
-def test_postgres_has_its_own_tools_for_copies(empty_postgres_url: str, tmp_path: Path) -> None:
+def test_a_copy_of_postgres_is_restored_into_either(empty_postgres_url: str, tmp_path: Path) -> None:
+    """The same file fills PostgreSQL again, and a SQLite store."""
     bench = Bench(tmp_path)
     env = {"BILLINGD_STORE__URL": empty_postgres_url}
     assert bench.run("db", "check", env=env).exit_code == 1
     done = document(bench.run("db", "upgrade", "--json", env=env))
     assert done == {"before": None, "after": migrate.newest(), "backup": None}
     assert bench.run("db", "check", env=env).stdout == "the store is sound\n"
-    backup = bench.run("db", "backup", env=env)
-    assert backup.exit_code == 1
-    assert "pg_dump" in backup.stderr
+    copy = tmp_path / "copy.db"
+    assert document(bench.run("db", "backup", str(copy), "--json", env=env)) == {"backup": str(copy)}
+    for target in (env, {}):
+        restored = document(bench.run("db", "restore", str(copy), "--yes", "--json", env=target))
+        assert restored["restored"] == str(copy)
+        assert restored["schema"] == migrate.newest()
+        assert restored["rows"]["outbox"] == 0
+        assert (restored["set_aside"] is None) == (target == {})
+        assert bench.run("db", "check", env=target).stdout == "the store is sound\n"
+
+
+async def test_restore_puts_back_what_was_copied(tmp_path: Path, sqlite_template: Path) -> None:
+    """The copy takes the store's place; the store that was there is kept, with what came since."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    copy = tmp_path / "copy.db"
+    assert (await bench.ask("db", "backup", str(copy))).exit_code == 0
+    sql(bench.path, "DELETE FROM outbox")
+    unsure = await bench.ask("db", "restore", str(copy))
+    assert unsure.exit_code == 2
+    assert "--yes" in unsure.stderr
+    done = document(await bench.ask("db", "restore", str(copy), "--yes", "--json"))
+    assert done["rows"]["outbox"] == len(await bench.states()) == 4
+    aside = sqlite3.connect(done["set_aside"])
+    assert aside.execute("SELECT count(*) FROM outbox").fetchone() == (0,)
+    aside.close()
+    async with Store(bench.url) as store, store.read() as tx:
+        mark = await marks.find(tx, marks.RESTORED)
+        assert mark is not None
+        assert mark.detail["file"] == "copy.db"
+        assert datetime.fromisoformat(mark.detail["copied_at"]) == datetime.fromisoformat(done["copied_at"])
+
+
+async def test_restore_refuses_what_it_may_not_do(tmp_path: Path, sqlite_template: Path) -> None:
+    """A held store and a newer copy are 5, a file that is no copy is 1; nothing changes."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    copy, newer, other = tmp_path / "copy.db", tmp_path / "newer.db", tmp_path / "other.db"
+    for each in (copy, newer):
+        assert (await bench.ask("db", "backup", str(each))).exit_code == 0
+    sql(newer, "UPDATE alembic_version SET version_num = '9999'")
+    sql(other, "CREATE TABLE precious (it TEXT)")
+    async with Store(bench.url) as store:
+        store.lock()
+        assert (await bench.ask("db", "restore", str(copy), "--yes")).exit_code == 5
+    refused = await bench.ask("db", "restore", str(newer), "--yes")
+    assert refused.exit_code == 5
+    assert "newer than this program" in refused.stderr
+    for file, words in ((other, "not a copy of a billingd store"), (tmp_path / "no.db", "there is no file")):
+        result = await bench.ask("db", "restore", str(file), "--yes")
+        assert result.exit_code == 1
+        assert words in result.stderr
+    itself = await bench.ask("db", "restore", str(bench.path), "--yes")
+    assert itself.exit_code == 1
+    assert "is the store itself" in itself.stderr
+    assert len(await bench.states()) == 4
+    assert not [name for name in names(tmp_path) if "restor" in name]

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from billingd.domain.errors import Rejected
 from billingd.domain.events import (
     PROVISION_PLAN,
+    PROVISION_PRODUCT,
     PROVISION_SUBSCRIPTION,
     REFRESH_SUBSCRIPTION,
     Event,
     actions_for,
     parse_amplify,
+    parse_feed,
     parse_recurly,
 )
 
@@ -167,6 +169,7 @@ def test_what_is_no_notification(change: dict[str, Any]) -> None:
     assert caught.value.status == 400
 
 
+PRODUCT = [(PROVISION_PRODUCT, "product:weather-pro-acme")]
 PLAN = [(PROVISION_PLAN, "plan:weather-pro-acme")]
 SUBSCRIPTION = [(PROVISION_SUBSCRIPTION, "subscription:8ac9dd00")]
 
@@ -189,7 +192,10 @@ SUBSCRIPTION = [(PROVISION_SUBSCRIPTION, "subscription:8ac9dd00")]
         ("Subscription", "SubResourceUpdated", "approval", None, SUBSCRIPTION),
         ("Subscription", "SubResourceUpdated", "state", {"name": "archived"}, SUBSCRIPTION),
         ("Subscription", "ResourceDeleted", None, None, SUBSCRIPTION),
-        ("Product", "ResourceUpdated", None, None, []),
+        ("Product", "ResourceCreated", None, None, PRODUCT),
+        ("Product", "ResourceUpdated", None, None, PRODUCT),
+        ("Product", "ResourceDeleted", None, None, PRODUCT),
+        ("Product", "SubResourceUpdated", "state", "active", []),
         ("Quota", "ResourceCreated", None, None, []),
         ("AssetRequest", "SubResourceUpdated", "approval", None, []),
     ],
@@ -305,3 +311,136 @@ def test_any_json_in_the_place_of_any_field(document: dict[str, Any]) -> None:
     """Nothing in an event can break more than itself."""
     _parses(json.dumps(document).encode())
     _parses(json.dumps(json.loads(amplify()) | document).encode())
+
+
+def feed_item(sequence: Any = 41207, **changes: Any) -> dict[str, Any]:
+    """The same event as the feed shows it (amplify.md 4.5): no spec, no subresources, its own time format."""
+    document: dict[str, Any] = json.loads(amplify())
+    document["payload"] = {
+        "group": "catalog",
+        "kind": "Subscription",
+        "name": "weather-pro-acme",
+        "attributes": {},
+        "finalizers": None,
+        "metadata": {"id": "8ac9dd00", "selfLink": "/catalog/v1/subscriptions/weather-pro-acme"},
+    }
+    document["time"] = "2026-03-02 11:00:02.417551"
+    document["metadata"] = {"watchTopicID": "8ac9ff00", "sequenceID": sequence, "subresource": "approval"}
+    return document | changes
+
+
+def test_a_feed_item_is_the_webhook_s_event() -> None:
+    """The same id, so that it is taken once; what its payload leaves out is not known."""
+    sequence, event = parse_feed(feed_item())
+    assert sequence == 41207
+    webhook = parse_amplify(amplify())
+    assert event.id == webhook.id
+    assert event.resource_version is None
+    assert actions_for(event) == actions_for(webhook)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        *(feed_item(sequence) for sequence in (None, 0, -1, True, "x", 2**63, 1.5, [1], "9" * 20)),
+        feed_item() | {"metadata": None},
+        feed_item() | {"type": "UPDATED"},
+        feed_item() | {"payload": []},
+        feed_item() | {"id": ""},
+        None,
+        7,
+        [],
+    ],
+)
+def test_an_item_that_is_no_event_is_rejected(item: Any) -> None:
+    """Whatever it is: the feed goes on behind it."""
+    with pytest.raises(Rejected):
+        parse_feed(item)
+
+
+@pytest.mark.parametrize(
+    ("kind", "type_", "subresource", "asked"),
+    [
+        ("ProductPlan", "SubResourceUpdated", "state", PLAN),
+        ("ProductPlan", "ResourceCreated", None, PLAN),  # it may be no draft any more
+        ("Subscription", "ResourceCreated", None, SUBSCRIPTION),  # it may be approved from the first
+        ("Subscription", "SubResourceUpdated", "approval", SUBSCRIPTION),
+        ("Subscription", "SubResourceUpdated", "state", SUBSCRIPTION),
+        ("Subscription", "SubResourceUpdated", "status", []),
+        ("Subscription", "ResourceDeleted", None, SUBSCRIPTION),
+        ("Product", "ResourceUpdated", None, PRODUCT),
+        ("Product", "SubResourceUpdated", "status", []),
+    ],
+)
+def test_what_an_event_of_the_feed_asks_for(
+    kind: str, type_: str, subresource: str | None, asked: list[tuple[str, str]]
+) -> None:
+    """Where a webhook would tell that nothing is to do, the feed does not, and the handler looks."""
+    item = feed_item(type=type_)
+    item["payload"]["kind"] = kind
+    item["metadata"]["subresource"] = subresource
+    _, event = parse_feed(item)
+    assert event.labelled is None
+    assert [(action.kind, action.subject) for action in actions_for(event)] == asked
+
+
+@pytest.mark.parametrize(
+    ("metadata", "plan"),
+    [
+        ({"scope": {"kind": "ProductPlan", "name": "gold"}}, "gold"),
+        ({"selfLink": "/catalog/v1/productplans/gold/quotas/calls"}, "gold"),
+        ({"selfLink": "/catalog/v1/quotas/calls"}, None),
+        ({"selfLink": 7}, None),
+    ],
+)
+def test_a_quota_names_its_plan_one_way_or_the_other(metadata: dict[str, Any], plan: str | None) -> None:
+    """The feed's payload may have less than the webhook's."""
+    item = feed_item(type="ResourceCreated")
+    item["payload"] |= {"kind": "Quota", "name": "calls", "metadata": metadata}
+    _, event = parse_feed(item)
+    expected = [] if plan is None else [(PROVISION_PLAN, f"plan:{plan}")]
+    assert [(action.kind, action.subject) for action in actions_for(event)] == expected
+
+
+@pytest.mark.parametrize(
+    ("approval", "asked"),
+    [({"state": "approved"}, SUBSCRIPTION), ({"state": "pending"}, []), (None, [])],
+)
+def test_a_new_subscription_matters_when_it_is_approved_from_the_first(
+    approval: Any, asked: list[tuple[str, str]]
+) -> None:
+    """A migration makes such; of any other the approval's own event comes."""
+    document = json.loads(payload(approval=approval)) | {"type": "ResourceCreated", "metadata": {}}
+    event = parse_amplify(json.dumps(document).encode())
+    assert [(action.kind, action.subject) for action in actions_for(event)] == asked
+
+
+@pytest.mark.parametrize(
+    ("attributes", "type_", "labelled"),
+    [
+        ({"billingSystem": "recurly"}, "ResourceUpdated", True),
+        ({"billingSystem": "stripe"}, "ResourceUpdated", False),
+        ({}, "ResourceUpdated", False),
+        (None, "ResourceUpdated", False),
+        ({"billingSystem": "recurly"}, "ResourceDeleted", None),  # its content is documented nowhere
+    ],
+)
+def test_a_product_s_webhook_tells_its_label(attributes: Any, type_: str, labelled: bool | None) -> None:
+    """The whole resource is in it."""
+    document = json.loads(payload(kind="Product", attributes=attributes)) | {"type": type_}
+    assert parse_amplify(json.dumps(document).encode()).labelled is labelled
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(ANYTHING)
+def test_no_item_does_anything_but_be_rejected(part: Any) -> None:
+    """Anything in any place."""
+    for item in (part, feed_item(part), feed_item(payload=part), feed_item(id=part, type=part)):
+        with contextlib.suppress(Rejected):
+            actions_for(parse_feed(item)[1])

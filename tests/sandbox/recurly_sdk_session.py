@@ -83,6 +83,12 @@ def usage(client: Any) -> str:
     key = f"uuid-{made.uuid}"
     assert isinstance(client.get_subscription(key).current_period_ends_at, datetime)
     assert client.update_subscription(key, {"po_number": "m2"}).po_number == "m2"
+    calls, seats = made.add_ons
+    own = [{"unit_amount_decimal": "0.5"}]
+    entries = [{"id": calls.id, "tiers": own}, {"id": seats.id}]
+    change = client.create_subscription_change(key, {"timeframe": "now", "add_ons": entries})
+    assert (change.activated, type(change)) == (True, recurly.resources.SubscriptionChange)
+    assert change.add_ons[0].tiers[0].unit_amount_decimal == "0.5"
     for number in range(25):
         body = {"amount": number, "merchant_tag": f"t{number}", "usage_timestamp": made.created_at}
         headers = {"Idempotency-Key": f"k{number}"}

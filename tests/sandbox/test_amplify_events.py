@@ -251,3 +251,47 @@ async def test_the_feed_refuses(amplify: AmplifySide, path: str, status: int) ->
     """Unknown topics, fields and page sizes."""
     await watch(amplify)
     await amplify.json("GET", path, status=status)
+
+
+async def test_the_feed_shows_some_events_late(amplify: AmplifySide) -> None:
+    """A lower sequence number may become visible after a higher one."""
+    await watch(amplify)
+    amplify.tenant.settings.configure(feed_lag_seconds=60)
+    for number in range(6):
+        amplify.plan(f"p{number}", active=False)
+    path = f"{FEED}?query=sequenceID>0&sort=sequenceID,ASC&pageSize=100"
+    at_once = [each["metadata"]["sequenceID"] for each in await amplify.json("GET", path)]
+    amplify.clock.advance(timedelta(seconds=60))
+    later = [each["metadata"]["sequenceID"] for each in await amplify.json("GET", path)]
+    assert later == sorted(later)
+    hidden = set(later) - set(at_once)
+    assert hidden
+    assert min(hidden) < max(at_once)
+
+
+async def test_the_feed_may_show_an_event_twice(amplify: AmplifySide) -> None:
+    """Under the same id and number, also across pages."""
+    await watch(amplify)
+    amplify.tenant.settings.configure(feed_repeats=True)
+    amplify.plan(active=False)
+    events = await amplify.json("GET", f"{FEED}?sort=sequenceID,ASC&pageSize=3")
+    assert [each["payload"]["kind"] for each in events] == ["ProductPlan", "ProductPlan", "Quota"]
+    assert events[0] == events[1]
+
+
+async def test_a_topic_shows_what_its_filters_selected_when_it_happened(amplify: AmplifySide) -> None:
+    """A filter added later brings nothing back; a topic made anew knows nothing of the one before."""
+    await watch(amplify)
+    amplify.tenant.create("Product", {"name": "unwatched"})
+    amplify.plan("first", active=False)
+    [topic] = amplify.tenant.resources.of_kind("WatchTopic")
+    product = {"group": "catalog", "kind": "Product", "name": "*", "type": ["created"]}
+    shown = topic.shown("v1")
+    filters = [*shown["spec"]["filters"], product]
+    amplify.tenant.replace(topic, {**shown, "spec": {**shown["spec"], "filters": filters}})
+    amplify.tenant.create("Product", {"name": "watched"})
+    events = await amplify.json("GET", f"{FEED}?sort=sequenceID,ASC")
+    assert [each["payload"]["name"] for each in events] == ["first", "calls", "watched"]
+    amplify.tenant.delete(topic)
+    await watch(amplify)
+    assert await amplify.json("GET", f"{FEED}?query=sequenceID>1&sort=sequenceID,ASC") == []

@@ -131,6 +131,7 @@ async def test_a_kept_connection_is_closed_without_a_word() -> None:
         ("429", "amplify", (429, "application/json"), 0),
         ("409", "recurly", (409, "application/octet-stream"), 0),
         ("409", "amplify", (409, "application/json"), 0),
+        ("422", "recurly", (422, "application/json"), 0),
         ("500", "amplify", (500, "application/json"), 0),
         ("500", "recurly", (500, "application/json"), 0),
         ("500_committed", "amplify", (500, "application/json"), 1),

@@ -33,6 +33,7 @@ PATHS = (
     "/subscriptions",
     "/subscriptions/{subscription_id}",
     "/subscriptions/{subscription_id}/cancel",
+    "/subscriptions/{subscription_id}/change",
     "/subscriptions/{subscription_id}/pause",
     "/subscriptions/{subscription_id}/invoices",
     "/subscriptions/{subscription_id}/line_items",
@@ -174,6 +175,11 @@ async def lived(far: RecurlySide) -> None:
     await far.refused("POST", usage_path(made, "flat"), {"amount": 1_000_000_000})
     await far.refused("GET", f"{usage_path(made, 'flat')}?limit=999", status=400)
     await far.call("DELETE", f"/usage/{record['id']}", status=204)
+    kept = [{"id": each["id"]} for each in made["add_ons"]]
+    dearer = [{**kept[0], "unit_amount_decimal": "0.25"}, *kept[1:3], {"code": "more"}]
+    await far.call("POST", f"{path}/change", {"timeframe": "now", "add_ons": dearer}, status=201)
+    await far.call("POST", f"{path}/change", {"unit_amount": 25.5}, status=201)
+    await far.refused("POST", f"{path}/change", {"unit_amount": 25.5})
     far.pass_(days=40)
     await far.call("GET", f"{usage_path(made, 'flat')}?billing_status=billed")
     invoice = (await far.call("GET", f"{path}/invoices"))["data"][0]

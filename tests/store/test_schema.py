@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from manual_clock import START, ManualClock
 
 from billingd.domain.errors import BillingdError, StoreBusy
-from billingd.store import migrate, schema
+from billingd.store import copies, migrate, schema
 from billingd.store.engine import Store
 
 Row = dict[str, Any]
@@ -316,7 +316,7 @@ async def test_a_backup_is_whole_even_while_the_store_is_in_use(
     await put(store, schema.usage_records, USAGE)
     async with store.write() as tx:
         await tx.execute(sa.insert(schema.held).values(**HELD))
-        made = migrate.backup(store, None, now=clock.now())
+        made = copies.backup_file(store, None, now=clock.now())
     assert made is not None
     assert made.name.endswith(".20260302T100000Z.backup")
     with sqlite3.connect(made) as copy:
@@ -326,16 +326,16 @@ async def test_a_backup_is_whole_even_while_the_store_is_in_use(
     copy.close()
     assert counted == [1, 0]
     with pytest.raises(BillingdError, match="exists already"):
-        migrate.backup(store, made, now=clock.now())
+        copies.backup_file(store, made, now=clock.now())
     async with Store(f"sqlite+aiosqlite:///{made}") as restored:
         await migrate.check(restored)
-    assert migrate.backup(store, tmp_path / "b", now=datetime.now(UTC)) == tmp_path / "b"
+    assert copies.backup_file(store, tmp_path / "b", now=datetime.now(UTC)) == tmp_path / "b"
 
 
 async def test_there_is_no_file_to_back_up_on_postgres(empty_postgres_url: str, clock: ManualClock) -> None:
-    """None, not an error: PostgreSQL has tools of its own."""
+    """None, not an error: `copies.backup` writes one row by row."""
     async with Store(empty_postgres_url) as store:
-        assert migrate.backup(store, None, now=clock.now()) is None
+        assert copies.backup_file(store, None, now=clock.now()) is None
 
 
 # One process at a time.

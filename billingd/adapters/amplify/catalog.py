@@ -1,8 +1,8 @@
-"""The API Server's catalog group: versions, single resources, whole listings (amplify.md 2.1-2.4)."""
+"""A group of the API Server: versions, single resources, whole listings (amplify.md 2.1-2.4)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import structlog
 
@@ -15,18 +15,21 @@ from billingd.domain.errors import Misconfigured, NotFound, Permanent
 log = structlog.get_logger(__name__)
 
 ApiVersion = Literal["v1", "v1alpha1"]
+T = TypeVar("T")
 
 
 class Catalog:
-    """Raw resources of `/apis/catalog`, by collection.
+    """Raw resources of `/apis/catalog` (or of another group), by collection.
 
     A 404 is believed only after the collection itself has answered under the same version: with a wrong
     address or version every resource would otherwise look deleted (amplify.md 2.1, open question 21).
     """
 
-    def __init__(self, http: Http, central_url: str, api_version: ApiVersion) -> None:
+    def __init__(
+        self, http: Http, central_url: str, api_version: ApiVersion, *, group: str = "catalog"
+    ) -> None:
         self._http = http
-        self._base = f"{central_url.rstrip('/')}/apis/catalog"
+        self._base = f"{central_url.rstrip('/')}/apis/{group}"
         self._candidates: tuple[ApiVersion, ApiVersion] = (
             api_version,
             "v1alpha1" if api_version == "v1" else "v1",
@@ -42,6 +45,17 @@ class Catalog:
         self, plural: str, path: str, kind: str, where: Sequence[str] = ()
     ) -> tuple[dict[str, Json], ...]:
         """All rows of a collection, oldest first, each once (amplify.md 2.3)."""
+        return await self.read_rows(plural, path, kind, lambda row: row, where)
+
+    async def read_rows(
+        self,
+        plural: str,
+        path: str,
+        kind: str,
+        read: Callable[[dict[str, Json]], T],
+        where: Sequence[str] = (),
+    ) -> tuple[T, ...]:
+        """The same, each row read as its page comes, so that no more is kept than what is made of it."""
 
         async def page(number: int) -> Page:
             params = [("page", str(number)), ("pageSize", str(PAGE_SIZE))]
@@ -53,7 +67,7 @@ class Catalog:
             )
             return Page.of(kind, json_of(call, reply), reply.headers.get("X-Axway-Total-Count"))
 
-        return await read_all(f"{plural}{path}", page)
+        return await read_all(f"{plural}{path}", page, read)
 
     async def ask(self, plural: str, call_for: Callable[[str], Call]) -> tuple[Reply, Call]:
         """Send the call a collection's base URL makes, under the version that collection exists in.

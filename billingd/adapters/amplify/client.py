@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import aiohttp
 import structlog
@@ -11,10 +11,21 @@ from billingd.adapters.amplify import resources
 from billingd.adapters.amplify.answers import Call, json_of
 from billingd.adapters.amplify.catalog import ApiVersion, Catalog
 from billingd.adapters.amplify.encoding import Json, encode, equals, pointer, query_string, segment
+from billingd.adapters.amplify.feed import Feed
 from billingd.adapters.amplify.http import Http, Observe
+from billingd.adapters.amplify.management import Management
 from billingd.adapters.amplify.reader import dig
-from billingd.domain.catalog import Person, Product, ProductPlan, Quota, Subscription
+from billingd.domain.catalog import (
+    Marketplace,
+    Person,
+    Product,
+    ProductPlan,
+    Quota,
+    Subscription,
+    Unreadable,
+)
 from billingd.domain.errors import Conflict, Misconfigured, NotFound, Permanent, Refused
+from billingd.domain.feed import PAGE_SIZE, FeedPage
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +34,7 @@ PATCH_REFUSED: Final = frozenset({*range(400, 500), 501} - {401, 403, 408, 429})
 """Answers that say "not by PATCH" (open question 16): the whole resource is PUT instead."""
 
 Linked = Literal["productplans", "subscriptions"]
+T = TypeVar("T")
 
 
 class Amplify:
@@ -54,6 +66,8 @@ class Amplify:
             observe=observe,
         )
         self._catalog = Catalog(self._http, central_url, api_version)
+        self.management = Management(self._http, central_url, api_version)
+        self._feed = Feed(self._http, central_url, api_version)
         self._traceability = f"{central_url.rstrip('/')}/api/traceability/v1/traceability"
         self._platform = f"{platform_url.rstrip('/')}/api/v1"
         self._hidden_told = False
@@ -109,13 +123,63 @@ class Amplify:
         )
 
     async def list_subscriptions(
-        self, *, plan_id: str | None = None, approval: str | None = None, state: str | None = None
+        self,
+        *,
+        plan_id: str | None = None,
+        product_id: str | None = None,
+        approval: str | None = None,
+        state: str | None = None,
     ) -> tuple[Subscription, ...]:
-        """All subscriptions, or those of a plan, of an approval state, of a state."""
-        asked = {"metadata.references.id": plan_id, "approval.state": approval, "state.name": state}
-        where = [equals(field, value) for field, value in asked.items() if value is not None]
+        """All subscriptions, or those of a plan or product, of an approval state, of a state."""
+        asked = [
+            ("metadata.references.id", plan_id),
+            ("metadata.references.id", product_id),
+            ("approval.state", approval),
+            ("state.name", state),
+        ]
+        where = [equals(field, value) for field, value in asked if value is not None]
         rows = await self._catalog.rows("subscriptions", "", "Subscription", where)
         return tuple(map(resources.subscription, rows))
+
+    async def survey_product_plans(self) -> tuple[ProductPlan | Unreadable, ...]:
+        """All product plans, each on its own: one that cannot be understood hides none of the others."""
+        read = _if_readable("ProductPlan", resources.product_plan)
+        return await self._catalog.read_rows("productplans", "", "ProductPlan", read)
+
+    async def survey_subscriptions(self) -> tuple[Subscription | Unreadable, ...]:
+        """All subscriptions, each on its own: one that cannot be understood hides none of the others."""
+        read = _if_readable("Subscription", resources.subscription)
+        return await self._catalog.read_rows("subscriptions", "", "Subscription", read)
+
+    async def has_subscription(self, subscription_id: str) -> bool:
+        """Whether there is a subscription with this id, whatever its name is."""
+        where = [equals("metadata.id", subscription_id)]
+        rows = await self._catalog.rows("subscriptions", "", "Subscription", where)
+        return any(resources.identity("Subscription", row) == subscription_id for row in rows)
+
+    async def list_marketplaces(self) -> tuple[Marketplace, ...]:
+        """All Marketplaces; Misconfigured or NotFound when we may not see them."""
+        return await self._catalog.read_rows("marketplaces", "", "Marketplace", resources.marketplace)
+
+    async def find_watch_topic(self, name: str) -> str | None:
+        """The id of the watch topic of that name, or None when there is none."""
+        raw = await self.management.find("WatchTopic", name, None)
+        return None if raw is None else resources.identity("WatchTopic", raw)
+
+    async def newest_position(self, topic: str) -> int | None:
+        """The highest number in a watch topic's feed, or None when it keeps no event; NotFound."""
+        return next(iter(await self._feed.newest(topic, 1)), None)
+
+    async def recent_positions(self, topic: str) -> tuple[int, ...]:
+        """The newest numbers of the feed, the highest first; fewer than a page: there are no others."""
+        return await self._feed.newest(topic, PAGE_SIZE)
+
+    async def read_feed(self, topic: str, after: int) -> FeedPage:
+        """The first page of the feed behind a number (amplify.md 4.5).
+
+        Raises Gone when what is behind it is no longer kept, NotFound when there is no such topic.
+        """
+        return await self._feed.read(topic, after)
 
     async def set_attributes(self, kind: Linked, name: str, attributes: Mapping[str, str]) -> str | None:
         """Make a resource carry these attributes too; its resourceVersion then (amplify.md 2.6).
@@ -226,6 +290,18 @@ class Amplify:
         )
         reply = await self._http.send(call)
         return json_of(call, reply) if reply.ok else None
+
+
+def _if_readable(
+    kind: str, read: Callable[[Json], T]
+) -> Callable[[dict[str, Json]], T | Unreadable]:
+    def reading(raw: dict[str, Json]) -> T | Unreadable:
+        try:
+            return read(raw)
+        except Permanent as error:
+            return Unreadable(resources.identity(kind, raw), str(error))
+
+    return reading
 
 
 def _carries(raw: Json, attributes: Mapping[str, str]) -> bool:

@@ -8,6 +8,7 @@ from billingd.adapters.amplify.reader import Reader, dig, word
 from billingd.domain.catalog import (
     Graduated,
     Loose,
+    Marketplace,
     Person,
     PerUnit,
     Pricing,
@@ -178,6 +179,15 @@ def subscription(raw: Json) -> Subscription:
         attributes=attributes(raw),
         resource_version=resource_version(raw),
         deleting=_deleting(raw),
+    )
+
+
+def marketplace(raw: Json) -> Marketplace:
+    """A Marketplace (amplify.md 3.7)."""
+    read = Reader("Marketplace", raw)
+    name = read.need_text("name")
+    return Marketplace(
+        name=name, title=read.text("title") or name, payment_type=read.text("billing.payment.type")
     )
 
 

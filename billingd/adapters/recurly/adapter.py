@@ -3,9 +3,9 @@
 import asyncio
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal, cast
+from typing import Final, Literal, TypeVar, cast
 from urllib.parse import quote
 
 import structlog
@@ -22,12 +22,14 @@ from billingd.domain.billing import (
     NewSubscription,
     NewUsage,
 )
-from billingd.domain.errors import Unknown
-from billingd.domain.pricing import AddOnSpec, MeasuredUnitSpec, PlanSpec
+from billingd.domain.errors import Misconfigured, NotDone, Retryable, Unknown
+from billingd.domain.pricing import PLAN_CODES, AddOnSpec, MeasuredUnitSpec, PlanSpec
 
 log = structlog.get_logger(__name__)
 
 KEY_LENGTH_MAX: Final = 255
+
+T = TypeVar("T")
 
 
 def _utc_now() -> datetime:
@@ -128,6 +130,16 @@ class Recurly:
         """The plan with this code, an inactive one too."""
         return await self._calls.find(f"find plan {code}", lambda c: reading.plan(c.get_plan(f"code-{code}")))
 
+    async def list_plans(self) -> tuple[BilledPlan, ...]:
+        """Every active plan of ours; one that cannot be read is left out."""
+        read = await self._calls.pages(
+            "list plans",
+            "/plans",
+            {"state": "active", "sort": "created_at", "order": "asc"},
+            lambda item: reading.plan_of(item, PLAN_CODES),
+        )
+        return tuple(one for one in read if one is not None)
+
     async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]:
         """A plan's add-ons, priced in this currency; raises NotFound when there is no such plan."""
         return await self._calls.pages(
@@ -171,13 +183,22 @@ class Recurly:
 
     async def list_billed_edges(self, uuid: str, *, since: datetime) -> frozenset[datetime]:
         """Where the cycles begin and end that a subscription was invoiced for since a moment."""
-        dates = await self._calls.pages(
+        dates = await self._lines(uuid, since, reading.line_dates)
+        return frozenset(date for each in dates for date in each)
+
+    async def list_charged_starts(self, uuid: str, *, since: datetime) -> frozenset[datetime]:
+        """Where the cycles begin whose base price a subscription was charged since a moment, usage apart."""
+        starts = await self._lines(uuid, since, reading.charged_start)
+        return frozenset(start for start in starts if start is not None)
+
+    async def _lines(self, uuid: str, since: datetime, read: Callable[[object], T]) -> tuple[T, ...]:
+        """What the line items say that were made since a moment; raises NotFound for no subscription."""
+        return await self._calls.pages(
             f"list line items of subscription {uuid}",
             f"/subscriptions/uuid-{quote(uuid, safe='')}/line_items",
             {"sort": "created_at", "order": "asc", "begin_time": bodies.instant(since)},
-            reading.line_dates,
+            read,
         )
-        return frozenset(date for each in dates for date in each)
 
     async def list_usage(
         self,
@@ -201,6 +222,22 @@ class Recurly:
                 "order": "asc",
                 "begin_time": bodies.instant(begin),
                 "end_time": bodies.instant(end),
+            },
+            reading.usage,
+        )
+
+    async def list_recorded_usage(
+        self, subscription_uuid: str, add_on_code: str, *, since: datetime
+    ) -> tuple[BilledUsage, ...]:
+        """Usage that was recorded (by its own `recording_timestamp`) since a moment, billed or not."""
+        return await self._calls.pages(
+            f"list usage of add-on {add_on_code} on subscription {subscription_uuid} by when it was recorded",
+            f"/subscriptions/uuid-{quote(subscription_uuid, safe='')}/add_ons/{_code(add_on_code)}/usage",
+            {
+                "billing_status": "all",
+                "sort": "recorded_timestamp",  # so spelt, while the field is `recording_timestamp`
+                "order": "asc",
+                "begin_time": bodies.instant(since),
             },
             reading.usage,
         )
@@ -234,6 +271,29 @@ class Recurly:
             f"create add-on {spec.code} on plan {plan_code}",
             lambda c: reading.identity(
                 c.create_plan_add_on(f"code-{plan_code}", body, headers=_headers(key)), "add_on"
+            ),
+            retried,
+        )
+
+    async def rename_plan(self, code: str, name: str, *, key: str, retried: bool = False) -> None:
+        """Give a plan another name, on subscriptions that exist too; raises NotFound when there is none."""
+        body = bodies.naming(name)
+        await self._calls.write(
+            f"rename plan {code}",
+            lambda c: reading.identity(c.update_plan(f"code-{code}", body, headers=_headers(key)), "plan"),
+            retried,
+        )
+
+    async def rename_add_on(
+        self, plan_code: str, add_on_code: str, name: str, *, key: str, retried: bool = False
+    ) -> None:
+        """Give a plan's add-on another name, on subscriptions that exist too; raises NotFound for none."""
+        body = bodies.naming(name)
+        await self._calls.write(
+            f"rename add-on {add_on_code} of plan {plan_code}",
+            lambda c: reading.identity(
+                c.update_plan_add_on(f"code-{plan_code}", f"code-{add_on_code}", body, headers=_headers(key)),
+                "add_on",
             ),
             retried,
         )
@@ -273,6 +333,51 @@ class Recurly:
         return await self._calls.write(
             f"create subscription of account {new.account_code} to plan {new.plan_code} for {new.marker}",
             lambda c: reading.subscription(c.create_subscription(body, headers=_headers(key))),
+            retried,
+        )
+
+    async def add_to_subscription(
+        self, uuid: str, add_on_codes: Sequence[str], *, key: str, retried: bool = False
+    ) -> None:
+        """Attach add-ons of its plan to a subscription from now on; those that it has stay as they are.
+
+        The change takes the place of the whole set, and an add-on missing from it would be removed and its
+        usage invoiced at once (recurly.md 4.6): so the set is read first, and nothing is sent when it cannot
+        be read or has them all. What somebody else attaches between the reading and the sending is lost.
+        """
+        operation = f"add {', '.join(add_on_codes)} to subscription {uuid}"
+
+        def look(c: Client) -> tuple[dict[str, str | None], str | None]:
+            found = c.get_subscription(f"uuid-{uuid}")
+            return reading.attached(found), reading.optional(found, "collection_method")
+
+        try:
+            present, collection = await self._calls.read(f"{operation}: get it", look)
+        except Misconfigured:
+            raise
+        except Retryable as error:  # of this request nothing left, whatever became of the reading
+            raise NotDone(str(error), retry_after=error.retry_after) from error
+        missing = [code for code in dict.fromkeys(add_on_codes) if code not in present.values()]
+        if not missing:
+            return
+        body = bodies.attachment(present, missing, collection)
+        await self._calls.write(
+            operation,
+            lambda c: reading.identity(
+                c.create_subscription_change(f"uuid-{uuid}", body, headers=_headers(key)),
+                "subscription_change",
+            ),
+            retried,
+        )
+
+    async def mark_subscription(self, uuid: str, marker: str, *, key: str, retried: bool = False) -> None:
+        """Write a marker on a subscription, over whatever stands there."""
+        body = bodies.marking(marker)
+        await self._calls.write(
+            f"mark subscription {uuid} as {marker}",
+            lambda c: reading.identity(
+                c.update_subscription(f"uuid-{uuid}", body, headers=_headers(key)), "subscription"
+            ),
             retried,
         )
 

@@ -3,6 +3,7 @@
 Every `unit_amount_decimal` is text; `unit_amount` is a JSON number of at most two decimals.
 """
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Final, NoReturn
@@ -79,6 +80,11 @@ def add_on(spec: AddOnSpec, currency: str) -> Body:
     return body
 
 
+def naming(name: str) -> Body:
+    """PlanUpdate or AddOnUpdate that changes the name and nothing else; cut to what fits."""
+    return {"name": name[:NAME_LENGTH_MAX]}
+
+
 def account(
     code: str,
     *,
@@ -111,6 +117,26 @@ def subscription(new: NewSubscription) -> Body:
     }
     if new.add_on_codes:  # Recurly attaches none by itself, not even those with optional=false
         body["add_ons"] = [{"code": code} for code in new.add_on_codes]
+    return body
+
+
+def marking(marker: str) -> Body:
+    """SubscriptionUpdate that changes the marker and nothing else."""
+    return {"po_number": marker}
+
+
+def attachment(kept: Iterable[str], added: Iterable[str], collection_method: str | None) -> Body:
+    """SubscriptionChangeCreate: `add_ons` takes the place of what is there, so it lists that too.
+
+    `kept` are ids of the subscription's own add-ons, which keep their prices; `added` are codes of the
+    plan's, which come at its prices of now. The collection method is the subscription's own: the document
+    gives the field a default, and does not say that leaving it out changes nothing.
+    """
+    listed: list[Json] = [{"id": id_} for id_ in kept]
+    listed += [{"code": code} for code in added]
+    body: Body = {"timeframe": "now", "add_ons": listed}
+    if collection_method is not None:
+        body["collection_method"] = collection_method
     return body
 
 

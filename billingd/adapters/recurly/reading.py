@@ -10,7 +10,15 @@ from decimal import Decimal
 import recurly
 import structlog
 
-from billingd.domain.billing import Account, BilledAddOn, BilledPlan, BilledSubscription, BilledUsage
+from billingd.domain.billing import (
+    Account,
+    BilledAddOn,
+    BilledPlan,
+    BilledSubscription,
+    BilledUsage,
+    SubscribedAddOn,
+)
+from billingd.domain.charges import Prices
 from billingd.domain.pricing import TierSpec
 
 log = structlog.get_logger(__name__)
@@ -60,7 +68,19 @@ def plan(resource: object) -> BilledPlan:
         auto_renew=bool(getattr(resource, "auto_renew", None)),
         unit_amounts=_amounts(prices),
         setup_fees=fees,
+        name=optional(resource, "name") or "",
     )
+
+
+def plan_of(resource: object, prefix: str) -> BilledPlan | None:
+    """A plan whose code begins like this; None for any other, and for one that cannot be read."""
+    if not (optional(resource, "code") or "").startswith(prefix):
+        return None
+    try:
+        return plan(resource)
+    except (Unreadable, ArithmeticError) as error:
+        log.warning("recurly.plan_not_readable", plan=optional(resource, "code"), error=str(error))
+        return None
 
 
 def add_on(resource: object, currency: str) -> BilledAddOn:
@@ -79,13 +99,15 @@ def add_on(resource: object, currency: str) -> BilledAddOn:
         measured_unit_id=optional(resource, "measured_unit_id"),
         unit_amount=_price(resource, currency) if tier_type == "flat" else None,
         tiers=tuple(_tiers(resource, currency)) if tier_type != "flat" else (),
+        name=optional(resource, "name") or "",
     )
 
 
 def subscription(resource: object) -> BilledSubscription:
     """A subscription; its add-ons' codes each once, in Recurly's order."""
     _of_kind(resource, "subscription")
-    codes = [optional(getattr(each, "add_on", None), "code") for each in listed(resource, "add_ons")]
+    own = listed(resource, "add_ons")
+    codes = [_add_on_code(each) for each in own]
     return BilledSubscription(
         uuid=required(resource, "uuid"),
         plan_code=required(getattr(resource, "plan", None), "code"),
@@ -97,14 +119,25 @@ def subscription(resource: object) -> BilledSubscription:
         period_started_at=moment(resource, "current_period_started_at"),
         period_ends_at=moment(resource, "current_period_ends_at"),
         trial_ends_at=moment(resource, "trial_ends_at"),
+        add_ons=tuple(each for each in map(_subscribed, own) if each is not None),
+        unit_amount=money(resource, "unit_amount"),
+        currency=optional(resource, "currency"),
     )
+
+
+def attached(resource: object) -> dict[str, str | None]:
+    """The code of each add-on on a subscription, by its id there; none may be missing."""
+    _of_kind(resource, "subscription")
+    if not isinstance(getattr(resource, "add_ons", None), list):
+        raise Unreadable("the subscription does not say which add-ons it has")
+    return {required(each, "id"): _add_on_code(each) for each in listed(resource, "add_ons")}
 
 
 def subscription_if_readable(resource: object) -> BilledSubscription | None:
     """The same, None where it lacks what one of ours has."""
     try:
         return subscription(resource)
-    except Unreadable as error:
+    except (Unreadable, ArithmeticError) as error:
         log.warning("recurly.subscription_not_readable", error=str(error))
         return None
 
@@ -114,6 +147,17 @@ def line_dates(resource: object) -> tuple[datetime, ...]:
     _of_kind(resource, "line_item")
     start, end = moment(resource, "start_date"), moment(resource, "end_date")
     return () if start is None or end is None or end <= start else (start, end)
+
+
+def charged_start(resource: object) -> datetime | None:
+    """Where the cycle starts that a line item charges the plan's own price for; None for any other line.
+
+    Usage is billed in arrears on lines of the same dates, with the origin `add_on`; a refund is a credit.
+    """
+    _of_kind(resource, "line_item")
+    if (optional(resource, "origin"), optional(resource, "type")) != ("plan", "charge"):
+        return None
+    return None if money(resource, "subtotal") == 0 else moment(resource, "start_date")
 
 
 def usage(resource: object) -> BilledUsage:
@@ -177,6 +221,31 @@ def money(resource: object, name: str) -> Decimal | None:
     return amount
 
 
+def _add_on_code(attached: object) -> str | None:
+    return optional(getattr(attached, "add_on", None), "code")
+
+
+def _subscribed(attached: object) -> SubscribedAddOn | None:
+    """An add-on on a subscription; its tiers have one price each, without a currency."""
+    id_, code = optional(attached, "id"), _add_on_code(attached)
+    if id_ is None or code is None:
+        return None
+    tier_type = optional(attached, "tier_type") or "flat"
+    tiers = () if tier_type == "flat" else tuple(_own_tiers(attached))
+    prices = Prices(tier_type, _unit_amount(attached) if tier_type == "flat" else None, tiers)
+    return SubscribedAddOn(id_, code, prices, moment(attached, "created_at"))
+
+
+def _own_tiers(attached: object) -> Iterable[TierSpec]:
+    for each in listed(attached, "tiers"):
+        if (amount := _unit_amount(each)) is not None:
+            yield TierSpec(_ending(each), amount)
+
+
+def _ending(tier: object) -> int | None:
+    return None if getattr(tier, "ending_quantity", None) is None else whole(tier, "ending_quantity")
+
+
 def _of_kind(resource: object, kind: str) -> object:
     if not isinstance(resource, recurly.Resource) or getattr(resource, "object", None) != kind:
         raise Unreadable(f"expected {kind}, got {type(resource).__name__}")
@@ -200,8 +269,7 @@ def _tiers(resource: object, currency: str) -> Iterable[TierSpec]:
         amount = _price(each, currency)
         if amount is None:  # not sold in this currency
             continue
-        ending = getattr(each, "ending_quantity", None)
-        yield TierSpec(None if ending is None else whole(each, "ending_quantity"), amount)
+        yield TierSpec(_ending(each), amount)
 
 
 def _amounts(prices: list[object]) -> dict[str, Decimal]:

@@ -1,5 +1,6 @@
 """The watch-topic feed over plain HTTP (amplify.md 4.5)."""
 
+from datetime import timedelta
 from functools import partial
 
 from aiohttp import web
@@ -7,7 +8,6 @@ from aiohttp import web
 from billingd.sandbox.amplify import listing, matching, rsql
 from billingd.sandbox.amplify.errors import Refused
 from billingd.sandbox.amplify.journal import Event
-from billingd.sandbox.amplify.resources import Resource
 from billingd.sandbox.amplify.tenant import Tenant
 
 
@@ -16,39 +16,35 @@ class Feed:
 
     def __init__(self, tenant: Tenant) -> None:
         self._tenant = tenant
-        self._begins: dict[str, int] = {}
-        tenant.journal.listeners.append(self._note_new_topic)
-
-    def _note_new_topic(self, event: Event) -> None:
-        if event.type == "ResourceCreated" and event.payload["kind"] == "WatchTopic":
-            self._begins[event.payload["metadata"]["id"]] = event.sequence
 
     async def read(self, request: web.Request) -> web.Response:
-        """Events of the topic since its making, oldest 410 when they are asked for after seven days."""
+        """Events that the topic's filters selected since its making; 410 for those of seven days ago."""
         topic = self._tenant.resources.find("WatchTopic", request.match_info["name"])
         version = request.match_info["version"]
         if topic is None or version not in ("v1", "v1alpha1"):
             raise Refused(404, "Unable to find resource")
         if version == "v1" and self._tenant.settings.versions != "both":
             raise Refused(404, "Unable to find resource type")
-        kept, dropped = self._tenant.journal.kept()
-        events = [event for event in kept if self._in_topic(event, topic)]
+        kept, dropped = self._tenant.journal.of_topic(topic)
+        events = [event for event in kept if self._visible(event)]
         if text := request.query.get("query"):
             node = rsql.parse(text)
-            self._check_position(node, max(dropped, 0), topic)
+            self._check_position(node, dropped)
             events = [each for each in events if matching.matches(node, partial(_sequence, each))]
         order = listing.sort_of(request.query, frozenset({"sequenceID"}))
         if order is not None and order[1]:
             events.reverse()
+        if self._tenant.settings.feed_repeats:
+            events = [each for each in events for _ in range(2)]
         first, size = listing.page_of(request.query)
         return web.json_response([event.in_feed(topic, version) for event in events[first : first + size]])
 
-    def _in_topic(self, event: Event, topic: Resource) -> bool:
-        if event.sequence <= self._begins.get(topic.id, 0):
-            return False
-        return any(event.fires(each) for each in topic.body["spec"]["filters"])
+    def _visible(self, event: Event) -> bool:
+        """Every third event may show later than those behind it."""
+        lag = timedelta(seconds=self._tenant.settings.feed_lag_seconds)
+        return event.sequence % 3 != 0 or self._tenant.clock.now() >= event.at + lag
 
-    def _check_position(self, node: rsql.Node, dropped: int, topic: Resource) -> None:
+    def _check_position(self, node: rsql.Node, dropped: int) -> None:
         for field in rsql.fields(node):
             if field != "sequenceID":
                 raise Refused(400, f"query: the feed cannot be filtered by '{field}'")
@@ -58,8 +54,7 @@ class Feed:
             position = int(node.values[0])
         except ValueError as error:
             raise Refused(400, "query: sequenceID is a whole number") from error
-        # what was dropped before the topic was made was never its own
-        if position < dropped and dropped > self._begins.get(topic.id, 0):
+        if position < dropped:
             highest = str(self._tenant.journal.sequence)
             raise Refused(410, "The position is no longer kept", headers={"X-Axway-Max-Sequence-Id": highest})
 

@@ -4,7 +4,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -37,6 +37,8 @@ class Event:
     scope: tuple[str, str] | None
     correlation_id: str
     organization_id: str
+    topics: frozenset[str] = frozenset()
+    """Ids of the watch topics whose filters selected it when it happened."""
 
     def envelope(self) -> Json:
         """What a webhook receives (amplify.md 4.1)."""
@@ -94,7 +96,9 @@ class Journal:
         self._events: deque[Event] = deque()
         self._count = 0
         self._dropped_sequence = 0
+        self._dropped: dict[str, int] = {}
         self.sequence = 41_200
+        self.topics: Callable[[], list[Resource]] = list
         self.version: Callable[[], str] = lambda: "v1"
         self.listeners: list[Callable[[Event], None]] = []
 
@@ -121,6 +125,11 @@ class Journal:
             correlation_id=str(uuid.uuid4()),
             organization_id=self._organization_id,
         )
+        watching = [topic for topic in self.topics() if topic is not resource]
+        selected = [
+            topic.id for topic in watching if any(event.fires(each) for each in topic.body["spec"]["filters"])
+        ]
+        event = replace(event, topics=frozenset(selected))
         self._events.append(event)
         for listener in self.listeners:
             listener(event)
@@ -129,5 +138,12 @@ class Journal:
         """The events of the last seven days, and the highest sequence of those already dropped."""
         oldest = self._clock.now() - timedelta(days=FEED_DAYS)
         while self._events and self._events[0].at < oldest:
-            self._dropped_sequence = self._events.popleft().sequence
+            dropped = self._events.popleft()
+            self._dropped_sequence = dropped.sequence
+            self._dropped.update(dict.fromkeys(dropped.topics, dropped.sequence))
         return list(self._events), self._dropped_sequence
+
+    def of_topic(self, topic: Resource) -> tuple[list[Event], int]:
+        """The same of what a watch topic selected."""
+        kept, _ = self.kept()
+        return [event for event in kept if topic.id in event.topics], self._dropped.get(topic.id, 0)

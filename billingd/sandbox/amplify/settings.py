@@ -25,6 +25,10 @@ class Settings:
     """Whether a subresource PUT raises resourceVersion (question 15)."""
     subresource_moves_modified: bool = False
     """Whether it moves modifyTimestamp (question 15)."""
+    feed_lag_seconds: int = 0
+    """How much later than its followers every third event shows in the feed (question 14)."""
+    feed_repeats: bool = False
+    """Whether the feed shows an event twice."""
     resource_hooks: bool = True
     """Whether stored ResourceHooks and Webhooks deliver, as the real ones do."""
     consumer_users_visible: bool = True

@@ -41,6 +41,7 @@ class Tenant:
         self.resources = Resources()
         self.journal = Journal(clock, organization_id)
         self.journal.version = lambda: "v1" if self.settings.versions == "both" else "v1alpha1"
+        self.journal.topics = self._topics
         self.people = People(organization_id)
         self.tokens = Tokens(clock, client_id, client_secret, organization_id)
         self.traffic = Traffic(clock)
@@ -121,6 +122,9 @@ class Tenant:
             self._touch(resource)
             self.journal.record("ResourceUpdated", resource)
         return False
+
+    def _topics(self) -> list[Resource]:
+        return self.resources.of_kind("WatchTopic")
 
     def _finish(self, resource: Resource) -> bool:
         if resource.body["finalizers"] or self.resources.dependants(resource, "hard"):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from billingd.sandbox.recurly import billing_views as views
-from billingd.sandbox.recurly import lifecycle, metering, subscribing
+from billingd.sandbox.recurly import changing, lifecycle, metering, subscribing
 from billingd.sandbox.recurly.errors import not_found
 from billingd.sandbox.recurly.listing import answer, choice, listed
 from billingd.sandbox.recurly.model import Invoice, Line, Subscription, SubscriptionAddOn, Usage
@@ -45,6 +45,12 @@ def update_subscription(call: Call) -> Reply:
     """200."""
     changed = lifecycle.update_subscription(call.state, _subscription(call), call.body())
     return reply(200, views.subscription(changed))
+
+
+def change_subscription(call: Call) -> Reply:
+    """201."""
+    changed = changing.change(call.state, _subscription(call), call.body())
+    return reply(201, views.subscription_change(changed))
 
 
 def terminate_subscription(call: Call) -> Reply:

@@ -4,6 +4,7 @@ from decimal import Decimal
 from typing import Any
 
 from billingd.sandbox.recurly.billing import term_ends_at
+from billingd.sandbox.recurly.changing import Change
 from billingd.sandbox.recurly.charges import charge
 from billingd.sandbox.recurly.model import Invoice, Line, Subscription, SubscriptionAddOn, Usage
 from billingd.sandbox.recurly.views import (
@@ -87,6 +88,37 @@ def subscription_add_on(subscription: Subscription, attached: SubscriptionAddOn)
         "created_at": time(attached.created_at),
         "updated_at": time(attached.updated_at),
         "expired_at": time(attached.expired_at),
+    }
+
+
+def subscription_change(change: Change) -> Json:
+    """OAS: SubscriptionChange; one that has taken effect already."""
+    subscription, at = change.subscription, time(change.at)
+    return {
+        "id": change.id,
+        "object": "subscription_change",
+        "subscription_id": subscription.id,
+        "plan": plan_mini(subscription.plan),
+        "add_ons": [subscription_add_on(subscription, each) for each in subscription.add_ons.values()],
+        "unit_amount": amount(subscription.unit_amount),
+        "tax_inclusive": False,
+        "quantity": subscription.quantity,
+        "shipping": None,
+        "activate_at": at,
+        "activated": True,
+        "revenue_schedule_type": subscription.given.get("revenue_schedule_type") or "evenly",
+        "invoice_collection": {
+            "object": "invoice_collection",
+            "charge_invoice": invoice(change.charge) if change.charge else None,
+            "credit_invoices": [invoice(change.credit)] if change.credit else [],
+        },
+        "business_entity": None,
+        "custom_fields": custom_fields(subscription.given),
+        "billing_info": None,
+        "ramp_intervals": [],
+        "created_at": at,
+        "updated_at": at,
+        "deleted_at": None,
     }
 
 

@@ -62,15 +62,21 @@ def trial_drafts(subscription: Subscription, cycle: Cycle) -> list[Draft]:
 
 
 def usage_drafts(
-    subscription: Subscription, cycle: Cycle, at: datetime, *, zeros: bool = True
+    subscription: Subscription,
+    cycle: Cycle,
+    at: datetime,
+    *,
+    zeros: bool = True,
+    of: Sequence[SubscriptionAddOn] | None = None,
 ) -> list[Draft]:
     """Bills the cycle's usage in arrears, and the corrections of earlier cycles, each cycle on its own line.
 
-    A line appears even at 0 (UBB:114-122), except for usage from before a future start (`zeros=False`).
+    A line appears even at 0 (UBB:114-122), except for usage from before a future start and on a change
+    (`zeros=False`). `of`: these add-ons only.
     Usage of a trial stays unbilled for ever.
     """
     drafts: list[Draft] = []
-    for attached in subscription.add_ons.values():
+    for attached in subscription.add_ons.values() if of is None else of:
         if not attached.metered:
             continue
         if cycle.kind in {"paid", "before"} and (zeros or attached.book.open.get(cycle.number)):
@@ -101,7 +107,13 @@ def refund_drafts(subscription: Subscription, at: datetime, refund: str) -> list
 
 
 def issue(
-    state: State, subscription: Subscription, drafts: Sequence[Draft], *, origin: str, at: datetime
+    state: State,
+    subscription: Subscription,
+    drafts: Sequence[Draft],
+    *,
+    origin: str,
+    at: datetime,
+    credit: bool = False,
 ) -> Invoice | None:
     """Puts drafts on a new invoice, rounding each line once; no drafts, no invoice."""
     if not drafts:
@@ -112,7 +124,7 @@ def issue(
         **stamps,
         uuid=state.identifiers.uuid(),
         number=number,
-        kind="credit" if origin == "refund" else "charge",
+        kind="credit" if credit or origin == "refund" else "charge",
         origin=origin,
         status="pending",
         subscription=subscription,

@@ -181,6 +181,8 @@ class Subscription(Record):
     cycles: list[Cycle]
     add_ons: dict[str, SubscriptionAddOn] = field(default_factory=dict)
     """By the plan add-on's id."""
+    removed_add_ons: list[SubscriptionAddOn] = field(default_factory=list)
+    """Those that a change took away; their usage has been billed."""
     setup_fee_due: bool = True
     total_billing_cycles: int
     renewal_billing_cycles: int
@@ -199,6 +201,11 @@ class Subscription(Record):
     def cycle(self) -> Cycle:
         """The current (or, when it is over, the last) cycle."""
         return self.cycles[-1]
+
+    @property
+    def all_add_ons(self) -> list[SubscriptionAddOn]:
+        """Those that were removed, then those it has."""
+        return [*self.removed_add_ons, *self.add_ons.values()]
 
     @property
     def live(self) -> bool:

@@ -1,5 +1,6 @@
 """What a site knows in the end: units and money per subscription and add-on, for checks from outside."""
 
+from collections import Counter
 from typing import Any
 
 from billingd.sandbox.recurly.model import Invoice, Subscription, SubscriptionAddOn
@@ -22,9 +23,21 @@ def _subscription(subscription: Subscription) -> dict[str, Any]:
         "currency": subscription.currency,
         "current_period_started_at": subscription.cycle.started_at.isoformat(),
         "current_period_ends_at": subscription.cycle.ends_at.isoformat(),
-        "add_ons": {each.add_on.code: _add_on(subscription, each) for each in subscription.add_ons.values()},
+        "add_ons": _add_ons(subscription),
         "invoices": [_invoice(each) for each in subscription.invoices],
     }
+
+
+def _add_ons(subscription: Subscription) -> dict[str, Any]:
+    """By code; one that was removed and attached again counts as one."""
+    told: dict[str, Any] = {}
+    for each in subscription.all_add_ons:
+        code, one = each.add_on.code, _add_on(subscription, each)
+        if code in told:
+            one |= {name: told[code][name] + one[name] for name in one if name != "tags"}
+            one["tags"] = dict(Counter(told[code]["tags"]) + Counter(one["tags"]))
+        told[code] = one
+    return told
 
 
 def _add_on(subscription: Subscription, attached: SubscriptionAddOn) -> dict[str, Any]:

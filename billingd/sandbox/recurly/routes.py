@@ -55,6 +55,7 @@ TABLE: Final[tuple[tuple[str, str, Endpoint, frozenset[str]], ...]] = (
     ("GET", SUBSCRIPTION, billing.get_subscription, NONE),
     ("PUT", SUBSCRIPTION, billing.update_subscription, NONE),
     ("DELETE", SUBSCRIPTION, billing.terminate_subscription, frozenset({"refund", "charge"})),
+    ("POST", f"{SUBSCRIPTION}/change", billing.change_subscription, NONE),
     ("PUT", f"{SUBSCRIPTION}/cancel", billing.cancel_subscription, NONE),
     ("PUT", f"{SUBSCRIPTION}/reactivate", billing.reactivate_subscription, NONE),
     ("PUT", f"{SUBSCRIPTION}/pause", billing.pause_subscription, NONE),

@@ -223,6 +223,23 @@ SUBSCRIPTION_CREATE: Final = Spec(
     },
     ("plan_code", "currency", "account"),  # plan_id wins if both are there, but OAS:35214 requires the code
 )
+SUBSCRIPTION_CHANGE: Final = Spec(
+    {
+        "timeframe": one_of("bill_date", "now", "renewal", "term_end"),
+        "unit_amount": unit_amount,
+        "add_ons": list_of(Spec({**SUBSCRIPTION_ADD_ON.fields, "id": text(13)})),
+        "collection_method": one_of("automatic", "manual"),
+        "revenue_schedule_type": REVENUE,
+        "custom_fields": CUSTOM_FIELDS,
+        "po_number": text(50),
+        "net_terms": integer(0),
+        "net_terms_type": one_of("net", "eom"),
+        **fields(unavailable, "plan_id", "plan_code", "quantity", "next_bill_date", "proration_settings"),
+        **fields(unavailable, "business_entity_id", "business_entity_code", "price_segment_id"),
+        **fields(unavailable, "tax_inclusive", "shipping", "coupon_codes", "transaction_type"),
+        **fields(unavailable, "billing_info", "ramp_intervals"),
+    }
+)
 SUBSCRIPTION_CANCEL: Final = Spec({"timeframe": one_of("bill_date", "term_end")})
 SUBSCRIPTION_PAUSE: Final = Spec({"remaining_pause_cycles": integer(0)}, ("remaining_pause_cycles",))
 

@@ -128,10 +128,11 @@ def _add_ons(state: State, plan: Plan, currency: str, given: list[Body]) -> list
     """The listed ones only: nothing is attached by itself, not even what is not optional."""
     if duplicates([each["code"] for each in given]):
         raise invalid(("add_ons.code", "has already been taken"))
-    return [_attach(state, plan, currency, each) for each in given]
+    return [attach(state, plan, currency, each) for each in given]
 
 
-def _attach(state: State, plan: Plan, currency: str, given: Body) -> SubscriptionAddOn:
+def attach(state: State, plan: Plan, currency: str, given: Body) -> SubscriptionAddOn:
+    """A plan's add-on for a subscription, at the plan's prices of now unless it has others of its own."""
     add_on = plan.add_ons.get(given["code"])
     if add_on is None or add_on.deleted_at:
         raise invalid(("add_ons.add_on", "is invalid"))
@@ -142,13 +143,14 @@ def _attach(state: State, plan: Plan, currency: str, given: Body) -> Subscriptio
         **state.stamps(),
         add_on=add_on,
         quantity=quantity,
-        price=_price(add_on, currency, given) if add_on.tier_type == "flat" else None,
-        tiers=_tiers(add_on, currency, given) if add_on.tier_type != "flat" else (),
+        price=own_price(add_on, currency, given) if add_on.tier_type == "flat" else None,
+        tiers=own_tiers(add_on, currency, given) if add_on.tier_type != "flat" else (),
         usage_calculation_type=add_on.usage_calculation_type,
     )
 
 
-def _price(add_on: AddOn, currency: str, given: Body) -> Price:
+def own_price(add_on: AddOn, currency: str, given: Body) -> Price:
+    """Of a flat add-on: the one given, else the plan's."""
     if given.get("tiers"):
         raise invalid(("add_ons.tiers", "must be blank if the tier type is flat"))
     if given.get("unit_amount") is not None or given.get("unit_amount_decimal") is not None:
@@ -158,7 +160,8 @@ def _price(add_on: AddOn, currency: str, given: Body) -> Price:
     return add_on.prices[currency]
 
 
-def _tiers(add_on: AddOn, currency: str, given: Body) -> tuple[SubscriptionTier, ...]:
+def own_tiers(add_on: AddOn, currency: str, given: Body) -> tuple[SubscriptionTier, ...]:
+    """Of any other: those given, else the plan's."""
     if given.get("unit_amount") is not None or given.get("unit_amount_decimal") is not None:
         raise invalid(("add_ons.unit_amount", f"must be blank if the tier type is {add_on.tier_type}"))
     if given.get("tiers"):

@@ -1,0 +1,577 @@
+"""Amplify, the links and Recurly side by side: the actions that bring them together again, and no others.
+
+Each step only asks the handler of an event that may have been lost: it reads the resource again by its name,
+which is what confirms a deletion before anything is ended. Nothing is asked for a subject that has an action
+waiting already, nor for one whose last action is a dead letter (that one is an operator's), nor for what is
+held for the very reason that a new attempt would find.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, Protocol
+
+from billingd.domain.agreement import add_on_differences, differences
+from billingd.domain.attempts import Action
+from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription
+from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota, Subscription
+from billingd.domain.delivery import MISSING, OVER, PAUSED
+from billingd.domain.events import (
+    attach_action,
+    plan_action,
+    product_action,
+    refresh_action,
+    subscription_action,
+)
+from billingd.domain.pricing import Inexpressible, NotOurs, PlanSpec, translate
+
+ENDED: Final = frozenset({"archived", "migrated"})
+"""States of a subscription that Amplify no longer serves."""
+
+ABSENT_MIN: Final = 3
+ABSENT_SHARE: Final = 10
+"""How many may be absent at once before a person is asked: three, or one in ten."""
+
+EXAMPLES: Final = 5
+
+CLOSABLE: Final = "what is held of it can be closed"
+
+AMPLIFY_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""What a `metadata.id` looks like; a PO number of any other shape is somebody else's."""
+
+MASS_ABSENCE: Final = "mass_absence"
+ABSENCE: Final = "resync:absence"
+"""Kind and subject of the held item that says that much is missing at Amplify at once."""
+
+NATIVE_BILLING: Final = "native_billing"
+"""Kind of the held item that says that a Marketplace charges by itself."""
+
+Translated = PlanSpec | Inexpressible | NotOurs
+Op = Literal["+", "~", "-"]
+What = Literal["product", "plan", "subscription"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing to do: `+` create, `~` change, `-` end. `absent`: only because Amplify lists it no more."""
+
+    op: Op
+    what: What
+    id: str
+    name: str
+    title: str
+    reason: str
+    action: Action
+    absent: bool = False
+
+
+class LinkedPlan(Protocol):
+    """A linked product plan, as the store has it."""
+
+    @property
+    def plan_id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def product_name(self) -> str: ...
+    @property
+    def plan_code(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+
+
+class LinkedAddOn(Protocol):
+    """A linked quota."""
+
+    @property
+    def plan_id(self) -> str: ...
+    @property
+    def add_on_code(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+
+
+class LinkedSubscription(Protocol):
+    """A linked subscription."""
+
+    @property
+    def subscription_id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def plan_id(self) -> str: ...
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def billed_state(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What Amplify has. `quotas` by plan id: a plan that is not in it was not, or could not be, read."""
+
+    products: tuple[Product, ...]
+    plans: tuple[ProductPlan, ...]
+    quotas: Mapping[str, tuple[Quota, ...]]
+    subscriptions: tuple[Subscription, ...]
+    unread: frozenset[str] = frozenset()
+    """Ids of what is there but could not be understood: none of them is absent."""
+
+    @property
+    def labelled(self) -> frozenset[str]:
+        """Names of the products that are billed here."""
+        return frozenset(one.name for one in self.products if one.billing_system == BILLING_SYSTEM)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A held item that stands: its kind, why, and the name of what it is about."""
+
+    kind: str
+    reason: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the store has. `held` and `dead` are by subject, as `waiting` is."""
+
+    plans: Sequence[LinkedPlan]
+    add_ons: Mapping[str, LinkedAddOn]
+    """By quota id."""
+    subscriptions: Mapping[str, LinkedSubscription]
+    before: frozenset[str]
+    """Ids that were linked before Amplify was listed: others may be missing there for being too new."""
+    waiting: frozenset[str] = frozenset()
+    dead: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, Standing] = field(default_factory=dict)
+    """Whatever is held of a plan or subscription as such, and of a subscription's add-ons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Billed:
+    """What Recurly has: plans and add-ons by plan code, and the subscriptions that are live."""
+
+    plans: Mapping[str, BilledPlan]
+    add_ons: Mapping[str, tuple[BilledAddOn, ...]]
+    subscriptions: tuple[BilledSubscription, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """`steps` are to be done, subscriptions last; `notes` name what is left to an operator."""
+
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+
+def over(subscription: Subscription) -> bool:
+    """Whether Amplify no longer serves it."""
+    return subscription.deleting or subscription.approval == "rejected" or subscription.state in ENDED
+
+
+def to_translate(plan: ProductPlan, labelled: Iterable[str]) -> bool:
+    """Whether the plan's quotas decide anything."""
+    return plan.product_name in labelled and not plan.deleting and plan.state in {"active", "deprecated"}
+
+
+def compare(amplify: Listed, known: Known, recurly: Billed, *, because: str) -> Compared:
+    """Every step that is needed, as things stand on the three sides. `because` makes the actions' keys."""
+    found = _Comparison(amplify, known, recurly, because)
+    steps: list[Step] = []
+    notes: list[str] = []
+    for step in (*found.product_steps(), *found.plan_steps(), *found.subscription_steps()):
+        if step.action.subject in known.waiting:
+            continue
+        if (letter := known.dead.get(step.action.subject)) is not None:
+            notes.append(f"{step.what} {step.title} ({step.id}): {step.reason}, but {letter}")
+        else:
+            steps.append(step)
+    return Compared(tuple(steps), (*notes, *found.notes))
+
+
+def absences(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """The steps that rest on nothing but an absence."""
+    return tuple(step for step in steps if step.absent)
+
+
+def is_mass(absent: Sequence[Step], *, plans: int, subscriptions: int) -> bool:
+    """Whether more is absent at once, of so many linked, than a listing that lost a right should be trusted.
+
+    An account that loses a role sees less (amplify.md 1.1), and to it that looks like deletions.
+    """
+    for what, linked in (("plan", plans), ("subscription", subscriptions)):
+        gone = sum(step.what == what for step in absent if step.op == "-")
+        if gone > max(ABSENT_MIN, linked / ABSENT_SHARE):
+            return True
+    return False
+
+
+def mass_reason(absent: Sequence[Step]) -> str:
+    """What is said of a mass absence, with a few of those that are absent."""
+    absent = [step for step in absent if step.op == "-"]
+    counts = [(sum(step.what == what for step in absent), what) for what in ("subscription", "plan")]
+    told = " and ".join(f"{number} {what}(s)" for number, what in counts if number)
+    examples = ", ".join(f"{step.title} ({step.id})" for step in absent[-EXAMPLES:])
+    return (
+        f"{told} that are linked are not listed at Amplify any more: {examples}"
+        f"{', and others' if len(absent) > EXAMPLES else ''}. So many at once looks like a right that the "
+        "service account lost, so none of them is ended. Give it back its role (Engage Admin), or release "
+        "this if they were really deleted."
+    )
+
+
+class _Comparison:
+    """The three sides, indexed."""
+
+    def __init__(self, amplify: Listed, known: Known, recurly: Billed, because: str) -> None:
+        self._amplify = amplify
+        self._known = known
+        self._recurly = recurly
+        self._because = because
+        self._labelled = amplify.labelled
+        self.notes: list[str] = []
+        self._linked_plans = {link.plan_id: link for link in known.plans}
+        self._plans = {plan.id: plan for plan in amplify.plans}
+        self._specs = {
+            plan.id: translate(plan, amplify.quotas[plan.id])
+            for plan in amplify.plans
+            if plan.id in amplify.quotas and to_translate(plan, self._labelled)
+        }
+        self._live = {one.uuid: one for one in recurly.subscriptions}
+        self._codes: defaultdict[str, set[str]] = defaultdict(set)
+        for add_on in known.add_ons.values():
+            self._codes[add_on.plan_id].add(add_on.add_on_code)
+
+    # Products and plans.
+
+    def product_steps(self) -> Iterator[Step]:
+        """Labels that came or went: what is labelled now is found with its plans."""
+        linked = {link.product_name for link in self._known.plans if link.state != "removed"}
+        for product in self._amplify.products:
+            item = self._known.held.get(f"product:{product.name}")
+            labelled = product.name in self._labelled
+            if not labelled and product.name in linked and item is None:
+                reason = "is not labelled any more, and plans of it are linked; they go on being billed"
+            elif item is not None and (labelled or product.name not in linked):
+                reason = f"{'is labelled again' if labelled else 'has no linked plan any more'}: {CLOSABLE}"
+            else:
+                continue
+            yield self._product(product.id, product.name, product.title, reason)
+        names = {product.name for product in self._amplify.products}
+        for subject, item in self._known.held.items():
+            if subject.startswith("product:") and item.name not in names:
+                reason = f"is gone at Amplify: {CLOSABLE}"
+                yield replace(self._product("", item.name, item.name, reason), absent=True)
+
+    def _product(self, id_: str, name: str, title: str, reason: str) -> Step:
+        action = product_action(name, id_ or None, because=self._because)
+        return Step("~", "product", id_ or name, name, title, reason, action)
+
+    def plan_steps(self) -> Iterator[Step]:
+        names = set()
+        for plan in self._amplify.plans:
+            names.add(plan.name)
+            link = self._linked_plans.get(plan.id)
+            link = None if link is None or link.state == "removed" else link
+            needed = self._new_plan(plan) if link is None else self._linked_plan(plan, link)
+            if needed is not None:
+                yield self._plan(needed[0], plan.id, plan.name, plan.title, needed[1])
+        for link in self._known.plans:
+            here = link.plan_id in self._plans or link.plan_id in self._amplify.unread
+            if link.state != "removed" and not here and link.plan_id in self._known.before:
+                reason = "is not listed at Amplify any more"
+                yield self._plan("-", link.plan_id, link.name, link.title, reason, absent=True)
+                names.add(link.name)
+        for subject, item in self._known.held.items():
+            if subject.startswith("plan:") and item.name not in names and not self._amplify.unread:
+                reason = f"is gone at Amplify: {CLOSABLE}"
+                yield self._plan("~", item.name, item.name, item.name, reason, absent=True)
+
+    def _plan(self, op: Op, id_: str, name: str, title: str, reason: str, *, absent: bool = False) -> Step:
+        known_id = None if id_ == name else id_
+        action = plan_action(name, known_id, because=self._because)
+        return Step(op, "plan", id_, name, title, reason, action, absent)
+
+    def _new_plan(self, plan: ProductPlan) -> tuple[Op, str] | None:
+        """What to do about a plan that is not linked."""
+        item = self._known.held.get(f"plan:{plan.name}")
+        spec = self._specs.get(plan.id)
+        if (why_not := self._needs_no_link(plan, spec)) is not None:
+            return None if item is None else ("~", f"{why_not}: {CLOSABLE}")
+        if spec is None:
+            return "+", f"{plan.state} and not linked; its quotas cannot be read"
+        if isinstance(spec, NotOurs) or self._stands(item, spec):
+            return None
+        if isinstance(spec, Inexpressible):
+            return "+", f"{plan.state} and not linked; it will be held: {spec.reasons[0]}"
+        changed = f"{plan.state} and not linked"
+        return "+", changed if item is None else f"held as {item.kind}, and that has changed"
+
+    def _needs_no_link(self, plan: ProductPlan, spec: Translated | None) -> str | None:
+        """Why a plan that is not linked needs no link; None when it does."""
+        if plan.deleting:
+            return "is being deleted"
+        if plan.product_name not in self._labelled:
+            return "is of a product that is not labelled"
+        if plan.state == "deprecated" and not self._at_recurly(spec):
+            return "is deprecated, and nobody's yet"
+        if plan.state not in {"active", "deprecated"}:
+            return f"is {plan.state}"
+        return spec.reason if isinstance(spec, NotOurs) else None
+
+    def _at_recurly(self, spec: Translated | None) -> bool:
+        return isinstance(spec, PlanSpec) and spec.code in self._recurly.plans
+
+    def _linked_plan(self, plan: ProductPlan, link: LinkedPlan) -> tuple[Op, str] | None:
+        """What to do about a plan that is linked."""
+        if plan.deleting or plan.state == "archived":
+            return "-", "is being deleted at Amplify" if plan.deleting else "is archived at Amplify"
+        if plan.state not in {"active", "deprecated"}:
+            return None
+        said = list(self._deprecated(plan, link) if plan.state == "deprecated" else self._active(plan, link))
+        return ("~", "; ".join(said)) if said else None
+
+    def _deprecated(self, plan: ProductPlan, link: LinkedPlan) -> Iterator[str]:
+        """What a deprecated plan needs: its prices matter to nobody new any more."""
+        item = self._known.held.get(f"plan:{plan.name}")
+        if link.state == "active":
+            yield "is deprecated at Amplify"
+        if item is not None and item.kind != "plan_refused":
+            yield CLOSABLE
+        spec = self._specs.get(plan.id)
+        if isinstance(spec, PlanSpec) and self._at_recurly(spec):
+            yield from self._changes(plan, link, spec)
+
+    def _active(self, plan: ProductPlan, link: LinkedPlan) -> Iterator[str]:
+        item = self._known.held.get(f"plan:{plan.name}")
+        spec = self._specs.get(plan.id)
+        if plan.product_name not in self._labelled or isinstance(spec, NotOurs):
+            if item is not None:
+                yield CLOSABLE
+            return
+        if spec is None:
+            return
+        if link.state == "deprecated":
+            yield "is active again at Amplify"
+        stands = self._stands(item, spec)
+        if item is not None and not stands:
+            yield f"is held as {item.kind}, and that has changed"
+        if isinstance(spec, Inexpressible):
+            if item is None:
+                yield f"has changed, and cannot be expressed: {spec.reasons[0]}"
+            return
+        if item is None:
+            yield from self._wrong(spec)
+        if item is None or not stands or item.kind == "plan_differs":
+            yield from self._changes(plan, link, spec)
+
+    def _stands(self, item: Standing | None, spec: PlanSpec | Inexpressible) -> bool:
+        """Whether what is held is just what another attempt would find, as far as that can be told.
+
+        What Recurly refused, or a later release holds, is tried again when a person releases it.
+        """
+        if item is None:
+            return False
+        if isinstance(spec, Inexpressible):
+            return item.kind == "plan_inexpressible" and item.reason == " ".join(spec.reasons)
+        if item.kind == "plan_inexpressible":
+            return False
+        if item.kind == "plan_differs":
+            gone = spec.code not in self._recurly.plans
+            return gone or any(sentence in item.reason for sentence in self._wrong(spec))
+        return True
+
+    def _changes(self, plan: ProductPlan, link: LinkedPlan, spec: PlanSpec) -> Iterator[str]:
+        """How the plan and its quotas differ from their links; not those whose prices differ at Recurly."""
+        if _one_line(plan.title) != _one_line(link.title):
+            yield f'was "{_one_line(link.title)}" before'
+        there = {add_on.code: add_on for add_on in self._recurly.add_ons.get(spec.code, ())}
+        for add_on in spec.add_ons:
+            billed = there.get(add_on.code)
+            if billed is not None and add_on_differences(add_on, billed):
+                continue
+            linked = self._known.add_ons.get(add_on.quota_id)
+            if linked is None:
+                yield f'quota "{add_on.name}" has no add-on yet'
+            elif _one_line(linked.title) != _one_line(add_on.name):
+                yield f'quota "{add_on.name}" was "{_one_line(linked.title)}" before'
+            elif billed is None and spec.code in self._recurly.add_ons:
+                self.notes.append(
+                    f'plan {plan.title} ({plan.id}): its add-on "{add_on.code}" was removed at Recurly; '
+                    "nobody new can subscribe until it is there again"
+                )
+
+    def _wrong(self, spec: PlanSpec) -> list[str]:
+        """How Recurly charges otherwise, in the words in which a plan is held for it."""
+        plan = self._recurly.plans.get(spec.code)
+        if plan is None:
+            return [f"Recurly does not list its plan {spec.code}"]
+        said = list(differences(spec, plan))
+        there = {add_on.code: add_on for add_on in self._recurly.add_ons.get(spec.code, ())}
+        for add_on in spec.add_ons:
+            if (billed := there.get(add_on.code)) is not None:
+                said += add_on_differences(add_on, billed)
+        return said
+
+    # Subscriptions.
+
+    def subscription_steps(self) -> Iterator[Step]:
+        here = {one.id for one in self._amplify.subscriptions} | self._amplify.unread
+        for subscription in self._amplify.subscriptions:
+            link = self._known.subscriptions.get(subscription.id)
+            needed = self._unlinked(subscription) if link is None else self._linked(subscription, link)
+            if needed is not None:
+                yield self._subscription(
+                    needed[0], subscription.id, subscription.name, subscription.title, needed[1]
+                )
+            elif link is not None and (other := self._linked_otherwise(subscription, link)) is not None:
+                reason, action = other
+                yield Step(
+                    "~",
+                    "subscription",
+                    subscription.id,
+                    subscription.name,
+                    subscription.title,
+                    reason,
+                    action,
+                )
+        for link in self._known.subscriptions.values():
+            if link.subscription_id in here or link.subscription_id not in self._known.before:
+                continue
+            if link.state in {"created", "active"}:
+                reason = "is not listed at Amplify any more"
+                yield self._subscription(
+                    "-", link.subscription_id, link.name, link.title, reason, absent=True
+                )
+        yield from self._orphans(here)
+        for subject, item in self._known.held.items():
+            id_ = subject.removeprefix("subscription:")
+            unlinked = id_ not in self._known.subscriptions
+            if subject.startswith("subscription:") and ":" not in id_ and id_ not in here and unlinked:
+                reason = f"is gone at Amplify: {CLOSABLE}"
+                yield self._subscription("~", id_, item.name, item.name, reason, absent=True)
+
+    def _subscription(
+        self, op: Op, id_: str, name: str, title: str, reason: str, *, absent: bool = False
+    ) -> Step:
+        action = subscription_action(name, id_, because=self._because)
+        return Step(op, "subscription", id_, name, title, reason, action, absent)
+
+    def _unlinked(self, subscription: Subscription) -> tuple[Op, str] | None:
+        """What to do about a subscription that is not linked."""
+        item = self._known.held.get(f"subscription:{subscription.id}")
+        if over(subscription):
+            if item is None:
+                return None  # one that lives on at Recurly is among the orphans
+            return "~", f"is {_end(subscription)} at Amplify: {CLOSABLE}"
+        if subscription.approval not in {"pending", "approved"} or item is not None:
+            return None
+        if subscription.product_name not in self._labelled:
+            return None
+        if not self._offered(subscription):
+            return None
+        return "+", f"{subscription.approval} and not linked"
+
+    def _offered(self, subscription: Subscription) -> bool:
+        """Whether its plan is one that is billed here, linked or about to be."""
+        if subscription.plan_id is None:
+            return True  # its handler says what is wrong with it
+        if subscription.plan_id in self._linked_plans:
+            return True
+        plan = self._plans.get(subscription.plan_id)
+        if plan is None or not to_translate(plan, self._labelled):
+            return False
+        if plan.state == "deprecated" and subscription.approval != "pending":
+            return False  # never linked, and nothing here to bill it by
+        return not isinstance(self._specs.get(plan.id), NotOurs)
+
+    def _linked(self, subscription: Subscription, link: LinkedSubscription) -> tuple[Op, str] | None:
+        """What to do about a subscription that is linked."""
+        if link.state not in {"created", "active"}:
+            return None
+        if over(subscription):
+            return "-", f"is {_end(subscription)} at Amplify"
+        if f"subscription:{subscription.id}" in self._known.held:
+            return None
+        if link.state == "created" and subscription.approval in {"pending", "approved"}:
+            return "~", "exists at Recurly and was not approved yet"
+        return None
+
+    def _linked_otherwise(
+        self, subscription: Subscription, link: LinkedSubscription
+    ) -> tuple[str, Action] | None:
+        """What differs at Recurly of a subscription that is linked and stays.
+
+        What is paused may be missing among those that are live, and is known to be.
+        """
+        if link.state != "active" or over(subscription) or link.subscription_id not in self._known.before:
+            return None
+        if f"subscription:{subscription.id}" in self._known.held:
+            return None
+        billed = self._live.get(link.uuid)
+        if billed is None:
+            if link.billed_state in {*OVER, PAUSED, MISSING}:
+                return None
+            reason = "is active at Amplify and not among Recurly's live subscriptions: look at it again"
+            return reason, refresh_action(link.uuid, because=self._because)
+        lacking = sorted(self._codes[link.plan_id] - set(billed.add_on_codes))
+        if not lacking or f"subscription:{subscription.id}:add_ons" in self._known.held:
+            return None
+        action = attach_action(link.subscription_id, lacking)
+        # the same set may have been put on before, and taken off by somebody since
+        action = replace(action, key=f"{action.key}:{self._because}")
+        return f"lacks {', '.join(lacking)} of its plan at Recurly", action
+
+    def _orphans(self, here: set[str]) -> Iterator[Step]:
+        """Subscriptions that Recurly bills, marked with one that Amplify does not serve, and not linked.
+
+        Only to plans that are or were linked: whatever else is marked is none of billingd's making.
+        """
+        codes = {link.plan_code for link in self._known.plans}
+        uuids = {link.uuid for link in self._known.subscriptions.values()}
+        served = {one.id: one for one in self._amplify.subscriptions}
+        for billed in self._recurly.subscriptions:
+            marker = billed.marker
+            if marker is None or billed.uuid in uuids or marker in self._known.subscriptions:
+                continue
+            if billed.plan_code not in codes or not AMPLIFY_ID.fullmatch(marker):
+                continue
+            subscription = served.get(marker)
+            if subscription is not None and not over(subscription):
+                continue
+            if False:
+                continue
+            name, title = (
+                (marker, billed.uuid) if subscription is None else (subscription.name, subscription.title)
+            )
+            is_so = "is not listed" if subscription is None else f"is {_end(subscription)}"
+            step = self._subscription(
+                "-",
+                marker,
+                name,
+                title,
+                f"Recurly bills {billed.uuid} for it, and it {is_so} at Amplify",
+                absent=subscription is None,
+            )
+            # nobody here knows of it any more: the handler is told which one it is
+            args = {**step.action.args, "uuid": billed.uuid}
+            yield replace(step, action=replace(step.action, args=args))
+
+
+def _end(subscription: Subscription) -> str:
+    if subscription.deleting:
+        return "being deleted"
+    return "rejected" if subscription.approval == "rejected" else str(subscription.state)
+
+
+def _one_line(title: str) -> str:
+    """A title as Recurly can keep it."""
+    return " ".join(title.split())[:255]

@@ -1,0 +1,366 @@
+"""Runs: a reconciliation taken step by step, each of them durable, so that any start goes on with it."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime, time, timedelta
+from typing import Any, Final, Protocol
+
+import structlog
+
+from billingd.domain.drift import AUDIT, HELD, READ, WRONG_PERIOD, Drift, WrittenOff, accepted, held_subject
+from billingd.domain.errors import BillingdError, NotFound, Permanent, Retryable
+from billingd.domain.notices import provider_notice
+from billingd.domain.windows import floor
+from billingd.loops import Clock
+from billingd.reconcile import document
+from billingd.reconcile.linkage import Linkage
+from billingd.reconcile.repair import UsageRepairer
+from billingd.reconcile.survey import Survey, overlapping
+from billingd.store import drift, held, links, outbox, watermarks
+from billingd.store.drift import Run
+from billingd.store.engine import Store, Tx
+from billingd.store.held import Hold
+from billingd.store.links import SubscriptionLink
+from billingd.store.watermarks import Watermark
+
+log = structlog.get_logger()
+
+SERVED, BILLED, LINKS, REPAIR = "served", "billed", "links", "repair"
+PHASES: Final = (SERVED, BILLED, LINKS, REPAIR)
+
+CHUNK_WINDOWS: Final = 24
+"""Windows of all subscriptions in one step, as in a poll."""
+
+REPAIR_PAGE: Final = 500
+SINCE_MAX: Final = timedelta(days=31)
+DAILY_AT: Final = time(3, 40)
+"""When the daily run is due, in UTC."""
+
+GIVE_UP: Final = timedelta(days=1)
+"""How long a run is tried while a far side is away."""
+
+
+class Poller(Protocol):
+    """Reads what has settled, so that ordinary lateness is no drift."""
+
+    async def run_once(self) -> bool: ...
+
+
+class Reconciler:
+    """Begins runs, takes their steps, and says what they found."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        survey: Survey,
+        linkage: Linkage,
+        poller: Poller,
+        *,
+        source: str,
+        length: timedelta,
+        requests_per_minute: int,
+        wake_outbox: asyncio.Event,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._survey = survey
+        self._linkage = linkage
+        self._poller = poller
+        self._source = source
+        self._length = length
+        self._seconds_per_call = 60 / requests_per_minute
+        self._wake_outbox = wake_outbox
+        self._rest = timedelta(0)
+        self.wake = asyncio.Event()
+
+    async def start(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        subscription: str | None = None,
+        repair: bool = False,
+        daily: bool = False,
+    ) -> int:
+        """Begin a run, or join one that was asked for likewise and goes on; its id.
+
+        Without `since`, from where the earliest open billing period began, a month ago at most; without
+        `until`, all there is. Raises NotFound when that subscription is not linked.
+        """
+        now = self._clock.now()
+        asked = drift.DAILY if daily else f"{since or '-'}/{until or '-'}/{subscription or '-'}/{repair}"
+        async with self._store.write() as tx:
+            if (going := await drift.unfinished(tx, asked=asked)) is not None:
+                return going.id
+            linked = await links.subscriptions(tx)
+            if subscription is not None:
+                linked = [one for one in linked if one.subscription_id == subscription]
+                if not linked:
+                    raise NotFound(f"no subscription with the id {subscription} is linked")
+            mark = await self._mark(tx)
+            stop = now if until is None else until
+            begin = floor(_earliest(linked, now) if since is None else since, mark.length)
+            begin = min(begin, floor(stop, mark.length) - mark.length)
+            span = CHUNK_WINDOWS * mark.length
+            served = max(0, -((begin - min(stop, mark.at)) // span))
+            steps = served + len(overlapping(linked, begin, stop)) + 1 + int(repair)
+            run_id = await drift.begin(
+                tx,
+                since=begin,
+                until=stop,
+                subscription_id=subscription,
+                repair=repair,
+                asked=asked,
+                phase=SERVED,
+                steps=steps,
+                now=now,
+            )
+        log.info("reconcile.started", run=run_id, since=begin.isoformat(), until=stop.isoformat())
+        self.wake.set()
+        return run_id
+
+    async def finish(self, run_id: int) -> None:
+        """Take all steps that are left."""
+        while await self.step(run_id):
+            pass
+
+    async def step(self, run_id: int) -> bool:
+        """Take the next step of a run; False when it is over. What a step found is kept with its progress."""
+        async with self._store.read() as tx:
+            run = await drift.find(tx, run_id)
+            if run is None or run.state != "running":
+                return False
+            mark = await self._mark(tx)
+        try:
+            await getattr(self, f"_{run.phase}")(run, mark)
+        except Permanent as error:
+            await self._failed(run, error)
+        except Retryable as error:
+            if self._clock.now() - run.started_at < GIVE_UP:
+                raise
+            await self._failed(run, error)
+        return True
+
+    async def run_once(self) -> bool:
+        """Take a step of the oldest run, or begin the daily one; False when nothing is due, or at rest.
+
+        A step uses half of what Recurly lets through at most: reports must not wait for it.
+        """
+        self._rest = timedelta(0)
+        async with self._store.read() as tx:
+            run = await drift.unfinished(tx)
+        if run is None:
+            if not await self._daily_due():
+                return False
+            await self._poller.run_once()
+            await self.start(daily=True)
+            return True
+        await self.step(run.id)
+        return self._rest <= timedelta(0)
+
+    async def idle(self) -> timedelta:
+        """How long to rest after a step, or until the next daily run."""
+        if self._rest > timedelta(0):
+            return self._rest
+        now = self._clock.now()
+        return _due_at(now) + timedelta(days=1) - now
+
+    async def _daily_due(self) -> bool:
+        """Whether the latest daily run began before its hour came; the first waits for such an hour."""
+        due_at = _due_at(self._clock.now())
+        async with self._store.read() as tx:
+            latest = await drift.latest(tx, asked=(drift.DAILY,), state=None)
+            mark = await watermarks.find(tx, self._source)
+        if latest is not None:
+            return latest.started_at < due_at
+        return mark is not None and mark.regular_since < due_at
+
+    async def _mark(self, tx: Tx) -> Watermark:
+        mark = await watermarks.find(tx, self._source)
+        if mark is not None:
+            return mark
+        at = floor(self._clock.now(), self._length)
+        return Watermark(self._source, at, self._length, at)
+
+    async def _served(self, run: Run, mark: Watermark) -> None:
+        """A chunk of windows of every subscription, up to the watermark; earlier sizes are not compared."""
+        start = max(floor(run.since, mark.length), mark.regular_since)
+        if run.cursor is not None:
+            start = datetime.fromisoformat(run.cursor)
+        stop = min(floor(run.until, mark.length), mark.at)
+        end = min(start + CHUNK_WINDOWS * mark.length, stop)
+        found = [] if start >= end else await self._survey.served(run, mark, start, end)
+        over = end >= stop
+        await self._keep(
+            run, found, phase=BILLED if over else SERVED, cursor=None if over else end.isoformat()
+        )
+
+    async def _billed(self, run: Run, mark: Watermark) -> None:
+        """One subscription."""
+        async with self._store.read() as tx:
+            linked = await links.subscriptions(tx)
+        left = [
+            one
+            for one in overlapping(linked, run.since, run.until)
+            if run.subscription_id in {None, one.subscription_id}
+            and (run.cursor is None or one.subscription_id > run.cursor)
+        ]
+        if not left:
+            await self._keep(run, [], phase=LINKS, cursor=None)
+            return
+        began = self._clock.elapsed()
+        one = await self._survey.billed(run, mark, left[0])
+        last = len(left) == 1
+        await self._keep(
+            run,
+            one.found,
+            phase=LINKS if last else BILLED,
+            cursor=None if last else left[0].subscription_id,
+            subscriptions=1,
+            records=one.records,
+            held_units=one.held_units,
+        )
+        share = 2 * one.calls * self._seconds_per_call
+        self._rest = timedelta(seconds=max(0.0, share - (self._clock.elapsed() - began)))
+
+    async def _links(self, run: Run, _mark: Watermark) -> None:
+        """All plans and subscriptions at once."""
+        found = await self._linkage.compare(run)
+        if run.repair:
+            await self._keep(run, found, phase=REPAIR, cursor=None)
+            return
+        async with self._store.write() as tx:
+            if await drift.step(tx, run, phase=LINKS, cursor=None):
+                await drift.add(tx, run.id, found)
+                await self._over(tx, run)
+
+    async def _repair(self, run: Run, _mark: Watermark) -> None:
+        """A page of findings: what can be mended is asked for, the rest is held."""
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            after = int(run.cursor or 0)
+            page = await drift.of(tx, run.id, after=after, limit=REPAIR_PAGE)
+            units = await UsageRepairer.ask(tx, page, now=now) if page else 0
+            cursor = str(page[-1].id) if page else run.cursor
+            if not await drift.step(tx, run, phase=REPAIR, cursor=cursor, repaired_units=units):
+                raise Retryable("another process takes the steps of this run")
+            for one in page:
+                if not one.drift.repairable and one.drift.units:
+                    await self._hold(tx, one.drift, now)
+            if len(page) < REPAIR_PAGE:
+                await self._over(tx, run)
+        self._wake_outbox.set()
+
+    async def _hold(self, tx: Tx, found: Drift, now: datetime) -> None:
+        """What nothing mends waits for a person.
+
+        Late usage is held by its report, what is in the open cycle by the audit, and a reading that shrank
+        by the poll, as far back as it reads again.
+        """
+        if found.subscription_id is None or found.detail.get("how") == READ:
+            return
+        if (reading := found.detail.get("reading")) is not None and await held.standing(tx, subject=reading):
+            return
+        if found.detail.get("how") == AUDIT and found.kind != WRONG_PERIOD:
+            link = await links.find_subscription(tx, found.subscription_id)
+            at = datetime.fromisoformat(found.detail["at"])
+            if link is None or link.period_started_at is None or at >= link.period_started_at:
+                return
+        item = Hold(
+            found.kind,
+            held_subject(found)[:200],
+            f"{found.cause}. {found.fix}",
+            subscription_id=found.subscription_id,
+            add_on_code=found.add_on_code,
+            units=found.units,
+        )
+        await held.add(tx, item, now=now)
+
+    async def _keep(
+        self, run: Run, found: Sequence[Drift], *, phase: str, cursor: str | None, **counts: int
+    ) -> None:
+        """A step is done: what it found and how far the run is, in one transaction."""
+        async with self._store.write() as tx:
+            kept = await self._not_accepted(tx, found)
+            if await drift.step(tx, run, phase=phase, cursor=cursor, **counts):
+                await drift.add(tx, run.id, kept)
+
+    @staticmethod
+    async def _not_accepted(tx: Tx, found: Sequence[Drift]) -> list[Drift]:
+        known: dict[str, list[WrittenOff]] = {}
+        for name in {one.subscription_id for one in found if one.subscription_id is not None}:
+            rows = await held.written_off(tx, name)
+            known[name] = [
+                WrittenOff(row["kind"], row["subject"], row["reason"], row["units"]) for row in rows
+            ]
+        return [one for one in found if not accepted(one, known.get(one.subscription_id or "", ()))]
+
+    async def _failed(self, run: Run, error: BillingdError) -> None:
+        log.error("reconcile.failed", run=run.id, error=str(error))
+        async with self._store.write() as tx:
+            await drift.fail(tx, run.id, now=self._clock.now(), error=str(error))
+
+    async def _over(self, tx: Tx, run: Run) -> None:
+        """The run is done; people are told when it changes from clean to drifting, or back."""
+        now = self._clock.now()
+        totals = await drift.totals(tx, run.id)
+        drifting = totals.drifting > 0
+        await drift.finish(tx, run.id, now=now, drifting=drifting)
+        log.info("reconcile.done", run=run.id, units=totals.units, findings=totals.findings)
+        await self._close_gone(tx, run, now)
+        if run.asked not in drift.WHOLE:
+            return
+        before = await drift.latest(tx, before=run.id)
+        if drifting != (before is not None and before.drifting is True):
+            await outbox.insert(tx, [_notice(run, totals)], now=now)
+            self._wake_outbox.set()
+        await drift.forget(tx)
+
+    @staticmethod
+    async def _close_gone(tx: Tx, run: Run, now: datetime) -> None:
+        """What was held of a difference that this run looked for and found no more needs nobody."""
+        for item in await held.standing(tx):
+            if not item["subject"].startswith(HELD):
+                continue
+            if run.subscription_id not in {None, item["subscription_id"]}:
+                continue
+            kind, _, subject = item["subject"].removeprefix(HELD).partition(":")
+            said = await drift.last_said(tx, kind, subject)
+            if said is None or said[0] == run.id or said[1] is None or not run.since <= said[1] < run.until:
+                continue
+            await held.close_one(tx, item["id"], resolution="it was reconciled, and is no more", now=now)
+
+    async def document(self, run_id: int) -> dict[str, Any] | None:
+        """What a run found so far (contract section 2), None when there is no such run."""
+        return await document.of(self._store, run_id)
+
+
+def _notice(run: Run, totals: drift.Totals) -> Any:
+    if totals.drifting:
+        title = "Amplify, the ledger and Recurly differ"
+        body = (
+            f"{totals.findings} difference(s) of {totals.units} unit(s) between {run.since.isoformat()} and "
+            f"{run.until.isoformat()}. `billingd reconcile` shows them, `billingd reconcile --repair` mends "
+            "what is safe."
+        )
+    else:
+        title = "Amplify, the ledger and Recurly agree again"
+        body = f"Nothing differs between {run.since.isoformat()} and {run.until.isoformat()}."
+    return provider_notice(f"drift:{run.id}", title, body)
+
+
+def _earliest(linked: Sequence[SubscriptionLink], now: datetime) -> datetime:
+    """Where the earliest open billing period began, a month ago at most."""
+    begins = [
+        one.period_started_at or one.usage_from
+        for one in linked
+        if one.state != "ended" and one.billed_state not in {"expired", "failed"}
+    ]
+    return max(min(begins, default=now - SINCE_MAX), now - SINCE_MAX)
+
+
+def _due_at(now: datetime) -> datetime:
+    """When the last daily run fell due."""
+    today = now.replace(hour=DAILY_AT.hour, minute=DAILY_AT.minute, second=0, microsecond=0)
+    return today if today <= now else today - timedelta(days=1)

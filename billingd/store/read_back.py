@@ -1,0 +1,90 @@
+"""Usage that Recurly holds and the ledger does not know (any more), and what follows from learning of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+
+from billingd.domain.usage import UsageRecord
+from billingd.domain.windows import floor
+from billingd.store.engine import Tx
+from billingd.store.rows import insert_new
+from billingd.store.schema import subscription_links, unlinked_traffic, usage_records, watermarks
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A record of the ledger that is not known to be at Recurly."""
+
+    quota_id: str
+    usage_timestamp: datetime
+
+
+async def waiting(tx: Tx, subscription_id: str) -> list[Waiting]:
+    """The records of a subscription that are not reported (held and written-off ones too), in time."""
+    columns = usage_records.c
+    statement = (
+        sa.select(columns.quota_id, columns.usage_timestamp)
+        .where(
+            columns.subscription_id == subscription_id,
+            sa.text("usage_records.state <> 'reported'"),  # as the partial index has it
+        )
+        .order_by(columns.usage_timestamp)
+    )
+    return [Waiting(*row) for row in await tx.execute(statement)]
+
+
+async def insert(tx: Tx, records: Sequence[tuple[UsageRecord, str]], *, now: datetime) -> int:
+    """Put records into the ledger as reported, each with its id at Recurly; return how many were new."""
+    rows = [
+        {
+            "subscription_id": record.subscription_id,
+            "quota_id": record.quota_id,
+            "window_start": record.window.start,
+            "window_end": record.window.end,
+            "revision": record.revision,
+            "units": record.units,
+            "usage_timestamp": record.usage_timestamp,
+            "merchant_tag": record.merchant_tag,
+            "state": "reported",
+            "recorded_at": now,
+            "reported_at": now,
+            "usage_id": usage_id,
+        }
+        for record, usage_id in records
+    ]
+    return await insert_new(tx, usage_records, rows) if rows else 0
+
+
+async def begin_earlier(tx: Tx, subscription_id: str, usage_from: datetime) -> None:
+    """Usage of this subscription counts from that moment on, if it did not before."""
+    columns = subscription_links.c
+    await tx.execute(
+        sa.update(subscription_links)
+        .where(columns.subscription_id == subscription_id, columns.usage_from > usage_from)
+        .values(usage_from=usage_from)
+    )
+
+
+async def read_again(tx: Tx, subscription_id: str, since: datetime, *, horizon: timedelta) -> datetime | None:
+    """Let traffic since a moment be read again, of which this subscription's may have been nobody's.
+
+    What lies within `horizon` of a watermark is read again anyhow. Returns the earliest moment that is read
+    again because of this, None when none is.
+    """
+    moved: list[datetime] = []
+    first = since
+    for row in (await tx.execute(sa.select(watermarks).with_for_update())).all():
+        edge = floor(since, timedelta(seconds=row.window_seconds))
+        first, to = min(first, edge), max(row.regular_since, edge)
+        if to < row.at - horizon:
+            await tx.execute(sa.update(watermarks).where(watermarks.c.source == row.source).values(at=to))
+            moved.append(to)
+    columns = unlinked_traffic.c
+    await tx.execute(
+        sa.delete(unlinked_traffic).where(
+            columns.subscription_id == subscription_id, columns.window_start >= first
+        )
+    )
+    return min(moved, default=None)

@@ -1,0 +1,320 @@
+"""Read-back: what Recurly holds of ours and the ledger does not know is put into the ledger.
+
+After a restore the ledger is as old as the copy. Each tag that was used since must be known before any window
+is booked again, or a record would be made a second time; and so must those of a subscription that is linked
+again, because its first link came after the copy.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Final, Protocol
+
+import structlog
+
+from billingd.domain.billing import BilledSubscription, BilledUsage
+from billingd.domain.delivery import MISSING
+from billingd.domain.errors import NotFound, Retryable
+from billingd.domain.notices import provider_notice
+from billingd.domain.usage import (
+    RECURLY_SECOND,
+    UNITS_MAX,
+    UsageRecord,
+    pair_hash,
+    parse_tag,
+    usage_intent,
+)
+from billingd.loops import Clock
+from billingd.store import held, history, intents, links, marks, outbox, read_back, usage
+from billingd.store.engine import Store, Tx
+from billingd.store.links import PlanLink, SubscriptionLink
+from billingd.store.marks import RESTORED, Mark
+from billingd.traffic.periods import PeriodWatch
+from billingd.traffic.report import AROUND, staying
+
+log = structlog.get_logger()
+
+MARGIN: Final = timedelta(days=2)
+"""How much more than what was recorded since the copy is listed: clocks differ, and time is cheap here."""
+
+STRETCH: Final = timedelta(days=7)
+"""Records that wait are looked for together as long as no more than this lies between them."""
+
+BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
+"""Before any usage of ours."""
+
+PAUSE: Final = timedelta(seconds=1)
+NEVER: Final = timedelta(days=1)
+"""How often to look when there is nothing to read back: only a restore makes it, with no daemon running."""
+
+Found = Mapping[str, tuple[BilledUsage, ...]]
+"""What Recurly holds of a subscription, by add-on code."""
+
+
+class Billing(Protocol):
+    """What is read at Recurly."""
+
+    async def list_usage(
+        self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
+    ) -> tuple[BilledUsage, ...]: ...
+    async def list_recorded_usage(
+        self, subscription_uuid: str, add_on_code: str, *, since: datetime
+    ) -> tuple[BilledUsage, ...]: ...
+
+
+class ReadBack:
+    """Knows whether the store was restored and not read back yet, and does that.
+
+    `unsettled` is how long a request of the time before the restore may still take effect; `horizon` how long
+    a window is read again anyhow.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        billing: Billing,
+        watch: PeriodWatch,
+        *,
+        unsettled: timedelta,
+        horizon: timedelta,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._billing = billing
+        self._watch = watch
+        self._unsettled = unsettled
+        self._horizon = horizon
+        self._done: bool | None = None
+        self._began_at: datetime | None = None
+        self._left: int | None = None
+
+    # After a restore.
+
+    async def finished(self) -> bool:
+        """Whether nothing is to be read back (any more): until then nothing is sent, and no window read."""
+        if self._done is None:
+            async with self._store.read() as tx:
+                self._done = await marks.find(tx, RESTORED) is None
+        return self._done
+
+    async def require(self) -> None:
+        """Raise Retryable until it is finished."""
+        if not await self.finished():
+            raise Retryable(f"{self.reason}; try again later")
+
+    @property
+    def reason(self) -> str | None:
+        """Why the daemon is not ready, for people."""
+        if self._done is not False:
+            return None
+        left = "" if self._left is None else f" ({self._left} subscription(s) left)"
+        return f"reading back from Recurly after a restore{left}"
+
+    async def idle(self) -> timedelta:
+        """How long there is nothing to do."""
+        return NEVER if await self.finished() else PAUSE
+
+    async def run_once(self) -> bool:
+        """Read one subscription back, the next after the last; the mark is gone after the last of all.
+
+        Whoever was billing until the restore may have sent something that is not there yet: that is waited
+        out first.
+        """
+        async with self._store.read() as tx:
+            mark = await marks.find(tx, RESTORED)
+            billing = [] if mark is None else await links.billing(tx)
+        self._done = mark is None
+        if mark is None:
+            return False
+        if self._began_at is None:
+            self._began_at = self._clock.now()
+            log.warning("read_back.began", copied_at=mark.detail.get("copied_at"), file=mark.detail["file"])
+        if self._clock.now() < min(mark.at, self._began_at) + self._unsettled:
+            return False
+        after = mark.detail.get("read", "")
+        left = [link for link in billing if link.subscription_id > after]
+        self._left = len(left)
+        if left:
+            await self._next(mark, left[0])
+        else:
+            await self._finish(mark)
+        return True
+
+    async def _next(self, mark: Mark, link: SubscriptionLink) -> None:
+        records = await self.subscription(link, since=_copied_at(mark))
+        async with self._store.write() as tx:
+            detail = {
+                **mark.detail,
+                "read": link.subscription_id,
+                "records": mark.detail.get("records", 0) + records,
+            }
+            await marks.note(tx, RESTORED, at=mark.at, detail=detail)
+
+    async def _finish(self, mark: Mark) -> None:
+        now = self._clock.now()
+        records = mark.detail.get("records", 0)
+        copied_at = mark.detail.get("copied_at") or "an unknown time"
+        body = (
+            f"The store was put back from {mark.detail['file']}, which was copied at {copied_at}. {records} "
+            "usage record(s) that Recurly has and the copy lacked were read back; billing goes on. What "
+            "people decided since the copy (held items released or written off, actions discarded) is "
+            "forgotten, and some notices may come again."
+        )
+        notice = provider_notice(f"restored:{mark.at.isoformat()}", "The store was restored", body)
+        async with self._store.write() as tx:
+            await marks.clear(tx, RESTORED)
+            await history.append(
+                tx,
+                "store",
+                "restored",
+                now=now,
+                file=mark.detail["file"],
+                copied_at=copied_at,
+                records=records,
+            )
+            await outbox.insert(tx, [notice], now=now)
+        self._done = True
+        log.warning("read_back.finished", records=records)
+
+    async def subscription(self, link: SubscriptionLink, *, since: datetime) -> int:
+        """Read one subscription back: its periods, what was recorded since, and what waits to be reported.
+
+        Returns how many records the ledger lacked. Doing it again changes nothing.
+        """
+        if await self._watch.look_at(link) == MISSING:  # also learns where bills were cut meanwhile
+            return 0
+        async with self._store.read() as tx:
+            add_ons = await links.add_ons_of(tx, link.plan_id)
+            waiting = await read_back.waiting(tx, link.subscription_id)
+        found: dict[str, tuple[BilledUsage, ...]] = {}
+        for add_on in add_ons:
+            uuid, code = link.uuid, add_on.add_on_code
+            times = [one.usage_timestamp for one in waiting if one.quota_id == add_on.quota_id]
+            try:
+                there = await self._billing.list_recorded_usage(
+                    uuid, code, since=since - self._horizon - MARGIN
+                )
+                for begin, end in _stretches(times):
+                    there += await self._billing.list_usage(
+                        uuid, code, begin=begin - AROUND, end=end + AROUND
+                    )
+            except NotFound:
+                continue  # a quota that came after this subscription: it has no such add-on
+            found[code] = there
+        async with self._store.write() as tx:
+            new, _ = await self._keep(tx, link, found, now=self._clock.now())
+        if new:
+            log.info("read_back.subscription", subscription=link.subscription_id, records=new)
+        return new
+
+    # Before a link is written.
+
+    async def list(self, made: BilledSubscription, plan: PlanLink) -> Found:
+        """All usage that Recurly holds of a subscription that is about to be linked, by add-on code."""
+        async with self._store.read() as tx:
+            codes = [one.add_on_code for one in await links.add_ons_of(tx, plan.plan_id)]
+        return await self._all(made.uuid, codes)
+
+    async def list_gained(
+        self, plan_id: str, add_on_codes: Sequence[str]
+    ) -> Sequence[tuple[SubscriptionLink, Found]]:
+        """The same of add-ons that a linked plan gains, for each of its subscriptions that has any."""
+        async with self._store.read() as tx:
+            subscribed = [one for one in await links.billing(tx) if one.plan_id == plan_id]
+        found = [(link, await self._all(link.uuid, add_on_codes)) for link in subscribed]
+        return [(link, there) for link, there in found if any(there.values())]
+
+    async def keep(self, tx: Tx, link: SubscriptionLink, found: Found, *, now: datetime) -> None:
+        """Put it into the ledger, in the transaction that writes the link (or the add-ons' links).
+
+        A subscription that was linked before, in a life of the store that is forgotten, counts from where it
+        counted then; traffic that was nobody's meanwhile is read again.
+        """
+        new, earliest = await self._keep(tx, link, found, now=now)
+        begins = min(link.usage_from, earliest or link.usage_from)
+        await read_back.begin_earlier(tx, link.subscription_id, begins)
+        moved = await read_back.read_again(tx, link.subscription_id, begins, horizon=self._horizon)
+        if new or moved:
+            log.warning(
+                "read_back.linked_again",
+                subscription=link.subscription_id,
+                records=new,
+                traffic_from=None if moved is None else moved.isoformat(),
+            )
+
+    async def _all(self, uuid: str, add_on_codes: Iterable[str]) -> Found:
+        found: dict[str, tuple[BilledUsage, ...]] = {}
+        for code in add_on_codes:
+            try:
+                found[code] = await self._billing.list_recorded_usage(uuid, code, since=BEGINNING)
+            except NotFound:
+                continue  # it was made without that add-on
+        return found
+
+    async def _keep(
+        self, tx: Tx, link: SubscriptionLink, found: Found, *, now: datetime
+    ) -> tuple[int, datetime | None]:
+        """How many records the ledger lacked, and where the first window of any of ours begins."""
+        new = 0
+        earliest: datetime | None = None
+        quotas = {one.add_on_code: one.quota_id for one in await links.add_ons_of(tx, link.plan_id)}
+        for code, there in found.items():
+            if code not in quotas:
+                continue
+            ours = _ours(link.subscription_id, quotas[code], there)
+            known = await usage.by_tags(tx, list(ours))
+            for tag, one in known.items():
+                record, usage_id = ours[tag]
+                if record.units != one.record.units:
+                    log.error(
+                        "read_back.units_differ", tag=tag, here=one.record.units, at_recurly=record.units
+                    )
+                if one.state != "reported":
+                    await intents.done(tx, usage_intent(tag), result=usage_id)
+                    await usage.reported(tx, one.id, usage_id=usage_id, now=now)
+                    await held.close(tx, subject=f"usage:{tag}", resolution="Recurly has it", now=now)
+            lacking = [each for tag, each in ours.items() if tag not in known]
+            new += await read_back.insert(tx, lacking, now=now)
+            starts = [record.window.start for record, _ in ours.values()]
+            earliest = min([*starts, earliest] if earliest is not None else starts, default=None)
+        return new, earliest
+
+
+def _copied_at(mark: Mark) -> datetime:
+    said = mark.detail.get("copied_at")
+    return BEGINNING + timedelta(days=366) if said is None else datetime.fromisoformat(said)
+
+
+def _stretches(times: Sequence[datetime]) -> list[tuple[datetime, datetime]]:
+    """Times in order, told apart where more than STRETCH lies between two: first and last of each part."""
+    if not times:
+        return []
+    gaps = [(one, other) for one, other in pairwise(times) if other - one > STRETCH]
+    starts = [times[0], *(other for _, other in gaps)]
+    ends = [*(one for one, _ in gaps), times[-1]]
+    return list(zip(starts, ends, strict=True))
+
+
+def _ours(
+    subscription_id: str, quota_id: str, there: Iterable[BilledUsage]
+) -> dict[str, tuple[UsageRecord, str]]:
+    """What carries a tag of this pair, by tag, with its id: of doubles the one that the audit keeps."""
+    pair = pair_hash(subscription_id, quota_id)
+    ours: dict[str, tuple[UsageRecord, str]] = {}
+    for one in sorted(there, key=staying):
+        tag = one.merchant_tag or ""
+        said = parse_tag(tag)
+        if said is None or said.pair_hash != pair or tag in ours:
+            continue
+        if not 1 <= abs(one.units) <= UNITS_MAX:
+            log.error("read_back.units_impossible", tag=tag, usage=one.id, units=one.units)
+            continue
+        window = said.window
+        at = one.usage_timestamp
+        if not window.start <= at < window.end:  # somebody moved it; the audit and `reconcile` tell
+            log.error("read_back.time_differs", tag=tag, usage=one.id, at=at.isoformat())
+            at = window.end - RECURLY_SECOND
+        record = UsageRecord(subscription_id, quota_id, window, said.revision, one.units, at, tag)
+        ours[tag] = (record, one.id)
+    return ours
