@@ -418,7 +418,9 @@ class Adoption:
         )
         now = self._clock.now()
         async with self._store.write() as tx:
-            await held.close(tx, subject=f"adopt:{link.subscription_id}", resolution="adopted", now=now)
+            for about in ("adopt", "subscription"):  # its own handler may have held it since it was linked
+                subject = f"{about}:{link.subscription_id}"
+                await held.close(tx, subject=subject, resolution="adopted", now=now)
         log.info("adoption.adopted", subscription=link.subscription_id, uuid=link.uuid)
 
     async def _plan(self, subscription: Subscription) -> PlanLink | Wait | str:

@@ -165,10 +165,8 @@ class Resync:
                 enqueued = await outbox.insert(tx, [step.action for step in found.steps], now=now)
                 await self._tell_of_absence(tx, found, now)
                 await self._tell_of_charging(tx, found, now)
-                await marks.note(tx, marks.RESYNCED, at=found.began_at, detail=dict(found.counts))
-            if asked != self._asked:  # somebody asked meanwhile, of what may have been listed already
-                async with self._store.write() as tx:
-                    await marks.clear(tx, marks.RESYNCED)
+                if asked == self._asked:  # else of what may have been listed already: another is due
+                    await marks.note(tx, marks.RESYNCED, at=found.began_at, detail=dict(found.counts))
             self._wake_outbox.set()
         log.info("resync.done", enqueued=enqueued, withheld=len(found.withheld), **found.counts)
         for warning in found.unread:

@@ -119,8 +119,8 @@ class Bills:
     async def get_subscription(self, uuid: str) -> BilledSubscription:
         if self.away:
             raise Retryable("away")
-        if uuid not in self.shown:
-            raise NotFound(uuid)
+        if uuid not in self.shown:  # nothing is said of it: it is there, and in no period
+            self.show(None, subscription=uuid.removeprefix("uuid-"))
         return self.shown[uuid]
 
     async def list_billed_edges(self, uuid: str, *, since: datetime) -> frozenset[datetime]:

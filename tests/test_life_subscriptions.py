@@ -11,7 +11,7 @@ from billingd.admin.operations import discard, write_off
 from billingd.domain.catalog import Subscription
 from billingd.domain.errors import NotFound
 from billingd.domain.events import subscription_action
-from billingd.provisioning.linking import Linker
+from billingd.provisioning.linking import USAGE_FROM, Linker
 from billingd.sandbox import control_amplify
 from billingd.sandbox.amplify.journal import Event
 from billingd.sandbox.amplify.times import api_time
@@ -171,6 +171,18 @@ async def test_what_an_adopted_subscription_was_served_before_is_not_ours(rig: R
     await rig.ask(subscription_action("acme", acme, because="again"))
     await rig.work()
     assert len(rig.channels.mails) == mails, "nobody is welcomed twice"
+
+    async with rig.store.write() as tx:  # restored from before its adoption: an attribute says since when
+        for table in ("usage_records", "billing_periods", "subscription_links", "outbox"):
+            await tx.execute(getattr(schema, table).delete())
+    await rig.amplify.set_attributes("subscriptions", "acme", {USAGE_FROM: since.isoformat()})
+    rig.unheard.clear()
+    await rig.ask(subscription_action("acme", acme, because="restored"))
+    await rig.report()
+    found = await rig.link(acme)
+    assert found is not None
+    assert (found.state, found.adopted, found.usage_from) == ("active", True, since)
+    assert await rig.held() == {}
 
 
 @ONE_DATABASE

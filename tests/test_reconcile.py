@@ -5,13 +5,19 @@ from datetime import timedelta
 from itertools import count
 
 import pytest
-from rig import HOUR, Json, Rig, a_rig
+from rig import HOUR, Crash, Json, Rig, a_rig
 
+from billingd.admin import operations
+from billingd.domain.billing import NewUsage
+from billingd.domain.errors import NotFound
+from billingd.domain.events import audit_action
 from billingd.sandbox.recurly.model import Usage
-from billingd.store import schema
+from billingd.store import held, schema
 
 ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 DAY = timedelta(days=1)
+USAGE = "/subscriptions/*/add_ons/*/usage"
+METER = "recurly GET /subscriptions/{subscription}/add_ons/{add_on}/usage"
 numbers = count(1)
 
 
@@ -34,6 +40,19 @@ async def reported(rig: Rig, units: int) -> Usage:
     await rig.report()
     [made] = set(rig.world.site.usages) - before
     return rig.world.site.usages[made]
+
+
+async def posted(rig: Rig, like: Usage, *, tag: str | None = None) -> Usage:
+    """Another record like that one, as Recurly takes it: no tag is unique there."""
+    new = NewUsage(
+        subscription_uuid=like.subscription.uuid,
+        add_on_code=like.add_on.add_on.code,
+        units=like.amount,
+        merchant_tag=tag or like.merchant_tag or "",
+        usage_timestamp=like.usage_timestamp,
+        recorded_at=rig.far.now(),
+    )
+    return rig.world.site.usages[await rig.recurly._adapter.create_usage(new, key=f"other-{next(numbers)}")]
 
 
 async def reconciled(rig: Rig, **asked: object) -> Json:
@@ -86,3 +105,225 @@ async def test_a_record_removed_at_recurly_is_posted_again(rig: Rig) -> None:
     assert kinds(await reconciled(rig)) == []
     assert "gone_at_recurly" in [row["kind"] for row in await rig.rows(schema.history)]
     assert await rig.dead() == []
+
+
+@ONE_DATABASE
+async def test_what_is_under_way_is_no_drift(rig: Rig) -> None:
+    """Recorded and about to be sent; or reported a moment ago, which a list may not show yet."""
+    await rig.traffic("acme", 7)
+    rig.pass_(2 * HOUR)
+    await rig.poll()
+    assert kinds(await reconciled(rig)) == []
+    rig.fault("list_lag", "GET", USAGE, times=1, args={"seconds": 3600})
+    await rig.drain()
+    run = await rig.daemon.reconciler.start()
+    await rig.daemon.reconciler.finish(run)
+    found = await rig.daemon.reconciler.document(run)
+    assert found is not None
+    assert rig.world.faults.counts["list_lag"] == 1
+    assert kinds(found) == []
+
+
+@ONE_DATABASE
+async def test_only_what_was_served_since_the_link_is_compared(rig: Rig) -> None:
+    """The window that a link begins in belongs to it in part; what came before is nobody's drift."""
+    usage_from = rig.far.now() + timedelta(minutes=10)
+    async with rig.store.write() as tx:
+        await tx.execute(schema.subscription_links.update().values(usage_from=usage_from))
+    await rig.traffic("acme", 9)
+    rig.pass_(timedelta(minutes=20))
+    await reported(rig, 7)
+    assert rig.units() == 7
+    assert kinds(await reconciled(rig)) == []
+    await rig.traffic("acme", 2, at=usage_from + timedelta(minutes=1), arrives=rig.far.now())
+    assert kinds(await reconciled(rig)) == [("missing_record", 2)]
+
+
+@ONE_DATABASE
+async def test_a_run_goes_on_where_it_was_after_a_restart(rig: Rig) -> None:
+    """The same question joins it; each subscription is read once."""
+    for name in ("beta", "gamma"):
+        await rig.subscribe(name)
+        await rig.work()
+        rig.pass_(timedelta(minutes=2))
+    await reported(rig, 7)
+    rig.pass_(timedelta(minutes=2))
+    rig.world.calls.clear()
+    run = await rig.daemon.reconciler.start()
+    while rig.world.calls[METER] < 2:
+        assert await rig.daemon.reconciler.step(run)
+    rig.start()
+    assert await rig.daemon.reconciler.start() == run
+    await rig.daemon.reconciler.finish(run)
+    found = await rig.daemon.reconciler.document(run)
+    assert found is not None
+    assert (found["state"], found["checked"]["subscriptions"]) == ("done", 3)
+    assert rig.world.calls[METER] == 3
+    assert await rig.daemon.reconciler.start() != run
+
+
+@ONE_DATABASE
+async def test_a_step_that_dies_is_taken_again_and_says_nothing_twice(rig: Rig) -> None:
+    """Findings and progress are one transaction."""
+    one = await reported(rig, 7)
+    await rig.recurly._adapter.remove_usage(one.id, key="by hand")
+    rig.pass_(timedelta(minutes=2))
+    run = await rig.daemon.reconciler.start()
+    for step in range(1, 40):
+        rig.steps.arm(step)
+        try:
+            await rig.daemon.reconciler.finish(run)
+        except Crash:
+            await rig.restart()
+        else:
+            break
+    rig.steps.arm(None)
+    found = await rig.daemon.reconciler.document(run)
+    assert found is not None
+    assert (found["state"], kinds(found)) == ("done", [("missing_record", 7)])
+
+
+@ONE_DATABASE
+async def test_a_repair_that_dies_at_any_step_mends_once(store_url: str) -> None:
+    """Whatever a repair had done when it died, the next start does the rest: one record, one correction."""
+    async with a_rig(store_url) as rig:
+        await rig.product()
+        await rig.plan()
+        await rig.work()
+        await rig.subscribe()
+        await rig.work()
+        gone, wrong, double = [await reported(rig, units) for units in (7, 5, 3)]
+        await rig.recurly._adapter.remove_usage(gone.id, key="by hand")
+        wrong.add_on.book.remove(wrong)
+        wrong.amount = 6
+        wrong.add_on.book.add(wrong)
+        twin = await posted(rig, double)
+        double.billed_at = twin.billed_at = rig.far.now()
+        rig.pass_(timedelta(minutes=2))
+        run = await rig.daemon.reconciler.start(repair=True)
+        await rig.daemon.reconciler.finish(run)
+        saved = await rig.save()
+        died = 0
+        for step in range(1, 60):
+            await rig.load(saved)
+            rig.steps.arm(step)
+            if not await rig.dies():
+                break
+            died += 1
+            await rig.restart()
+            for _ in range(8):
+                rig.pass_(timedelta(minutes=2))
+                await rig.drain()
+            assert rig.units() == 15, step
+            assert await rig.dead() == []
+            assert max(rig.tags().values()) <= 2
+        assert died > 10
+
+
+@ONE_DATABASE
+async def test_one_subscription_alone(rig: Rig) -> None:
+    """Nothing of the others is read or told."""
+    await rig.subscribe("beta")
+    await rig.work()
+    one = await reported(rig, 7)
+    await rig.recurly._adapter.remove_usage(one.id, key="by hand")
+    by_name = {row["name"]: row["subscription_id"] for row in await rig.rows(schema.subscription_links)}
+    assert kinds(await reconciled(rig, subscription=by_name["beta"])) == []
+    assert kinds(await reconciled(rig, subscription=by_name["acme"])) == [("missing_record", 7)]
+    with pytest.raises(NotFound, match="nobody"):
+        await rig.daemon.reconciler.start(subscription="nobody")
+
+
+@ONE_DATABASE
+async def test_once_a_day_by_itself_and_told_on_the_change(rig: Rig) -> None:
+    """A poll comes first; people hear when drift begins and when it is over, not each day."""
+    loop = rig.daemon.reconciler
+    assert not await loop.run_once(), "its hour has not come since traffic is read"
+    one = await reported(rig, 7)
+    await rig.recurly._adapter.remove_usage(one.id, key="by hand")
+    told = []
+    for day in range(4):
+        rig.pass_(DAY)
+        await rig.traffic("acme", 5, at=rig.far.now() - 3 * HOUR)  # only late as a reading is
+        while await loop.run_once() or loop._rest:
+            pass
+        await rig.drain()
+        [run] = [row for row in await rig.rows(schema.reconciliations) if row["state"] == "done"][-1:]
+        told.append((run["drifting"], sum("the ledger and Recurly differ" in text for text in rig.channels.provider)))
+        if day == 1:
+            await repaired(rig)
+        rig.start()  # the table knows that it was done today
+        assert not await rig.daemon.reconciler.run_once()
+        loop = rig.daemon.reconciler
+    assert told == [(True, 1), (True, 1), (False, 1), (False, 1)]
+    assert sum("agree again" in text for text in rig.channels.provider) == 1
+    assert len([row for row in await rig.rows(schema.reconciliations) if row["asked"] == "daily"]) == 4
+
+
+@ONE_DATABASE
+async def test_a_loop_rests_between_two_subscriptions(rig: Rig) -> None:
+    """Half of what Recurly lets through is left to the reports."""
+    await rig.subscribe("beta")
+    await rig.work()
+    await reported(rig, 7)
+    loop = rig.daemon.reconciler
+    loop._seconds_per_call = 60 / 60
+    await loop.start()
+    rests = []
+    while await loop.run_once() or loop._rest:
+        if loop._rest:
+            rests.append(await loop.idle())
+    assert rests == [timedelta(seconds=2), timedelta(seconds=2)]
+
+
+@ONE_DATABASE
+async def test_what_a_person_wrote_off_is_no_drift_any_more(rig: Rig) -> None:
+    """A foreign record that is meant; other units of it are news."""
+    one = await reported(rig, 7)
+    await posted(rig, one, tag="by hand")
+    assert kinds(await repaired(rig)) == [("foreign_record", 7)]
+    async with rig.store.read() as tx:
+        [item] = await held.standing(tx)
+    assert await operations.write_off(rig.store, item["id"], reason="meant", now=rig.clock.now())
+    assert kinds(await reconciled(rig)) == []
+    await posted(rig, one, tag="once more")
+    assert kinds(await reconciled(rig)) == [("foreign_record", 7)]
+
+
+async def test_a_billed_double_is_corrected_once(rig: Rig) -> None:
+    """The cycle's sum is right then, for the audit too, however often it is looked at."""
+    one = await reported(rig, 7)
+    twin = await posted(rig, one)
+    one.billed_at = twin.billed_at = rig.far.now()
+    found = await repaired(rig)
+    assert [(each["kind"], each["repairable"]) for each in found["drift"]] == [("double_record", True)]
+    for _ in range(2):
+        assert kinds(await repaired(rig)) == []
+        [link] = await rig.rows(schema.subscription_links)
+        await rig.ask(audit_action(link["subscription_id"], because=f"test {next(numbers)}"))
+        await rig.work()
+    assert rig.units() == 7
+    assert rig.tags() == {one.merchant_tag: 2, f"{one.merchant_tag}~1": 1}
+    assert await rig.held() == {}
+    assert "corrected" in [row["kind"] for row in await rig.rows(schema.history)]
+
+
+@ONE_DATABASE
+async def test_status_and_metrics_tell_of_the_latest_run(rig: Rig) -> None:
+    """Less what was mended since."""
+    one = await reported(rig, 7)
+    await rig.recurly._adapter.remove_usage(one.id, key="by hand")
+    assert await drift_status(rig) == (0, 0, False)
+    await reconciled(rig)
+    assert await drift_status(rig) == (7, 1, True)
+    await repaired(rig)
+    assert await drift_status(rig) == (0, 0, True)
+
+
+async def drift_status(rig: Rig) -> tuple[int, int, bool]:
+    document = await rig.daemon.admin._document()
+    text = rig.daemon.admin._parts.metrics.render(document, {}).decode()
+    drift = document["drift"]
+    assert f"billingd_drift_units {float(drift['units'])}" in text
+    assert drift["running"] is False
+    return drift["units"], drift["findings"], drift["checked_at"] is not None

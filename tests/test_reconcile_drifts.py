@@ -1,4 +1,4 @@
-"""Two dozen drifts, planted at both far sides and in the store at once: each is found, with its kind and units.
+"""Drifts, planted at both far sides and in the store all at once: each is found, with its kind and units.
 
 What a repair mends is gone from the next look; what it rightly refuses is still there.
 """
@@ -6,19 +6,25 @@ What a repair mends is gone from the next look; what it rightly refuses is still
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
 import sqlalchemy as sa
-from rig import HOUR, PER_UNIT, START, Json, Rig, a_rig
+from rig import HOUR, PER_UNIT, Json, Rig, a_rig
 
 from billingd.sandbox import control_amplify, server
 from billingd.sandbox.recurly.model import Usage
 from billingd.store import schema
 
-TIERS = [{"from": 1, "to": 100, "cost": 2}, {"from": 101, "to": 999_999_999, "cost": 1}]
-VOLUME = {"type": "volume", "tiers": TIERS}
+START = datetime(2026, 3, 2, 0, 35, tzinfo=UTC)
+"""Just after the audits of that day, which would find much of it too."""
+
+TIERS = [
+    {"from": 1, "to": 100, "cost": 2, "flatFee": 0},
+    {"from": 101, "to": 999_999_999, "cost": 1, "flatFee": 0},
+]
+VOLUME = {"type": "volume", "limit": {"type": "tiered", "tiers": TIERS}}
 ACCEPT = {"Accept": "application/vnd.recurly.v2021-02-25"}
 
 
@@ -252,9 +258,10 @@ def kinds(found: Json) -> Counter[tuple[str, int, bool]]:
 async def test_each_drift_is_found_and_what_is_safe_is_mended(
     store_url: str, record_property: Callable[[str, object], None]
 ) -> None:
-    async with a_rig(store_url) as rig:
+    async with a_rig(store_url, start=START) as rig:
         rig.horizon = 6 * HOUR
         rig.start()
+        await rig.poll()
         await rig.product()
         await rig.plan()
         await rig.plan("bulk", pricing=VOLUME)
@@ -279,8 +286,7 @@ async def test_each_drift_is_found_and_what_is_safe_is_mended(
             rig.pass_(timedelta(minutes=2))
             await rig.drain()
         after = await reconciled(rig)
-        print(shown := table(plants.planted, found["drift"], after["drift"]))
-        record_property("drifts", shown)
+        record_property("drifts", table(plants.planted, found["drift"], after["drift"]))
         left = Counter((one.kind, one.units, one.repairable) for one in plants.planted if one.left)
         assert kinds(after) == left
         assert after["held_units"] == 17, "late usage that its prices take no more is held"

@@ -5,8 +5,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from rig import HOUR, Rig, a_rig
+from rig import HOUR, Crash, Rig, a_rig
 
+from billingd import daemon as root
+from billingd.domain.errors import Retryable
 from billingd.sandbox import control_amplify
 from billingd.store import copies, history, marks, schema
 
@@ -58,7 +60,7 @@ async def life(rig: Rig, span: timedelta, step: timedelta, names: list[str], lat
 
 
 async def put_back(rig: Rig, copy: Path) -> None:
-    """The daemon is stopped, the copy restored, the daemon started; all events of the time between are lost."""
+    """The daemon is stopped, the copy restored, the daemon started; what was told meanwhile is lost."""
     await rig.gone()
     await rig.store.close()
     await copies.restore(rig.store, copy, now=rig.clock.now())
@@ -95,6 +97,8 @@ async def agrees(rig: Rig) -> None:
     assert book["not_yet_visible_units"] == 0
     tags = rig.tags()
     assert set(tags.values()) == {1}
+    removed = [call for call in rig.world.calls if call.startswith("recurly DELETE /usage")]
+    assert not removed, "an audit had to undo doubles"
     assert await rig.dead() == []
     assert (await rig.totals()).keys() == {"reported"}
     assert (await rig.totals())["reported"] == book["totals"]["served_units"] == rig.units()
@@ -161,3 +165,125 @@ async def test_a_copy_in_the_middle_of_traffic_bills_nothing_twice(
         assert await marks.find(tx, marks.RESTORED) is None
         [entry] = await history.of(tx, "store")
         assert entry.kind == "restored"
+
+
+async def test_who_came_after_the_copy_is_billed_for_an_outage_longer_than_the_horizon(
+    rig: Rig, tmp_path: Path
+) -> None:
+    """Traffic is read on before the link is made again: all of it is read once more from its beginning."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await life(rig, 4 * HOUR, HOUR, ["acme"])
+    await rig.subscribe("delta")
+    await quiet(rig)
+    await life(rig, 8 * HOUR, HOUR, ["acme", "delta"])
+    for _ in range(6):  # nobody is there to hear or to read
+        rig.pass_(DAY)
+        await rig.traffic("acme", 5)
+        await rig.traffic("delta", 7)
+    await put_back(rig, copy)
+    await go_on(rig)
+    await agrees(rig)
+
+
+async def test_nothing_is_read_or_sent_before_it_is_read_back(rig: Rig, tmp_path: Path) -> None:
+    """Neither loop takes a step, a person's poll is refused, and readiness says why."""
+    await rig.traffic("acme", 4)
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await put_back(rig, copy)
+    rig.world.calls.clear()
+    daemon = rig.daemon
+    steps: list[str] = []
+
+    async def step() -> bool:
+        steps.append("taken")
+        return True
+
+    gated = root._once_read_back(daemon.read_back, step)
+    assert not await gated()
+    with pytest.raises(Retryable, match="reading back from Recurly"):
+        await rig.poll()
+    with pytest.raises(Retryable, match="reading back from Recurly"):
+        await rig.poller.read_range(rig.far.now() - DAY, rig.far.now())
+    assert any("reading back from Recurly after a restore" in one for one in daemon.admin._reasons())
+    assert not await daemon.read_back.run_once(), "what the old process sent may still take effect"
+    assert rig.world.calls == {}
+    assert await rig.subscribe("delta")
+    assert await rig.hear() > 0, "events are taken meanwhile"
+    await read_back(rig)
+    assert not [call for call in rig.world.calls if call.startswith("recurly POST")]
+    assert not [one for one in daemon.admin._reasons() if "reading back" in one]
+    assert await gated()
+    assert steps == ["taken"]
+    await go_on(rig)
+    await agrees(rig)
+
+
+@pytest.mark.parametrize(
+    ("store_url", "wire"), [("sqlite", False), ("postgres", True)], indirect=["store_url"]
+)
+async def test_a_crash_at_any_step_of_reading_back(rig: Rig, tmp_path: Path, wire: bool) -> None:
+    """Whatever was read back is kept once, and the rest is read back by the next start."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await life(rig, 3 * HOUR, HOUR, ["acme", "beta", "gamma"])
+    await put_back(rig, copy)
+    rig.pass_(10 * MINUTE)
+    step, died = 0, True
+    while died:
+        step += 1
+        await rig.restart()
+        rig.steps.arm(step)
+        rig.steps.wire = rig.steps.reads = wire
+        try:
+            await read_back(rig)
+        except (Crash, Retryable):
+            died = True
+        else:
+            died = False
+        rig.steps.arm(None)
+        rig.steps.wire = rig.steps.reads = False
+    assert step > 6
+    await go_on(rig)
+    await agrees(rig)
+
+
+@ONE_DATABASE
+async def test_what_was_under_way_when_the_old_process_died_is_waited_for(rig: Rig, tmp_path: Path) -> None:
+    """Its last request is carried out after the restore: the record is found, not made again."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await rig.traffic("acme", 4)
+    rig.pass_(2 * HOUR)
+    await rig.poll()
+    for step in range(1, 20):
+        await rig.restart()
+        rig.steps.arm(step)
+        rig.steps.wire = True
+        await rig.dies()
+        rig.steps.wire = False
+        if rig.steps.in_flight:
+            break
+    assert rig.steps.in_flight
+    await rig.traffic("acme", 3, at=rig.far.now() - HOUR)  # the same window holds more now
+    await put_back(rig, copy)
+    assert not await rig.daemon.read_back.run_once()
+    assert await rig.land() == 1
+    await go_on(rig)
+    await agrees(rig)
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+async def test_who_came_and_went_since_the_copy_is_ended(rig: Rig, tmp_path: Path, how: str) -> None:
+    """Over at Amplify, alive at Recurly, and in no link: its marker tells, its last usage is billed."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    delta = await rig.subscribe("delta")
+    await quiet(rig)
+    await life(rig, 5 * HOUR, HOUR, ["acme", "delta"])
+    await rig.move("delta", how)
+    await rig.work()
+    [before] = rig.billed(delta)
+    assert before["state"] == "active", "the daemon dies before it has ended it"
+    await put_back(rig, copy)
+    await go_on(rig)
+    [ended] = rig.billed(delta)
+    assert ended["state"] == "expired"
+    await agrees(rig)

@@ -547,7 +547,7 @@ class _Comparison:
             subscription = served.get(marker)
             if subscription is not None and not over(subscription):
                 continue
-            if False:
+            if subscription is None and marker in here:
                 continue
             name, title = (
                 (marker, billed.uuid) if subscription is None else (subscription.name, subscription.title)

@@ -103,8 +103,10 @@ class Linker:
         now = self._clock.now()
         if usage_from is None:
             usage_from = self._begins(subscription, made, now)
-        if isinstance(subscription, Subscription):
-            usage_from = max(usage_from, _adopted_from(subscription) or usage_from)
+        if isinstance(subscription, Subscription) and (since := _adopted_from(subscription)) is not None:
+            usage_from = max(usage_from, since)
+            if subscription.approval == "approved":
+                approved_at = approved_at or now  # adopted in a life of the store that is forgotten
         link = SubscriptionLink(
             subscription_id=subscription.id,
             name=subscription.name,

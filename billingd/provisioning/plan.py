@@ -10,7 +10,7 @@ import structlog
 from billingd.domain.agreement import add_on_differences, differences
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledUsage
-from billingd.domain.catalog import Product, ProductPlan, Quota
+from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota
 from billingd.domain.errors import NotFound, Permanent, Refused
 from billingd.domain.events import PROVISION_PLAN, attach_action, subscription_action
 from billingd.domain.notices import provider_notice
@@ -26,9 +26,6 @@ from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, PlanLink, SubscriptionLink
 
 log = structlog.get_logger()
-
-BILLING_SYSTEM: Final = "recurly"
-"""What the attribute `billingSystem` of a product says when its plans are billed here."""
 
 LIVE: Final = ("created", "active")
 """States of the links of subscriptions that go on."""

@@ -9,7 +9,7 @@ import structlog
 
 from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import Account, BilledSubscription, NewSubscription
-from billingd.domain.catalog import Person, Product, ProductPlan, Subscription
+from billingd.domain.catalog import BILLING_SYSTEM, Person, Product, ProductPlan, Subscription
 from billingd.domain.errors import NotDone, Permanent, Refused
 from billingd.domain.events import plan_action, subscription_action
 from billingd.domain.notices import provider_notice, subscriber_notice
@@ -20,7 +20,6 @@ from billingd.provisioning.ending import end_action
 from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
-from billingd.provisioning.plan import BILLING_SYSTEM
 from billingd.store import held, links, outbox
 from billingd.store.engine import Store
 from billingd.store.held import Hold
@@ -228,8 +227,8 @@ class SubscriptionProvisioner:
             reason = (
                 f"Subscription {subscription.title}: account {account} already has a Recurly subscription to "
                 f"{plan.plan_code} ({unmarked[0].uuid}) that no Amplify subscription is marked on. If "
-                "another integration made it, `billingd adopt --since TIME` takes over what is approved, from "
-                f"that moment on; else put {subscription.id} into its PO number, or end it, then release this."
+                "another integration made it, `billingd adopt --since TIME` takes it over once it is "
+                f"approved; else put {subscription.id} into its PO number, or end it, then release this."
             )
             return await self._hold(subscription, "subscription_unmarked", reason)
         async with self._store.read() as tx:
@@ -378,6 +377,8 @@ class SubscriptionProvisioner:
             reason,
         )
         async with self._store.write() as tx:
+            if await links.find_subscription(tx, subscription.id) is not None:
+                return Wait(SOON, "it was linked meanwhile")  # adopted, say
             await held.close(tx, subject=subject, resolution=f"now {kind}", now=now, but_kind=kind)
             await hold(tx, Hold(kind, subject, reason, again, subscription.id), notice, now=now)
         return Wait(self._policy.look_again, reason)

@@ -11,7 +11,6 @@ from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
 from billingd.store.schema import events
 
-
 Via = Literal["webhook", "feed"]
 """The way an event came; what came by webhook after the feed had shown it is kept as `both`."""
 

@@ -57,7 +57,8 @@ async def _hold(tx: Tx, link: SubscriptionLink, state: str, now: datetime) -> No
         what = f"Recurly has no subscription {link.uuid} any more"
         mend = "Should Recurly show it again, billing goes on by itself. If not, cancel"
     else:
-        what = f"Recurly's subscription {link.uuid} is {state} (unpaid, or ended by a person), which is final"
+        why = "unpaid, ended by a person, or its term is over"
+        what = f"Recurly's subscription {link.uuid} is {state} for good ({why})"
         mend = "Cancel"
     reason = (
         f"{what}, but Amplify still serves {link.title} ({link.name}): nothing of it is billed, and its "

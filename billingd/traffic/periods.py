@@ -50,6 +50,8 @@ class PeriodWatch:
         self._clock = clock
         self._billing = billing
         self._refreshed_at: datetime | None = None
+        self._unseen: dict[str, datetime] = {}
+        """Since when this process waits to see the period after one that is over, by subscription."""
 
     def now(self) -> datetime:
         """The time that decides when a period ends: Recurly's."""
@@ -133,18 +135,21 @@ class PeriodWatch:
         been waited for long enough.
         """
         now = self._clock.now()
-        given_up = now - AWAY_MAX
-        if self._refreshed_at is not None:
-            given_up = max(given_up, self._refreshed_at - UNSEEN_MAX)
         async with self._store.read() as tx:
-            ends = [
-                link.period_ends_at
-                for link in await links.billing(tx)
-                if link.period_ends_at is not None
-                and link.period_ends_at > given_up
-                and _unseen_since_its_end(link, now)
-            ]
+            unseen = [link for link in await links.billing(tx) if _unseen_since_its_end(link, now)]
+        # From when the waiting began, not from the end: whoever was away for days has not looked yet.
+        self._unseen = {one.subscription_id: self._unseen.get(one.subscription_id, now) for one in unseen}
+        ends = [
+            one.period_ends_at
+            for one in unseen
+            if one.period_ends_at is not None and not self._given_up(self._unseen[one.subscription_id], now)
+        ]
         return min(ends, default=None)
+
+    def _given_up(self, since: datetime, now: datetime) -> bool:
+        """Whether a period that is unseen since a moment has been waited for long enough."""
+        for_others = self._refreshed_at is not None and self._refreshed_at >= since + UNSEEN_MAX
+        return for_others or now >= since + AWAY_MAX
 
     async def _learn_prices(self) -> None:
         """What add-ons cost that were linked by a release that did not keep it; for what is at stake."""

@@ -31,7 +31,7 @@ from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.ext.asyncio import engine as async_engine
 
-from billingd import daemon, outbox
+from billingd import daemon, loops, outbox, resync
 from billingd.adapters.recurly import client, sockets, workers
 from billingd.store import engine
 
@@ -88,6 +88,8 @@ def inline(
         mock.patch.object(daemon, "PROBE_EVERY", timedelta(hours=6)),
         mock.patch.object(daemon, "REFRESH_EVERY", timedelta(hours=6)),
         mock.patch.object(daemon, "RETENTION_EVERY", timedelta(hours=12)),
+        mock.patch.object(resync, "LOOK_EVERY", timedelta(hours=6)),
+        mock.patch.object(loops, "HELD_UP_PAUSE_MAX", timedelta(minutes=10)),
     ]
     for patch in patches:
         patch.start()

@@ -54,8 +54,8 @@ class Shape:
             schedule=rng.choice(("4h", "6h", "7 */6 * * *")),
             look_again=rng.choice((timedelta(minutes=10), *[HOUR] * 7)),
             on_cancel=rng.choice(("terminate", "terminate", "cancel")),
-            feed=rng.choice((1, 2)) * HOUR,
-            resync=rng.choice((12, 24, 48)) * HOUR,
+            feed=rng.choice((2, 4)) * HOUR,
+            resync=rng.choice((24, 36, 48)) * HOUR,
         )
 
 

@@ -17,11 +17,14 @@ def main() -> int:
     parser.add_argument("--density", type=float, default=1.0, help="how much of everything happens in a day")
     parser.add_argument("--quiet", action="store_true", help="only what the oracle says")
     parser.add_argument("--digest", action="store_true", help="only a digest of all that happened")
+    parser.add_argument("--lost-mail", type=float, default=0, help="the share of webhooks that never come")
+    parser.add_argument("--away", action="store_true", help="the daemon is down for days")
     parser.add_argument("--without", action="append", default=[], metavar="INGREDIENT")
     parser.add_argument("--count", type=int, default=1, help="so many seeds from this one on")
     given = parser.parse_args()
     ingredients = dataclasses.replace(
-        Ingredients(density=given.density), **dict.fromkeys(given.without, False)
+        Ingredients(density=given.density, lost_mail=given.lost_mail, away=given.away),
+        **dict.fromkeys(given.without, False),
     )
     bench = Bench()
     wrong = 0

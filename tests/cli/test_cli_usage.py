@@ -37,7 +37,7 @@ def test_the_commands_of_this_release_are_all_there_are() -> None:
     assert {" ".join(path) for path in commands(program)} == {
         *("run", "demo", "sandbox", "check-config", "config", "config show", "status"),
         *("outbox", "outbox list", "outbox show", "outbox retry", "outbox replay", "outbox discard"),
-        *("traffic", "traffic poll", "traffic windows", "traffic backfill"),
+        *("traffic", "traffic poll", "traffic windows", "traffic backfill", "resync"),
         *("held", "held list", "held release", "held write-off", "notify", "notify test"),
         *("db", "db upgrade", "db current", "db check", "db backup"),
     }

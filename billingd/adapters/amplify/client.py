@@ -292,9 +292,7 @@ class Amplify:
         return json_of(call, reply) if reply.ok else None
 
 
-def _if_readable(
-    kind: str, read: Callable[[Json], T]
-) -> Callable[[dict[str, Json]], T | Unreadable]:
+def _if_readable(kind: str, read: Callable[[Json], T]) -> Callable[[dict[str, Json]], T | Unreadable]:
     def reading(raw: dict[str, Json]) -> T | Unreadable:
         try:
             return read(raw)

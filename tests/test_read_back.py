@@ -1,0 +1,281 @@
+"""What is at Recurly and not in the ledger: which of it is ours, and what becomes of the rest."""
+
+from datetime import datetime, timedelta
+
+import pytest
+from linked import HOUR, TEN, Bills, add_on, link, subscription
+from manual_clock import ManualClock
+
+from billingd.domain.billing import BilledUsage
+from billingd.domain.errors import NotFound, Retryable
+from billingd.domain.periods import Period
+from billingd.domain.usage import book, merchant_tag, parse_tag
+from billingd.domain.windows import Window
+from billingd.store import held, links, marks, periods, read_back, schema, usage, watermarks
+from billingd.store.engine import Store
+from billingd.store.held import Hold
+from billingd.traffic.periods import PeriodWatch
+from billingd.traffic.read_back import ReadBack, _stretches
+
+WINDOW = Window(TEN, TEN + HOUR)
+DAY = timedelta(days=1)
+
+
+class Far(Bills):
+    """Recurly with usage; `recorded_at` is when its maker recorded it."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__(clock)
+        self.usage: dict[str, list[tuple[datetime, BilledUsage]]] = {}
+        self.asked: list[tuple[str, datetime]] = []
+
+    def hold(
+        self,
+        tag: str | None,
+        units: int,
+        *,
+        id_: str = "",
+        at: datetime = TEN,
+        code: str = "amplify-quota-q1",
+        recorded_at: datetime = TEN,
+        billed: bool = False,
+    ) -> None:
+        there = self.usage.setdefault(code, [])
+        one = BilledUsage(id_ or f"u{len(there)}", units, tag, at, TEN if billed else None)
+        there.append((recorded_at, one))
+
+    async def list_recorded_usage(
+        self, subscription_uuid: str, add_on_code: str, *, since: datetime
+    ) -> tuple[BilledUsage, ...]:
+        self.asked.append((add_on_code, since))
+        if self.away:
+            raise Retryable("away")
+        if add_on_code not in self.usage:
+            raise NotFound(add_on_code)
+        return tuple(one for recorded_at, one in self.usage[add_on_code] if recorded_at >= since)
+
+    async def list_usage(
+        self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
+    ) -> tuple[BilledUsage, ...]:
+        there = [one for _, one in self.usage.get(add_on_code, [])]
+        return tuple(one for one in there if begin <= one.usage_timestamp <= end)
+
+
+@pytest.fixture
+def far(clock: ManualClock) -> Far:
+    made = Far(clock)
+    made.show(Period(TEN, TEN + 30 * DAY))
+    return made
+
+
+@pytest.fixture
+def reader(store: Store, clock: ManualClock, far: Far) -> ReadBack:
+    watch = PeriodWatch(store, clock, far)
+    return ReadBack(store, clock, far, watch, unsettled=timedelta(minutes=2), horizon=3 * DAY)
+
+
+async def rows(store: Store) -> dict[str, tuple[int, str, str | None]]:
+    """Units, state and id at Recurly of each tag in the ledger."""
+    async with store.read() as tx:
+        found = (await tx.execute(schema.usage_records.select())).all()
+    return {row.merchant_tag: (row.units, row.state, row.usage_id) for row in found}
+
+
+def tag(window: Window = WINDOW, revision: int = 1, subscription_id: str = "s1", quota_id: str = "q1") -> str:
+    return merchant_tag(subscription_id, quota_id, window, revision)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [WINDOW, Window(TEN, TEN + timedelta(seconds=1)), Window(TEN + timedelta(seconds=7), TEN + 400 * DAY)],
+)
+@pytest.mark.parametrize("revision", [1, 2, 999])
+def test_a_tag_says_what_it_was_made_of(window: Window, revision: int) -> None:
+    said = parse_tag(tag(window, revision))
+    assert said is not None
+    assert (said.window, said.revision) == (window, revision)
+    assert merchant_tag("s1", "q1", said.window, said.revision) == tag(window, revision)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "bd1:",
+        tag().upper(),
+        tag() + " ",
+        tag() + "\n",
+        "x" + tag(),
+        tag()[:-1] + "0",
+        tag()[:-1] + "01",
+        tag()[:-1] + "\u0661",
+        tag().replace("bd1", "bd2"),
+        tag().replace("20260302", "20260231"),
+        tag().replace(":3600:", ":0:"),
+        tag().replace(":3600:", ":9999999999:").replace("2026", "9999"),
+    ],
+)
+def test_what_is_no_tag_of_ours_says_nothing(text: str) -> None:
+    assert parse_tag(text) is None
+
+
+async def test_what_the_ledger_lacks_is_put_into_it_once(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> None:
+    """Ours by the tag's pair; a second look finds nothing new; book() goes on after it."""
+    await link(store, subscription(), add_ons=[add_on(), add_on("q2"), add_on("q3")])
+    cut = Window(TEN + HOUR, TEN + HOUR + timedelta(minutes=7))
+    far.hold(tag(), 5, at=TEN + HOUR / 2)
+    far.hold(tag(revision=2), 2, at=TEN + HOUR / 2, billed=True)
+    far.hold(tag(cut), -3, at=cut.start)
+    far.hold(tag(quota_id="q2"), 70, code="amplify-quota-q1")  # of another add-on
+    far.hold(tag(subscription_id="s2"), 80)
+    far.hold(None, 90)
+    far.hold("by hand", 90)
+    far.hold(tag(revision=7), 0)
+    far.hold(tag(quota_id="q2"), 4, code="amplify-quota-q2", at=TEN + 5 * HOUR)  # moved out of its window
+    async with store.read() as tx:
+        found = await links.find_subscription(tx, "s1")
+    assert found is not None
+    assert await reader.subscription(found, since=TEN) == 4
+    expected = {
+        tag(): (5, "reported", "u0"),
+        tag(revision=2): (2, "reported", "u1"),
+        tag(cut): (-3, "reported", "u2"),
+        tag(quota_id="q2"): (4, "reported", "u0"),
+    }
+    assert await rows(store) == expected
+    assert await reader.subscription(found, since=TEN) == 0
+    assert await rows(store) == expected
+    async with store.read() as tx:
+        booked = (await usage.sums(tx, TEN, TEN + HOUR))[("s1", "q1")]
+        assert await periods.of(tx, "s1") == [Period(TEN, TEN + 30 * DAY)], "learnt on the way"
+    [more] = book("s1", "q1", {WINDOW: 10}, booked, before=WINDOW.end)
+    assert (more.units, more.revision) == (3, 3)
+    assert {since for _, since in far.asked} == {TEN - 5 * DAY}
+
+
+async def test_what_waits_here_and_is_there_is_reported(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> None:
+    """However long ago it was recorded, and held or not; the ledger keeps its own units."""
+    await link(store, subscription())
+    old = Window(TEN - 90 * DAY, TEN - 90 * DAY + HOUR)
+    async with store.write() as tx:
+        for window, units, state in ((WINDOW, 5, "recorded"), (old, 6, "held")):
+            await usage.insert(
+                tx,
+                list(book("s1", "q1", {window: units}, {}, before=window.end)),
+                now=window.end,
+                state=state,
+            )
+        await held.add(tx, Hold("late_usage", f"usage:{tag(old)}", "late", units=6), now=TEN)
+        found = await links.find_subscription(tx, "s1")
+    assert found is not None
+    second = timedelta(seconds=1)
+    far.hold(tag(), 4, id_="b", at=WINDOW.end - second)
+    far.hold(tag(), 5, id_="a", at=WINDOW.end - second, billed=True)
+    far.hold(tag(old), 6, id_="c", at=old.end - second, recorded_at=old.end)
+    assert await reader.subscription(found, since=TEN) == 0
+    assert await rows(store) == {tag(): (5, "reported", "a"), tag(old): (6, "reported", "c")}
+    async with store.read() as tx:
+        assert await held.standing(tx) == []
+
+
+async def test_the_mark_stays_until_all_are_read(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> None:
+    """Nothing before what was under way has settled; one that cannot be read keeps the rest waiting."""
+    await link(store, subscription("s1"), subscription("s2", billed_state="expired"), subscription("s3"))
+    far.show(Period(TEN, TEN + 30 * DAY), subscription="s3")
+    far.hold(tag(), 5)
+    async with store.write() as tx:
+        detail = {"copied_at": TEN.isoformat(), "file": "copy.db"}
+        await marks.note(tx, marks.RESTORED, at=clock.now(), detail=detail)
+    assert not await reader.finished()
+    assert not await reader.run_once()
+    assert far.asked == []
+    clock.advance(timedelta(minutes=2))
+    assert await reader.run_once()
+    assert reader.reason == "reading back from Recurly after a restore (2 subscription(s) left)"
+    far.away = True
+    with pytest.raises(Retryable):
+        await reader.run_once()
+    assert not await reader.finished()
+    far.away = False
+    again = ReadBack(
+        store, clock, far, PeriodWatch(store, clock, far), unsettled=timedelta(0), horizon=3 * DAY
+    )
+    far.asked.clear()
+    while await again.run_once():
+        pass
+    assert await again.finished()
+    assert again.reason is None
+    assert len(far.asked) == 1, "the first was read before the restart, the second is over"
+    async with store.read() as tx:
+        assert await marks.find(tx, marks.RESTORED) is None
+        [notice] = (await tx.execute(schema.outbox.select())).all()
+    assert "1 usage record(s)" in str(notice.args)
+
+
+async def test_a_link_made_again_counts_from_where_it_counted(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> None:
+    """Its first window began before it was made at Recurly; traffic that was nobody's is read again."""
+    made_at = TEN + timedelta(minutes=20)
+    await link(store, subscription(usage_from=made_at))
+    far.hold(tag(), 5, at=made_at)
+    now = TEN + 10 * DAY
+    async with store.write() as tx:
+        await watermarks.begin(tx, "metrics", TEN - DAY, HOUR, now=now)
+        mark = await watermarks.find(tx, "metrics")
+        assert mark is not None
+        await watermarks.advance(tx, mark, now, now=now)
+        for start in (TEN - HOUR, TEN, TEN + 5 * DAY):
+            await usage.set_unlinked(tx, "s1", "q1", start, 3, now=now)
+    async with store.read() as tx:
+        found = await links.find_subscription(tx, "s1")
+        plan = await links.find_plan(tx, "p1")
+    assert found is not None
+    assert plan is not None
+    there = await reader.list(far.shown["uuid-s1"], plan)
+    async with store.write() as tx:
+        await reader.keep(tx, found, there, now=now)
+    assert await rows(store) == {tag(): (5, "reported", "u0")}
+    async with store.read() as tx:
+        again = await links.find_subscription(tx, "s1")
+        mark = await watermarks.find(tx, "metrics")
+        left = (await tx.execute(schema.unlinked_traffic.select())).all()
+    assert again is not None
+    assert mark is not None
+    assert again.usage_from == TEN
+    assert mark.at == TEN
+    assert [row.window_start for row in left] == [TEN - HOUR]
+
+
+async def test_a_fresh_link_moves_nothing(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> None:
+    """What lies within the horizon is read again anyhow; before the windows of today nothing can be."""
+    await link(store, subscription())
+    async with store.write() as tx:
+        await watermarks.begin(tx, "metrics", TEN - DAY, HOUR, now=TEN)
+        assert await read_back.read_again(tx, "s1", TEN - 9 * DAY, horizon=3 * DAY) is None
+        found = await links.find_subscription(tx, "s1")
+        assert found is not None
+        await reader.keep(tx, found, {}, now=TEN)
+        mark = await watermarks.find(tx, "metrics")
+        assert mark is not None
+        assert mark.at == TEN - DAY
+        assert await links.find_subscription(tx, "s1") == found
+
+
+def test_times_are_looked_for_in_stretches() -> None:
+    """Years of nothing between two records are not listed."""
+    times = [TEN, TEN + DAY, TEN + 300 * DAY, TEN + 306 * DAY, TEN + 900 * DAY]
+    assert _stretches(times) == [
+        (TEN, TEN + DAY),
+        (TEN + 300 * DAY, TEN + 306 * DAY),
+        (TEN + 900 * DAY, TEN + 900 * DAY),
+    ]
+    assert _stretches([]) == []
