@@ -51,10 +51,11 @@ from billingd.provisioning.linking import Linker
 from billingd.provisioning.plan import PlanProvisioner
 from billingd.provisioning.product import ProductProvisioner
 from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
+from billingd.reconcile.billed import BilledSurvey
 from billingd.reconcile.linkage import Linkage
 from billingd.reconcile.repair import UsageRepairer
 from billingd.reconcile.runs import Reconciler
-from billingd.reconcile.survey import Survey
+from billingd.reconcile.served import ServedSurvey
 from billingd.resync import Resync
 from billingd.settings import Settings, host_port, parse_duration
 from billingd.store import copies, events, migrate, outbox
@@ -291,7 +292,8 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     reconciler = Reconciler(
         store,
         clock,
-        Survey(store, clock, source, recurly, horizon=settings.traffic.horizon, settling=settling),
+        ServedSurvey(store, source, horizon=settings.traffic.horizon),
+        BilledSurvey(store, clock, recurly, settling=settling),
         Linkage(store, amplify, recurly),
         poller,
         source=source.name,

@@ -167,6 +167,9 @@ class Resync:
                 await self._tell_of_charging(tx, found, now)
                 if asked == self._asked:  # else of what may have been listed already: another is due
                     await marks.note(tx, marks.RESYNCED, at=found.began_at, detail=dict(found.counts))
+            if asked != self._asked:  # also by whom did not see the mark yet, while it was being committed
+                async with self._store.write() as tx:
+                    await marks.clear(tx, marks.RESYNCED)
             self._wake_outbox.set()
         log.info("resync.done", enqueued=enqueued, withheld=len(found.withheld), **found.counts)
         for warning in found.unread:

@@ -1,50 +1,28 @@
 """Repair: what a reconciliation found is mended through the outbox, as far as that is safe."""
 
-from collections import defaultdict
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Protocol
 
 import structlog
 
-from billingd.domain.attempts import UNFINISHED, Action, Leased, State
-from billingd.domain.billing import BilledUsage, NewUsage
-from billingd.domain.delivery import CORRECTABLE, PAUSED, obstacle
-from billingd.domain.drift import ACCEPT, AUDIT, CORRECT, POST, READ, REPLACE, Drift, kept_first
-from billingd.domain.errors import NotFound, Permanent, Retryable
-from billingd.domain.events import REPAIR_USAGE, REPORT_USAGE, report_action
+from billingd.domain.attempts import UNFINISHED, Leased, State
+from billingd.domain.drift import ACCEPT, AUDIT, CORRECT, POST, READ, REPLACE, Drift
+from billingd.domain.drift_usage import kept_first
+from billingd.domain.errors import NotFound
+from billingd.domain.events import REPORT_USAGE, report_action
 from billingd.domain.sending import idempotency_key
-from billingd.domain.usage import corrected_tag, correction_tag, usage_intent
+from billingd.domain.usage import usage_intent
 from billingd.loops import Clock
 from billingd.once import Once
-from billingd.store import drift, held, history, intents, outbox, periods, usage
+from billingd.reconcile.at_recurly import AtRecurly, Billing
+from billingd.store import drift, held, history, intents, outbox, usage
 from billingd.store.drift import Found
 from billingd.store.engine import Store, Tx
 from billingd.store.usage import Recorded
 
 log = structlog.get_logger()
-
-SECOND: Final = timedelta(seconds=1)
-BILL_NEAR: Final = timedelta(minutes=15)
-"""How long before a bill nothing is replaced that could not be posted again after it."""
-
-
-class Billing(Protocol):
-    """What is read and removed at Recurly."""
-
-    async def list_usage(
-        self,
-        subscription_uuid: str,
-        add_on_code: str,
-        *,
-        begin: datetime,
-        end: datetime,
-        status: Literal["all", "unbilled"] = "all",
-    ) -> tuple[BilledUsage, ...]: ...
-    async def create_usage(self, new: NewUsage, *, key: str, retried: bool = False) -> str: ...
-    async def remove_usage(self, usage_id: str, *, key: str, retried: bool = False) -> None: ...
-    def far_now(self) -> datetime: ...
 
 
 class Poller(Protocol):
@@ -62,7 +40,7 @@ class Auditor(Protocol):
 
 
 class UsageRepairer:
-    """Handles `repair_usage`, and asks for it."""
+    """Handles `repair_usage`."""
 
     def __init__(
         self,
@@ -75,23 +53,13 @@ class UsageRepairer:
         *,
         settling: timedelta,
     ) -> None:
-        self._once = once
         self._store = store
         self._clock = clock
         self._billing = billing
+        self._far = AtRecurly(store, clock, billing, once)
         self._poller = poller
         self._auditor = auditor
         self._settling = settling
-
-    @staticmethod
-    async def ask(tx: Tx, found: Sequence[Found], *, now: datetime) -> int:
-        """Ask for the repair of these findings; return the units of those that can be mended.
-
-        What can only be shown to a person (late usage that no bill takes, billed extra records) is read or
-        audited too, so that it is held.
-        """
-        await outbox.insert(tx, list(_actions(found)), now=now)
-        return sum(one.drift.units for one in found if one.drift.repairable)
 
     async def repair(self, action: Leased) -> None:
         """Look again, and mend what is still so. Whatever a repair does can be done twice without harm."""
@@ -117,7 +85,7 @@ class UsageRepairer:
         elif how == REPLACE:
             await self._replace(found, recorded)
         elif how == CORRECT:
-            await self._correct(found, recorded)
+            await self._far.correct(found, recorded)
         elif how == ACCEPT:
             await self._accept(found, recorded)
 
@@ -139,7 +107,7 @@ class UsageRepairer:
         gone = []
         for one in doubles:
             at = datetime.fromisoformat(one.drift.detail["at"])
-            there = await self._listed(records[one.id], at)
+            there = await self._far.listed(records[one.id], at)
             if all(each.id != one.drift.detail["usage"] for each in there):
                 gone.append(one.id)
         async with self._store.write() as tx:
@@ -182,14 +150,14 @@ class UsageRepairer:
         if recorded.state != "reported":
             return
         if removed is None:
-            there = await self._listed(recorded, record.usage_timestamp)
+            there = await self._far.listed(recorded, record.usage_timestamp)
             if ours := [one for one in there if one.merchant_tag == record.merchant_tag]:
                 first = kept_first(ours, record.units)[0]
                 async with self._store.write() as tx:
                     await usage.renamed(tx, recorded.id, usage_id=first.id)
                     await drift.mended(tx, [found.id], "Recurly has it after all")
                 return
-        if not await self._takes(recorded):
+        if not await self._far.takes(recorded):
             return
         async with self._store.write() as tx:
             if not await usage.missing(tx, recorded.id):
@@ -218,7 +186,7 @@ class UsageRepairer:
     async def _replace(self, found: Found, recorded: Recorded) -> None:
         """An unbilled record that is not as recorded: removed, then the recorded one is posted."""
         usage_id = found.drift.detail["usage"]
-        there = await self._listed(recorded, datetime.fromisoformat(found.drift.detail["at"]))
+        there = await self._far.listed(recorded, datetime.fromisoformat(found.drift.detail["at"]))
         theirs = next((one for one in there if one.id == usage_id), None)
         if theirs is not None:
             its_own = (recorded.record.units, recorded.record.usage_timestamp)
@@ -226,7 +194,7 @@ class UsageRepairer:
                 async with self._store.write() as tx:
                     await drift.mended(tx, [found.id], "it is right again")
                 return
-            if theirs.billed_at is not None or not await self._takes(recorded, removing=True):
+            if theirs.billed_at is not None or not await self._far.takes(recorded, removing=True):
                 return
             # removing by id cannot take effect twice, so each try has a key of its own
             key = idempotency_key(f"remove:{usage_id}:{self._clock.now().isoformat()}", 1, "replace")
@@ -236,81 +204,9 @@ class UsageRepairer:
                 log.info("usage.gone_already", usage=usage_id)
         await self._post_again(found, recorded, removed=usage_id)
 
-    async def _correct(self, found: Found, recorded: Recorded) -> None:
-        """Billed units that are too many or too few: the difference goes into the same cycle, once.
-
-        What Recurly has decides: all that is billed under the tag, and what was corrected before. A
-        correction that is known to be there, and is not shown yet, is waited for.
-        """
-        record = recorded.record
-        tag = record.merchant_tag
-        there = [
-            one
-            for one in await self._listed(recorded, record.usage_timestamp)
-            if one.merchant_tag == tag or corrected_tag(one.merchant_tag or "") == tag
-        ]
-        ours = [one for one in there if one.merchant_tag == tag]
-        unbilled = [one for one in kept_first(ours, record.units)[1:] if one.billed_at is None]
-        surplus = sum(one.units for one in there if one not in unbilled) - record.units
-        if not ours or not await self._takes(recorded, removing=True):
-            return
-        shown = {one.merchant_tag for one in there}
-        number, name = 1, usage_intent(correction_tag(tag, 1))
-        async with self._store.read() as tx:
-            while (intent := await intents.find(tx, name)) is not None and intent.state == "done":
-                if correction_tag(tag, number) not in shown:
-                    raise Retryable(f"the correction {number} of {tag} is not shown at Recurly yet")
-                number += 1
-                name = usage_intent(correction_tag(tag, number))
-        if surplus == 0:
-            async with self._store.write() as tx:
-                await self._right(tx, found, recorded, "it is corrected already")
-            return
-        new = NewUsage(
-            subscription_uuid=recorded.link.uuid,
-            add_on_code=recorded.add_on.add_on_code,
-            units=-surplus,
-            merchant_tag=correction_tag(tag, number),
-            usage_timestamp=record.usage_timestamp,
-            recorded_at=found.drift.window_start or record.usage_timestamp,
-        )
-
-        async def keep(tx: Tx, usage_id: str) -> None:
-            detail = {"tag": new.merchant_tag, "units": new.units, "usage_id": usage_id}
-            now = self._clock.now()
-            await history.append(tx, usage_intent(tag), "corrected", now=now, run=found.run_id, **detail)
-            await self._right(
-                tx, found, recorded, f"corrected by {new.units} unit(s) under {new.merchant_tag}"
-            )
-
-        async def send(key: str, *, retried: bool) -> str:
-            return await self._billing.create_usage(new, key=key, retried=retried)
-
-        async def find() -> str | None:
-            shown = await self._listed(recorded, record.usage_timestamp)
-            return next((one.id for one in shown if one.merchant_tag == new.merchant_tag), None)
-
-        body = {"subscription": new.subscription_uuid, "add_on": new.add_on_code, "units": new.units}
-        await self._once.write(
-            name,
-            body | {"at": new.usage_timestamp.isoformat()},
-            send=send,
-            find=find,
-            keep=keep,
-            look_first=True,
-            about=record.subscription_id,
-        )
-
-    async def _right(self, tx: Tx, found: Found, recorded: Recorded, how: str) -> None:
-        """A billed record is right now: what the audit holds of it needs nobody any more."""
-        tag, now = recorded.record.merchant_tag, self._clock.now()
-        for subject in (f"audit:{tag}", f"audit:{tag}:{found.drift.detail['usage']}"):
-            await held.close(tx, subject=subject, resolution=how, now=now)
-        await drift.mended(tx, [found.id], how)
-
     async def _accept(self, found: Found, recorded: Recorded) -> None:
         """Recurly has what the ledger had given up: the ledger says so, and nobody has to decide any more."""
-        there = await self._listed(recorded, datetime.fromisoformat(found.drift.detail["at"]))
+        there = await self._far.listed(recorded, datetime.fromisoformat(found.drift.detail["at"]))
         theirs = next((one for one in there if one.id == found.drift.detail["usage"]), None)
         if theirs is None:
             return
@@ -322,67 +218,10 @@ class UsageRepairer:
             await history.append(tx, name, "there_after_all", now=now, usage_id=theirs.id, run=found.run_id)
             await drift.mended(tx, [found.id], "the ledger says that it is reported")
 
-    async def _listed(self, recorded: Recorded, at: datetime) -> tuple[BilledUsage, ...]:
-        """What Recurly has of its add-on around a moment."""
-        uuid, code = recorded.link.uuid, recorded.add_on.add_on_code
-        try:
-            return await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
-        except NotFound as error:
-            raise Permanent(f"Recurly has no usage of {code} on {uuid} any more: {error}") from error
 
-    async def _takes(self, recorded: Recorded, *, removing: bool = False) -> bool:
-        """Whether Recurly would take the record now; with `removing`, for long enough to post it again."""
-        link, add_on = recorded.link, recorded.add_on
-        async with self._store.read() as tx:
-            known = await periods.of(tx, link.subscription_id)
-        at = recorded.record.usage_timestamp
-        stop = obstacle(at, state=link.billed_state, periods=known, tier_type=add_on.tier_type)
-        if stop is not None and (removing or stop.kind != PAUSED):
-            return False
-        ends_at = link.period_ends_at
-        near = ends_at is not None and ends_at - self._billing.far_now() < BILL_NEAR
-        return not (removing and near and add_on.tier_type not in CORRECTABLE)
-
-
-def _actions(found: Iterable[Found]) -> Iterable[Action]:
-    """One for each record to mend; one for each subscription to read again, or to audit."""
-    reading: dict[str, list[Found]] = defaultdict(list)
-    auditing: dict[str, Found] = {}
-    for one in found:
-        how, name = one.drift.detail.get("how"), one.drift.subscription_id
-        if how is None or name is None:
-            continue
-        if how == READ:
-            reading[name].append(one)
-        elif how == AUDIT:
-            auditing.setdefault(name, one)
-        else:
-            yield Action(
-                REPAIR_USAGE,
-                f"usage:{name}:{one.drift.detail['quota']}",
-                f"{REPAIR_USAGE}:{one.run_id}:{one.id}",
-                {"how": how, "run": one.run_id, "finding": one.id},
-            )
-    for name, late in reading.items():
-        starts = [one.drift.window_start for one in late if one.drift.window_start is not None]
-        args = {
-            "how": READ,
-            "run": late[0].run_id,
-            "subscription": name,
-            "since": min(starts).isoformat(),
-            "until": max(one.drift.detail["until"] for one in late),
-        }
-        subject = f"usage:{name}:{late[0].drift.detail['quota']}"
-        yield Action(REPAIR_USAGE, subject, f"{REPAIR_USAGE}:{late[0].run_id}:read:{late[0].id}", args)
-    for name, first in auditing.items():
-        args = {"how": AUDIT, "run": first.run_id, "subscription": name}
-        subject = f"audit:{name}:run {first.run_id}"
-        yield Action(REPAIR_USAGE, subject, f"{REPAIR_USAGE}:{first.run_id}:audit:{name}", args)
+def _subject(recorded: Recorded) -> str:
+    return f"usage:{recorded.record.subscription_id}:{recorded.record.quota_id}"
 
 
 def _within(one: Drift, args: Any) -> bool:
     return one.window_start is not None and (args["since"] <= one.window_start.isoformat() < args["until"])
-
-
-def _subject(recorded: Recorded) -> str:
-    return f"usage:{recorded.record.subscription_id}:{recorded.record.quota_id}"

@@ -7,19 +7,20 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from billingd.domain.drift import AUDIT, HELD, READ, WRONG_PERIOD, Drift, WrittenOff, accepted, held_subject
+from billingd.domain.drift import Drift
 from billingd.domain.errors import BillingdError, NotFound, Permanent, Retryable
-from billingd.domain.notices import provider_notice
 from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.reconcile import document
+from billingd.reconcile.asking import ask
+from billingd.reconcile.billed import BilledSurvey
+from billingd.reconcile.holding import close_gone, hold, not_accepted, notice
 from billingd.reconcile.linkage import Linkage
-from billingd.reconcile.repair import UsageRepairer
-from billingd.reconcile.survey import Survey, overlapping
-from billingd.store import drift, held, links, outbox, watermarks
+from billingd.reconcile.places import overlapping
+from billingd.reconcile.served import ServedSurvey
+from billingd.store import drift, links, outbox, watermarks
 from billingd.store.drift import Run
 from billingd.store.engine import Store, Tx
-from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
 from billingd.store.watermarks import Watermark
 
@@ -53,7 +54,8 @@ class Reconciler:
         self,
         store: Store,
         clock: Clock,
-        survey: Survey,
+        served: ServedSurvey,
+        billed: BilledSurvey,
         linkage: Linkage,
         poller: Poller,
         *,
@@ -64,7 +66,8 @@ class Reconciler:
     ) -> None:
         self._store = store
         self._clock = clock
-        self._survey = survey
+        self._served_survey = served
+        self._billed_survey = billed
         self._linkage = linkage
         self._poller = poller
         self._source = source
@@ -190,7 +193,7 @@ class Reconciler:
             start = datetime.fromisoformat(run.cursor)
         stop = min(floor(run.until, mark.length), mark.at)
         end = min(start + CHUNK_WINDOWS * mark.length, stop)
-        found = [] if start >= end else await self._survey.served(run, mark, start, end)
+        found = [] if start >= end else await self._served_survey.compare(run, mark, start, end)
         over = end >= stop
         await self._keep(
             run, found, phase=BILLED if over else SERVED, cursor=None if over else end.isoformat()
@@ -210,7 +213,7 @@ class Reconciler:
             await self._keep(run, [], phase=LINKS, cursor=None)
             return
         began = self._clock.elapsed()
-        one = await self._survey.billed(run, mark, left[0])
+        one = await self._billed_survey.compare(run, mark, left[0])
         last = len(left) == 1
         await self._keep(
             run,
@@ -241,60 +244,25 @@ class Reconciler:
         async with self._store.write() as tx:
             after = int(run.cursor or 0)
             page = await drift.of(tx, run.id, after=after, limit=REPAIR_PAGE)
-            units = await UsageRepairer.ask(tx, page, now=now) if page else 0
+            units = await ask(tx, page, now=now) if page else 0
             cursor = str(page[-1].id) if page else run.cursor
             if not await drift.step(tx, run, phase=REPAIR, cursor=cursor, repaired_units=units):
                 raise Retryable("another process takes the steps of this run")
             for one in page:
                 if not one.drift.repairable and one.drift.units:
-                    await self._hold(tx, one.drift, now)
+                    await hold(tx, one.drift, now)
             if len(page) < REPAIR_PAGE:
                 await self._over(tx, run)
         self._wake_outbox.set()
-
-    async def _hold(self, tx: Tx, found: Drift, now: datetime) -> None:
-        """What nothing mends waits for a person.
-
-        Late usage is held by its report, what is in the open cycle by the audit, and a reading that shrank
-        by the poll, as far back as it reads again.
-        """
-        if found.subscription_id is None or found.detail.get("how") == READ:
-            return
-        if (reading := found.detail.get("reading")) is not None and await held.standing(tx, subject=reading):
-            return
-        if found.detail.get("how") == AUDIT and found.kind != WRONG_PERIOD:
-            link = await links.find_subscription(tx, found.subscription_id)
-            at = datetime.fromisoformat(found.detail["at"])
-            if link is None or link.period_started_at is None or at >= link.period_started_at:
-                return
-        item = Hold(
-            found.kind,
-            held_subject(found)[:200],
-            f"{found.cause}. {found.fix}",
-            subscription_id=found.subscription_id,
-            add_on_code=found.add_on_code,
-            units=found.units,
-        )
-        await held.add(tx, item, now=now)
 
     async def _keep(
         self, run: Run, found: Sequence[Drift], *, phase: str, cursor: str | None, **counts: int
     ) -> None:
         """A step is done: what it found and how far the run is, in one transaction."""
         async with self._store.write() as tx:
-            kept = await self._not_accepted(tx, found)
+            kept = await not_accepted(tx, found)
             if await drift.step(tx, run, phase=phase, cursor=cursor, **counts):
                 await drift.add(tx, run.id, kept)
-
-    @staticmethod
-    async def _not_accepted(tx: Tx, found: Sequence[Drift]) -> list[Drift]:
-        known: dict[str, list[WrittenOff]] = {}
-        for name in {one.subscription_id for one in found if one.subscription_id is not None}:
-            rows = await held.written_off(tx, name)
-            known[name] = [
-                WrittenOff(row["kind"], row["subject"], row["reason"], row["units"]) for row in rows
-            ]
-        return [one for one in found if not accepted(one, known.get(one.subscription_id or "", ()))]
 
     async def _failed(self, run: Run, error: BillingdError) -> None:
         log.error("reconcile.failed", run=run.id, error=str(error))
@@ -308,46 +276,18 @@ class Reconciler:
         drifting = totals.drifting > 0
         await drift.finish(tx, run.id, now=now, drifting=drifting)
         log.info("reconcile.done", run=run.id, units=totals.units, findings=totals.findings)
-        await self._close_gone(tx, run, now)
+        await close_gone(tx, run, now)
         if run.asked not in drift.WHOLE:
             return
         before = await drift.latest(tx, before=run.id)
         if drifting != (before is not None and before.drifting is True):
-            await outbox.insert(tx, [_notice(run, totals)], now=now)
+            await outbox.insert(tx, [notice(run, totals)], now=now)
             self._wake_outbox.set()
         await drift.forget(tx)
-
-    @staticmethod
-    async def _close_gone(tx: Tx, run: Run, now: datetime) -> None:
-        """What was held of a difference that this run looked for and found no more needs nobody."""
-        for item in await held.standing(tx):
-            if not item["subject"].startswith(HELD):
-                continue
-            if run.subscription_id not in {None, item["subscription_id"]}:
-                continue
-            kind, _, subject = item["subject"].removeprefix(HELD).partition(":")
-            said = await drift.last_said(tx, kind, subject)
-            if said is None or said[0] == run.id or said[1] is None or not run.since <= said[1] < run.until:
-                continue
-            await held.close_one(tx, item["id"], resolution="it was reconciled, and is no more", now=now)
 
     async def document(self, run_id: int) -> dict[str, Any] | None:
         """What a run found so far (contract section 2), None when there is no such run."""
         return await document.of(self._store, run_id)
-
-
-def _notice(run: Run, totals: drift.Totals) -> Any:
-    if totals.drifting:
-        title = "Amplify, the ledger and Recurly differ"
-        body = (
-            f"{totals.findings} difference(s) of {totals.units} unit(s) between {run.since.isoformat()} and "
-            f"{run.until.isoformat()}. `billingd reconcile` shows them, `billingd reconcile --repair` mends "
-            "what is safe."
-        )
-    else:
-        title = "Amplify, the ledger and Recurly agree again"
-        body = f"Nothing differs between {run.since.isoformat()} and {run.until.isoformat()}."
-    return provider_notice(f"drift:{run.id}", title, body)
 
 
 def _earliest(linked: Sequence[SubscriptionLink], now: datetime) -> datetime:

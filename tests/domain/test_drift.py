@@ -6,16 +6,8 @@ from typing import Any
 import pytest
 
 from billingd.domain.billing import BilledUsage
-from billingd.domain.drift import (
-    Drift,
-    Entry,
-    Place,
-    WrittenOff,
-    accepted,
-    compare_billed,
-    compare_served,
-    held_subject,
-)
+from billingd.domain.drift import Drift, WrittenOff, accepted, held_subject
+from billingd.domain.drift_usage import Entry, Place, compare_billed, compare_served
 from billingd.domain.periods import Period
 from billingd.domain.usage import UsageRecord, corrected_tag, correction_tag, merchant_tag
 from billingd.domain.windows import Window

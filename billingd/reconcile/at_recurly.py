@@ -1,0 +1,140 @@
+"""At Recurly: what is there of a record, whether it would be taken now, and how a billed one is corrected."""
+
+from datetime import datetime, timedelta
+from typing import Final, Literal, Protocol
+
+from billingd.domain.billing import BilledUsage, NewUsage
+from billingd.domain.delivery import CORRECTABLE, PAUSED, obstacle
+from billingd.domain.drift_usage import kept_first
+from billingd.domain.errors import NotFound, Permanent, Retryable
+from billingd.domain.usage import corrected_tag, correction_tag, usage_intent
+from billingd.loops import Clock
+from billingd.once import Once
+from billingd.store import drift, held, history, intents, periods
+from billingd.store.drift import Found
+from billingd.store.engine import Store, Tx
+from billingd.store.usage import Recorded
+
+SECOND: Final = timedelta(seconds=1)
+BILL_NEAR: Final = timedelta(minutes=15)
+"""How long before a bill nothing is replaced that could not be posted again after it."""
+
+
+class Billing(Protocol):
+    """What is read and removed at Recurly."""
+
+    async def list_usage(
+        self,
+        subscription_uuid: str,
+        add_on_code: str,
+        *,
+        begin: datetime,
+        end: datetime,
+        status: Literal["all", "unbilled"] = "all",
+    ) -> tuple[BilledUsage, ...]: ...
+    async def create_usage(self, new: NewUsage, *, key: str, retried: bool = False) -> str: ...
+    async def remove_usage(self, usage_id: str, *, key: str, retried: bool = False) -> None: ...
+    def far_now(self) -> datetime: ...
+
+
+class AtRecurly:
+    """One record's far side."""
+
+    def __init__(self, store: Store, clock: Clock, billing: Billing, once: Once) -> None:
+        self._store = store
+        self._clock = clock
+        self._billing = billing
+        self._once = once
+
+    async def listed(self, recorded: Recorded, at: datetime) -> tuple[BilledUsage, ...]:
+        """What Recurly has of its add-on around a moment."""
+        uuid, code = recorded.link.uuid, recorded.add_on.add_on_code
+        try:
+            return await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
+        except NotFound as error:
+            raise Permanent(f"Recurly has no usage of {code} on {uuid} any more: {error}") from error
+
+    async def takes(self, recorded: Recorded, *, removing: bool = False) -> bool:
+        """Whether Recurly would take the record now; with `removing`, for long enough to post it again."""
+        link, add_on = recorded.link, recorded.add_on
+        async with self._store.read() as tx:
+            known = await periods.of(tx, link.subscription_id)
+        at = recorded.record.usage_timestamp
+        stop = obstacle(at, state=link.billed_state, periods=known, tier_type=add_on.tier_type)
+        if stop is not None and (removing or stop.kind != PAUSED):
+            return False
+        ends_at = link.period_ends_at
+        near = ends_at is not None and ends_at - self._billing.far_now() < BILL_NEAR
+        return not (removing and near and add_on.tier_type not in CORRECTABLE)
+
+    async def correct(self, found: Found, recorded: Recorded) -> None:
+        """Billed units that are too many or too few: the difference goes into the same cycle, once.
+
+        What Recurly has decides: all that is billed under the tag, and what was corrected before. A
+        correction that is known to be there, and is not shown yet, is waited for.
+        """
+        record = recorded.record
+        tag = record.merchant_tag
+        there = [
+            one
+            for one in await self.listed(recorded, record.usage_timestamp)
+            if one.merchant_tag == tag or corrected_tag(one.merchant_tag or "") == tag
+        ]
+        ours = [one for one in there if one.merchant_tag == tag]
+        unbilled = [one for one in kept_first(ours, record.units)[1:] if one.billed_at is None]
+        surplus = sum(one.units for one in there if one not in unbilled) - record.units
+        if not ours or not await self.takes(recorded, removing=True):
+            return
+        shown = {one.merchant_tag for one in there}
+        number, name = 1, usage_intent(correction_tag(tag, 1))
+        async with self._store.read() as tx:
+            while (intent := await intents.find(tx, name)) is not None and intent.state == "done":
+                if correction_tag(tag, number) not in shown:
+                    raise Retryable(f"the correction {number} of {tag} is not shown at Recurly yet")
+                number += 1
+                name = usage_intent(correction_tag(tag, number))
+        if surplus == 0:
+            async with self._store.write() as tx:
+                await self._right(tx, found, recorded, "it is corrected already")
+            return
+        new = NewUsage(
+            subscription_uuid=recorded.link.uuid,
+            add_on_code=recorded.add_on.add_on_code,
+            units=-surplus,
+            merchant_tag=correction_tag(tag, number),
+            usage_timestamp=record.usage_timestamp,
+            recorded_at=found.drift.window_start or record.usage_timestamp,
+        )
+
+        async def keep(tx: Tx, usage_id: str) -> None:
+            detail = {"tag": new.merchant_tag, "units": new.units, "usage_id": usage_id}
+            now = self._clock.now()
+            await history.append(tx, usage_intent(tag), "corrected", now=now, run=found.run_id, **detail)
+            await self._right(
+                tx, found, recorded, f"corrected by {new.units} unit(s) under {new.merchant_tag}"
+            )
+
+        async def send(key: str, *, retried: bool) -> str:
+            return await self._billing.create_usage(new, key=key, retried=retried)
+
+        async def find() -> str | None:
+            shown = await self.listed(recorded, record.usage_timestamp)
+            return next((one.id for one in shown if one.merchant_tag == new.merchant_tag), None)
+
+        body = {"subscription": new.subscription_uuid, "add_on": new.add_on_code, "units": new.units}
+        await self._once.write(
+            name,
+            body | {"at": new.usage_timestamp.isoformat()},
+            send=send,
+            find=find,
+            keep=keep,
+            look_first=True,
+            about=record.subscription_id,
+        )
+
+    async def _right(self, tx: Tx, found: Found, recorded: Recorded, how: str) -> None:
+        """A billed record is right now: what the audit holds of it needs nobody any more."""
+        tag, now = recorded.record.merchant_tag, self._clock.now()
+        for subject in (f"audit:{tag}", f"audit:{tag}:{found.drift.detail['usage']}"):
+            await held.close(tx, subject=subject, resolution=how, now=now)
+        await drift.mended(tx, [found.id], how)
