@@ -33,10 +33,12 @@ from billingd.domain.usage import UsageRecord, merchant_tag
 from billingd.domain.windows import Window, floor
 from billingd.loops import Clock
 from billingd.sandbox import control_amplify, server
+from billingd.sandbox.amplify.routes import routes as amplify_routes
 from billingd.sandbox.amplify.traffic import Series
 from billingd.sandbox.asked import Asked
-from billingd.sandbox.clock import ManualClock
+from billingd.sandbox.clock import ManualClock, dating
 from billingd.sandbox.recurly.metering import record
+from billingd.sandbox.recurly.routes import routes as recurly_routes
 from billingd.settings import Settings
 from billingd.store import links, migrate, outbox, schema, usage, watermarks
 from billingd.store.engine import Store
@@ -121,14 +123,15 @@ async def serve(subscriptions: int) -> None:
         return web.json_response({"missing": planted})
 
     async def calls(_: web.Request) -> web.Response:
-        counted, _ = dict(world.calls), world.calls.clear()
+        counted = dict(world.calls)
+        world.calls.clear()
         return web.json_response(counted)
 
     front = web.Application(client_max_size=server.BODY_BYTES_MAX, middlewares=list(app.middlewares))
     front.add_routes([web.post("/bench/fill", fill), web.post("/bench/calls", calls)])
-    front.add_routes(server.amplify_routes(world.tenant))
-    front.add_routes(server.recurly_routes(world.site))
-    front.on_response_prepare.append(server.dating(world.clock))
+    front.add_routes(amplify_routes(world.tenant))
+    front.add_routes(recurly_routes(world.site))
+    front.on_response_prepare.append(dating(world.clock))
     runner = web.AppRunner(front, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

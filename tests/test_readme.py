@@ -78,7 +78,7 @@ def test_every_command_it_names_exists() -> None:
     assert len(commands) > 10
     missing = [words for words in commands if find(words[:1]) is None]
     assert missing == []
-    for group in ("outbox", "traffic", "held", "db", "notify", "config"):
+    for group in ("outbox", "traffic", "held", "db", "notify", "config", "hooks"):
         assert isinstance(cli.commands[group], click.Group)
         for verb in re.findall(rf"billingd {group} ([a-z-]+)", text):
             assert verb in cli.commands[group].commands, f"billingd {group} {verb}"  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def test_commands_that_do_not_exist_yet_are_said_not_to(tmp_path: Path) -> None:
     """What "Not yet" lists is really absent."""
     [said] = re.findall(r"^## Not yet$(.*?)^## ", README, re.MULTILINE | re.DOTALL)
     listed = re.findall(r"`([a-z -]+)`", said)
-    assert len(listed) > 5
+    assert listed
     present = [name for name in listed if find(name.split()) is not None]
     assert present == []
 

@@ -215,6 +215,7 @@ async def test_a_repair_that_dies_at_any_step_mends_once(store_url: str) -> None
                 rig.pass_(timedelta(minutes=2))
                 await rig.drain()
             assert rig.units() == 15, step
+            assert {row["state"] for row in await rig.rows(schema.intents)} == {"done"}
             assert await rig.dead() == []
             assert max(rig.tags().values()) <= 2
         assert died > 10
@@ -249,7 +250,8 @@ async def test_once_a_day_by_itself_and_told_on_the_change(rig: Rig) -> None:
             pass
         await rig.drain()
         [run] = [row for row in await rig.rows(schema.reconciliations) if row["state"] == "done"][-1:]
-        told.append((run["drifting"], sum("the ledger and Recurly differ" in text for text in rig.channels.provider)))
+        notices = sum("the ledger and Recurly differ" in text for text in rig.channels.provider)
+        told.append((run["drifting"], notices))
         if day == 1:
             await repaired(rig)
         rig.start()  # the table knows that it was done today

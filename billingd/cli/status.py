@@ -100,6 +100,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{traffic['unreported_units']} not ({traffic.get('written_off_units', 0)} of them written off), "
         f"{traffic['unknown_outcomes']} calls of unknown outcome",
         *_periods(found.get("periods")),
+        *_drift(found.get("drift")),
         f"held      {len(items)} items: {held['plans']} plans, {held['subscriptions']} subscriptions, "
         f"{held['units']} units",
         f"links     {links['plans']} plans, {links['subscriptions']} subscriptions",
@@ -140,6 +141,19 @@ def _periods(periods: Mapping[str, Any] | None) -> list[str]:
     return [
         f"periods   {periods['open']} open, {periods['incomplete']} of them not complete, {ends}; "
         f"{periods['missed_units']} units missed the last invoice"
+    ]
+
+
+def _drift(drift: Mapping[str, Any] | None) -> list[str]:
+    """The line about the latest reconciliation; a daemon that is still the release before has none."""
+    if drift is None:
+        return []
+    running = "; one is running" if drift["running"] else ""
+    if drift["checked_at"] is None:
+        return [f"drift     never reconciled{running}"]
+    return [
+        f"drift     {drift['findings']} differences of {drift['units']} units, reconciled "
+        f"{drift['checked_at']}{running}"
     ]
 
 

@@ -81,22 +81,24 @@ class AtRecurly:
             if one.merchant_tag == tag or corrected_tag(one.merchant_tag or "") == tag
         ]
         ours = [one for one in there if one.merchant_tag == tag]
-        unbilled = [one for one in kept_first(ours, record.units)[1:] if one.billed_at is None]
-        surplus = sum(one.units for one in there if one not in unbilled) - record.units
         if not ours or not await self.takes(recorded, removing=True):
             return
         shown = {one.merchant_tag for one in there}
-        number, name = 1, usage_intent(correction_tag(tag, 1))
+        number = 1
         async with self._store.read() as tx:
-            while (intent := await intents.find(tx, name)) is not None and intent.state == "done":
+            while await self._done(tx, correction_tag(tag, number)):
                 if correction_tag(tag, number) not in shown:
                     raise Retryable(f"the correction {number} of {tag} is not shown at Recurly yet")
                 number += 1
-                name = usage_intent(correction_tag(tag, number))
+        # one that was sent and got no answer may be there: it is found again, not taken into account twice
+        left_out = {one.id for one in kept_first(ours, record.units)[1:] if one.billed_at is None}
+        left_out |= {one.id for one in there if one.merchant_tag == correction_tag(tag, number)}
+        surplus = sum(one.units for one in there if one.id not in left_out) - record.units
         if surplus == 0:
             async with self._store.write() as tx:
                 await self._right(tx, found, recorded, "it is corrected already")
             return
+        name = usage_intent(correction_tag(tag, number))
         new = NewUsage(
             subscription_uuid=recorded.link.uuid,
             add_on_code=recorded.add_on.add_on_code,
@@ -131,6 +133,11 @@ class AtRecurly:
             look_first=True,
             about=record.subscription_id,
         )
+
+    @staticmethod
+    async def _done(tx: Tx, tag: str) -> bool:
+        intent = await intents.find(tx, usage_intent(tag))
+        return intent is not None and intent.state == "done"
 
     async def _right(self, tx: Tx, found: Found, recorded: Recorded, how: str) -> None:
         """A billed record is right now: what the audit holds of it needs nobody any more."""

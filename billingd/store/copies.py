@@ -532,7 +532,9 @@ async def _sequences(tx: Tx, tables: list[sa.Table]) -> dict[str, int]:
             last: sa.Select[Any] = sa.select(sa.column("seq")).select_from(sa.table("sqlite_sequence"))
             last = last.where(sa.column("name") == table.name)
         else:
-            given_last: sa.ColumnElement[int] = sa.literal_column("last_value - CASE WHEN is_called THEN 0 ELSE 1 END")
+            given_last: sa.ColumnElement[int] = sa.literal_column(
+                "last_value - CASE WHEN is_called THEN 0 ELSE 1 END"
+            )
             last = sa.select(given_last).select_from(sa.text(await _sequence(tx, table)))
         given = (await tx.execute(last)).scalar_one_or_none()
         found[table.name] = max(top, given or 0)
