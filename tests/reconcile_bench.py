@@ -2,7 +2,7 @@
 
 `python tests/reconcile_bench.py --subscriptions 1000 --days 30`: both far sides are a sandbox in a process of
 its own, so that the memory is the reconciler's. Everything agrees but for seven planted drifts, which have to
-be found, or it exits with 1.
+be found, or it exits with 1. `--drifts` prints the table of planted drifts instead.
 """
 
 import argparse
@@ -252,6 +252,15 @@ async def measure(subscriptions: int, days: int) -> int:
         return 0 if right else 1
 
 
+async def show_drifts() -> None:
+    """What was planted, found, mended and refused, line by line."""
+    from test_reconcile_drifts import planted_and_mended
+
+    async with _store() as store:
+        url = store.url.render_as_string(hide_password=False)
+        sys.stdout.write(await planted_and_mended(url) + "\n")
+
+
 class _Silent:
     async def tell_provider(self, *_: str) -> bool:
         return True
@@ -329,10 +338,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subscriptions", type=int, default=1_000)
     parser.add_argument("--days", type=int, default=30)
+    parser.add_argument("--drifts", action="store_true", help="Only the table of planted drifts.")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve is not None:
         asyncio.run(serve(asked.serve))
+        return
+    if asked.drifts:
+        asyncio.run(show_drifts())
         return
     sys.exit(asyncio.run(measure(asked.subscriptions, asked.days)))
 

@@ -127,10 +127,12 @@ async def test_what_is_under_way_is_no_drift(rig: Rig) -> None:
 @ONE_DATABASE
 async def test_only_what_was_served_since_the_link_is_compared(rig: Rig) -> None:
     """The window that a link begins in belongs to it in part; what came before is nobody's drift."""
-    usage_from = rig.far.now() + timedelta(minutes=10)
+    usage_from = rig.far.now() + HOUR + timedelta(minutes=10)
     async with rig.store.write() as tx:
         await tx.execute(schema.subscription_links.update().values(usage_from=usage_from))
-    await rig.traffic("acme", 9)
+    await rig.traffic("acme", 9)  # in a window of its own
+    rig.pass_(HOUR)
+    await rig.traffic("acme", 4)
     rig.pass_(timedelta(minutes=20))
     await reported(rig, 7)
     assert rig.units() == 7

@@ -15,21 +15,20 @@ from billingd.store.held import Hold
 async def hold(tx: Tx, found: Drift, now: datetime) -> None:
     """What nothing mends waits for a person.
 
-    Late usage is held by its report, what is in the open cycle by the audit, and a reading that shrank
-    by the poll, as far back as it reads again.
+    Late usage is held by its report, what is in the open cycle by the audit. A reading that shrank is held
+    as the poll does it, which reads only so far back.
     """
     if found.subscription_id is None or found.detail.get("how") == READ:
-        return
-    if (reading := found.detail.get("reading")) is not None and await held.standing(tx, subject=reading):
         return
     if found.detail.get("how") == AUDIT and found.kind != WRONG_PERIOD:
         link = await links.find_subscription(tx, found.subscription_id)
         at = datetime.fromisoformat(found.detail["at"])
         if link is None or link.period_started_at is None or at >= link.period_started_at:
             return
+    reading = found.detail.get("reading")
     item = Hold(
-        found.kind,
-        held_subject(found)[:200],
+        found.kind if reading is None else "reading_shrank",
+        held_subject(found)[:200] if reading is None else reading,
         f"{found.cause}. {found.fix}",
         subscription_id=found.subscription_id,
         add_on_code=found.add_on_code,

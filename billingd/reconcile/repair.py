@@ -176,6 +176,7 @@ class UsageRepairer:
             # lists lag behind writes: a removed record may be shown for a while yet
             await self._report(tx, found, recorded, due_at=now + self._settling)
             done = "posted again" if removed is None else f"{removed} is removed, the recorded one posted"
+            await held.close(tx, subject=f"audit:{record.merchant_tag}", resolution=done, now=now)
             await drift.mended(tx, [found.id], done)
 
     async def _report(self, tx: Tx, found: Found, recorded: Recorded, *, due_at: datetime) -> None:

@@ -353,7 +353,7 @@ STORMY: Final = Season(
 )
 FORGETFUL: Final = Season(
     "forgetful",
-    ingredients=Ingredients(clock_steps=False),
+    ingredients=Ingredients(clock_steps=False, density=2.5),
     shape={"window": 15 * MINUTE, "settle": 2 * HOUR, "horizon": 30 * MINUTE},
 )
 OVERTAKEN: Final = Season(
@@ -380,7 +380,7 @@ class Bug:
 BUGS: Final = (
     Bug("post again without looking", post_again_without_looking, STORMY, 41, 1),
     Bug("look without billing_status=all", look_at_the_unbilled_only, STORMY, 41, 5),
-    Bug("watermark in another transaction", move_the_watermark_apart, FORGETFUL, 16, 16),
+    Bug("watermark in another transaction", move_the_watermark_apart, FORGETFUL, 6, 6),
     Bug("lease without fencing", write_with_a_lost_lease, OVERTAKEN, 11, 11),
     Bug("same key with another amount", same_key_with_another_amount, BUSY, 38, 1),
     Bug("subscription without the marker search", subscribe_without_the_marker, STORMY, 41, 1),

@@ -43,7 +43,37 @@ def test_lives(seeds: range, bench: Bench, record_property: Record) -> None:
             wrong.append(result)
     told = {"seeds": len(seeds), "units": counts["units"], "faults": counts["faults"]}
     record_property("chaos", told)
-    assert not wrong, "\n".join(map(_told, wrong))
+    assert not wrong, "\n".join(_told(result, DAYS) for result in wrong)
+
+
+LOSSES = {
+    "none of the webhooks comes": Ingredients(density=DENSITY, lost_mail=1.0),
+    "half of the webhooks come, late, doubled, in any order": Ingredients(density=DENSITY, lost_mail=0.5),
+    "none comes, and the daemon is down for days": Ingredients(density=DENSITY, lost_mail=1.0, away=True),
+}
+LOST_SEEDS = scale.seed_range(8, 200)
+LOST_DAYS = {True: scale.days(10, 30), False: DAYS}
+"""Whoever is away for longer than the feed keeps events needs time for it."""
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_lives_in_which_webhooks_are_lost(loss: str, bench: Bench, record_property: Record) -> None:
+    """Whatever is never told, the end is the same: a webhook only makes it faster."""
+    ingredients = LOSSES[loss]
+    days = LOST_DAYS[ingredients.away]
+    counts: Counter[str] = Counter()
+    wrong: list[Result] = []
+    for seed in LOST_SEEDS[:3] if ingredients.away and not scale.FULL else LOST_SEEDS:
+        result = bench.run(seed, days, ingredients)
+        counts.update(result.counts)
+        counts["lives"] += 1
+        if result.faults:
+            wrong.append(result)
+    told = {"seeds": counts["lives"], "units": counts["units"], "faults": counts["faults"]}
+    record_property("chaos", told)
+    more = f" --lost-mail {ingredients.lost_mail}" + (" --away" if ingredients.away else "")
+    assert not wrong, "\n".join(_told(result, days, more) for result in wrong)
+    assert counts["lost_webhooks"] > counts["webhooks"] * ingredients.lost_mail
 
 
 def test_a_seed_replays_exactly(bench: Bench) -> None:
@@ -66,6 +96,6 @@ def told(seed: int, hash_seed: str) -> str:
     return done.stdout.split()[-1]
 
 
-def _told(result: Result) -> str:
-    lines = [f"seed {result.seed}, replayed by: {REPLAY.format(seed=result.seed, days=DAYS)}"]
+def _told(result: Result, days: float, more: str = "") -> str:
+    lines = [f"seed {result.seed}, replayed by: {REPLAY.format(seed=result.seed, days=days)}{more}"]
     return "\n  ".join([*lines, *result.faults])
