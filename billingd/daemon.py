@@ -409,9 +409,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
     away: set[str] = set()
     steps = {
         "read_back": loop("read_back", daemon.read_back.run_once, daemon.read_back.idle),
-        "outbox": loop(
-            "outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake, gated=True
-        ),
+        "outbox": loop("outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake, gated=True),
         "traffic": loop(
             "traffic",
             daemon.poller.run_once,

@@ -106,7 +106,5 @@ async def go_back(tx: Tx, to: datetime, *, now: datetime) -> None:
     """
     earlier = sa.case((watermarks.c.regular_since < to, watermarks.c.regular_since), else_=to)
     await tx.execute(
-        sa.update(watermarks)
-        .where(watermarks.c.at > to)
-        .values(at=to, regular_since=earlier, read_at=now)
+        sa.update(watermarks).where(watermarks.c.at > to).values(at=to, regular_since=earlier, read_at=now)
     )
