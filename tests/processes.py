@@ -26,6 +26,8 @@ backoff = "100ms"
 backoff_max = "1s"
 lease = "2s"
 drain = "1s"
+[catch_up]
+every = "300ms"
 """
 
 

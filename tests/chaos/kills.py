@@ -150,14 +150,23 @@ def lives(rng: random.Random, number: int, postgres_kills: int) -> list[Life]:
 
 
 def play(
-    directory: Path, seed: int, kills: int, *, postgres_kills: int = 0, on_postgres: bool = False
+    directory: Path,
+    seed: int,
+    kills: int,
+    *,
+    postgres_kills: int = 0,
+    on_postgres: bool = False,
+    lost: bool = False,
 ) -> Counts:
-    """One round: so many lives on one store, then peace, then the reckoning. Raises AssertionError."""
+    """One round: so many lives on one store, then peace, then the reckoning. Raises AssertionError.
+
+    With `lost`, no webhook ever comes: all that the daemon learns, it learns from the feed and by resync.
+    """
     directory.mkdir(parents=True)
     with ExitStack() as stack:
         postgres = stack.enter_context(own_postgres()) if on_postgres else None
         url = f"sqlite+aiosqlite:///{directory}/billingd.db" if postgres is None else postgres.url
-        play_ = stack.enter_context(_round(directory, seed, url, postgres))
+        play_ = stack.enter_context(_round(directory, seed, url, postgres, lost=lost))
         try:
             for life in lives(play_.rng, kills, postgres_kills):
                 play_.live(life)
@@ -445,13 +454,16 @@ class Round:
 
 
 @contextmanager
-def _round(directory: Path, seed: int, url: str, postgres: OwnPostgres | None) -> Iterator[Round]:
+def _round(
+    directory: Path, seed: int, url: str, postgres: OwnPostgres | None, *, lost: bool
+) -> Iterator[Round]:
     webhooks, admin, far = _ports()
     sandbox = Sandbox(directory, far, webhooks)
     daemon = Daemon(directory, sandbox, (admin, webhooks), url)
     daemon.environment |= SETTINGS
     try:
-        with redelivering(f"http://127.0.0.1:{webhooks}/webhooks/amplify") as (relay, relay_url):
+        to = f"http://127.0.0.1:{webhooks}/webhooks/amplify"
+        with redelivering(to, lost=lost) as (relay, relay_url):
             sandbox.hook(relay_url)
             yield Round(seed, sandbox, daemon, relay, url, postgres)
     finally:

@@ -1,7 +1,8 @@
 """A stretch of network between Amplify and a daemon that dies: each webhook is sent until it is accepted.
 
-Amplify itself sends once and never again (amplify.md 4.3). What is lost that way is for catching up to find;
-here nothing may be lost, so that whatever is missing in the end was acknowledged and then forgotten.
+Amplify itself sends once and never again (amplify.md 4.3). What is lost that way is for catching up to find:
+either nothing is lost here, so that whatever is missing in the end was acknowledged and then forgotten, or
+everything is.
 """
 
 import json
@@ -29,8 +30,9 @@ class Delivery(NamedTuple):
 class Redelivery:
     """Takes webhooks in, and hands each to the daemon until that says 202."""
 
-    def __init__(self, to: str) -> None:
+    def __init__(self, to: str, *, lost: bool = False) -> None:
         self._to = to
+        self._lost = lost
         self._waiting: Queue[Delivery] = Queue()
         self._stop = threading.Event()
         self._known: list[Delivery] = []
@@ -52,6 +54,8 @@ class Redelivery:
 
     def take(self, delivery: Delivery) -> None:
         """A webhook that Amplify sent."""
+        if self._lost:
+            return
         self._known.append(delivery)
         self._waiting.put(delivery)
 
@@ -88,9 +92,9 @@ class Redelivery:
 
 
 @contextmanager
-def redelivering(to: str) -> Iterator[tuple[Redelivery, str]]:
-    """The relay and the URL to send webhooks to."""
-    relay = Redelivery(to)
+def redelivering(to: str, *, lost: bool = False) -> Iterator[tuple[Redelivery, str]]:
+    """The relay and the URL to send webhooks to; with `lost` it hands over none."""
+    relay = Redelivery(to, lost=lost)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -34,3 +34,21 @@ def test_kills_at_random_moments(
     done = recurring(run, f"make chaos PART=kills SEED={seed} KILLS={kills}")
     assert done.units or kills < PER_ROUND // 5, "nothing was served, so nothing is proved"
     record_property("chaos", vars(done))
+
+
+LOST_KILLS: Final = scale.kills(quick=4, full=100)
+
+
+@pytest.mark.parametrize("on_postgres", [False, True], ids=["sqlite", "postgres"])
+def test_kills_while_no_webhook_comes(
+    on_postgres: bool, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The same when every webhook is lost: the feed and resyncs tell all of it, whoever dies meanwhile."""
+    kills = min(LOST_KILLS, PER_ROUND)
+
+    def run(attempt: int) -> Counts:
+        directory = tmp_path / f"attempt-{attempt}"
+        return play(directory, 7_000 + on_postgres, kills, on_postgres=on_postgres, lost=True)
+
+    done = recurring(run, "make chaos PART=kills")
+    record_property("chaos", vars(done))

@@ -52,7 +52,7 @@ LOSSES = {
     "none comes, and the daemon is down for days": Ingredients(density=DENSITY, lost_mail=1.0, away=True),
 }
 LOST_SEEDS = scale.seed_range(8, 200)
-LOST_DAYS = {True: scale.days(10, 30), False: DAYS}
+LOST_DAYS = {True: scale.days(14, 30), False: DAYS}
 """Whoever is away for longer than the feed keeps events needs time for it."""
 
 
@@ -74,6 +74,9 @@ def test_lives_in_which_webhooks_are_lost(loss: str, bench: Bench, record_proper
     more = f" --lost-mail {ingredients.lost_mail}" + (" --away" if ingredients.away else "")
     assert not wrong, "\n".join(_told(result, days, more) for result in wrong)
     assert counts["lost_webhooks"] > counts["webhooks"] * ingredients.lost_mail
+    if ingredients.away:  # the feed keeps events for seven days: what happened meanwhile only a resync finds
+        assert counts["days_away"] >= 8 * counts["lives"]
+        assert counts["resyncs"] >= 2 * counts["lives"]
 
 
 def test_a_seed_replays_exactly(bench: Bench) -> None:
