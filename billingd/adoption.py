@@ -7,7 +7,7 @@ handler might find it by its marker, and bill again what the other integration b
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, Protocol
@@ -16,10 +16,11 @@ import structlog
 
 from billingd.domain.agreement import add_on_differences, differences
 from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
-from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription
+from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription, BilledUsage
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota, Subscription, Unreadable
-from billingd.domain.errors import BillingdError, NotFound, Permanent
+from billingd.domain.errors import BillingdError, NotFound, Permanent, Replaced
 from billingd.domain.events import ADOPT_SUBSCRIPTION, adopt_action, plan_action
+from billingd.domain.foreign import untagged
 from billingd.domain.notices import provider_notice
 from billingd.domain.pricing import PLAN_CODES, Inexpressible, NotOurs, PlanSpec, translate
 from billingd.domain.windows import floor
@@ -41,6 +42,13 @@ REFUSED: Final = "adoption_refused"
 
 AHEAD_MAX: Final = timedelta(days=1)
 """How far ahead a cut-over may be named."""
+
+TRAILING: Final = timedelta(hours=1)
+"""How long after the cut-over the other integration's last records may lie: it posts what it read minutes
+after it has read it, with the time of posting."""
+
+LOOKS_AT_ONCE_MAX: Final = 4
+"""How many subscriptions' usage is listed at a time."""
 
 SERVED: Final = frozenset({"active", "archivalScheduled", "migrationScheduled"})
 """States of a subscription that Amplify serves."""
@@ -112,7 +120,12 @@ class Marketplace(Protocol):
     async def find_product(self, name: str) -> Product | None: ...
     async def find_subscription(self, name: str) -> Subscription | None: ...
     async def set_attributes(
-        self, kind: Literal["subscriptions"], name: str, attributes: Mapping[str, str]
+        self,
+        kind: Literal["subscriptions"],
+        name: str,
+        attributes: Mapping[str, str],
+        *,
+        resource_id: str | None = None,
     ) -> str | None: ...
 
 
@@ -123,11 +136,17 @@ class Billing(Protocol):
     async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]: ...
     async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]: ...
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
+    async def list_usage(
+        self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
+    ) -> tuple[BilledUsage, ...]: ...
     async def mark_subscription(self, uuid: str, marker: str, *, key: str, retried: bool = False) -> None: ...
 
 
 class Adoption:
-    """Plans an adoption, and handles `adopt_subscription`."""
+    """Plans an adoption, and handles `adopt_subscription`.
+
+    `may_find` raises Retryable while the store does not know yet what is linked: after a restore.
+    """
 
     def __init__(
         self,
@@ -142,6 +161,7 @@ class Adoption:
         window: timedelta,
         look_again: timedelta,
         wake_outbox: asyncio.Event,
+        may_find: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -153,6 +173,7 @@ class Adoption:
         self._window = window
         self._look_again = look_again
         self._wake_outbox = wake_outbox
+        self._may_find = may_find
 
     async def told(self, since: datetime, *, dry_run: bool) -> dict[str, Any]:
         """The findings as a document."""
@@ -181,8 +202,10 @@ class Adoption:
         """Find what there is to adopt and, unless it is a dry run, ask for all of it in one transaction.
 
         Usage counts from `since` on (whole seconds): what is earlier was the other integration's to bill.
-        Raises CannotAdopt.
+        Raises CannotAdopt; Retryable while the store is read back after a restore.
         """
+        if self._may_find is not None:
+            await self._may_find()
         now = self._clock.now()
         if since.microsecond:
             raise CannotAdopt("the cut-over must be a whole second: Recurly's times know no others")
@@ -243,10 +266,11 @@ class Adoption:
                 for code in candidates(one):  # a paused one may be in no list of those that are live
                     matcher.learn(await self._linker.listed(code))
         paired = [matcher.step(one, because=now.isoformat(), asked=asked) for one in wanted]
+        looked_at = await self._told_after(matcher.contested(paired), matcher, since)
         orphans = matcher.orphans()
         return Findings(
             since,
-            (*steps, *plan_steps, *matcher.contested(paired), *orphans),
+            (*steps, *plan_steps, *looked_at, *orphans),
             adopted=sum(one.id in ours for one in here if _served(one)),
         )
 
@@ -302,6 +326,40 @@ class Adoption:
                 if wrong:
                     return FoundPlan("wrong", code, reason=" ".join(wrong))
                 return FoundPlan("linked", code, frozenset(one.code for one in spec.add_ons))
+
+    # What the other integration told after the cut-over.
+
+    async def _told_after(self, steps: Sequence[Step], matcher: "_Matcher", since: datetime) -> list[Step]:
+        """The same, those with usage of another's after the cut-over as problems, or with a warning."""
+        gate = asyncio.Semaphore(LOOKS_AT_ONCE_MAX)
+
+        async def looked(step: Step) -> Step:
+            if step.op != "~" or step.uuid is None:
+                return step
+            made = matcher.known(step.uuid)
+            async with gate:
+                others = await self._others(made, since)
+            if not others:
+                return step
+            if (wrong := _billed_beyond(made, others, since)) is not None:
+                return replace(step, op="!", action=None, reason=wrong)
+            return replace(step, reason=f"{step.reason}; {_trailing(others)}")
+
+        return list(await asyncio.gather(*map(looked, steps)))
+
+    async def _others(self, made: BilledSubscription, since: datetime) -> list[BilledUsage]:
+        """Usage without our tags from the moment on from which ours would count."""
+        begin, end = _counts_from(made, since), self._clock.now() + AHEAD_MAX
+        if begin >= end:
+            return []
+        found: list[BilledUsage] = []
+        for code in made.add_on_codes:
+            try:
+                there = await self._billing.list_usage(made.uuid, code, begin=begin, end=end)
+            except NotFound:
+                continue  # an add-on that takes no usage
+            found += [one for one in untagged(there) if one.usage_timestamp >= begin]
+        return found
 
     # How far traffic was read.
 
@@ -405,8 +463,9 @@ class Adoption:
                     "recurlySubscriptionUuid": link.uuid,
                     USAGE_FROM: _utc(link.usage_from),
                 },
+                resource_id=link.subscription_id,
             )
-        except NotFound:
+        except (NotFound, Replaced):
             log.info("adoption.gone_meanwhile", subscription=link.subscription_id)
         await self._once.write(
             f"mark:{link.subscription_id}",
@@ -457,7 +516,7 @@ class Adoption:
             return f"Recurly's {uuid} is of plan {made.plan_code} and account {made.account_code} now."
         if made.marker not in {None, subscription.id}:
             return f"Recurly's {uuid} carries the PO number {made.marker}."
-        if wrong := _unusable(made, since):
+        if wrong := _unusable(made, since) or _billed_beyond(made, await self._others(made, since), since):
             return wrong
         async with self._store.read() as tx:
             other = await links.find_subscription_by_uuid(tx, uuid)
@@ -508,6 +567,10 @@ class _Matcher:
     def learn(self, billed: Iterable[BilledSubscription]) -> None:
         """Subscriptions at Recurly, those that are linked already left out."""
         self._billed.update({one.uuid: one for one in billed if one.live and one.uuid not in self._taken})
+
+    def known(self, uuid: str) -> BilledSubscription:
+        """One that was learned."""
+        return self._billed[uuid]
 
     def fitting(self, subscription: Subscription) -> list[BilledSubscription]:
         """Those marked with it; else the unmarked ones of its plan, of the first of its accounts with any.
@@ -657,6 +720,31 @@ def _unusable(made: BilledSubscription, since: datetime) -> str | None:
 def _counts_from(made: BilledSubscription, since: datetime) -> datetime:
     """From when on its usage counts: not before it began, where that is later than the cut-over."""
     return since if made.activated_at is None else max(since, made.activated_at.replace(microsecond=0))
+
+
+def _billed_beyond(made: BilledSubscription, others: Sequence[BilledUsage], since: datetime) -> str | None:
+    """Why it would be billed twice from the cut-over on, and what to do."""
+    newest = max((one.usage_timestamp for one in others), default=None)
+    if newest is None or newest <= _counts_from(made, since) + TRAILING:
+        return None
+    return (
+        f"{_told(others)} on {made.uuid} after the cut-over: billed twice from {_utc(since)} on. Stop that "
+        f"integration, and take a --since after {_utc(newest)}: the time up to which it read traffic then"
+    )
+
+
+def _trailing(others: Sequence[BilledUsage]) -> str:
+    """What the other integration told shortly after the cut-over, and how it must be understood."""
+    return (
+        f"{_told(others)} after the cut-over: right only if that is traffic of before it, posted late; "
+        "else it is billed twice, and --since must be later"
+    )
+
+
+def _told(others: Sequence[BilledUsage]) -> str:
+    units = sum(one.units for one in others)
+    newest = max(one.usage_timestamp for one in others)
+    return f"another integration told {units} unit(s) in {len(others)} record(s), newest {_utc(newest)},"
 
 
 def _several(subscription: Subscription, made: Sequence[BilledSubscription]) -> str:

@@ -45,6 +45,7 @@ from billingd.loops import Clock, Progress, every, forever
 from billingd.notify import Notifier
 from billingd.once import Once
 from billingd.outbox import Handler, Outbox
+from billingd.provisioning.absence import Absences
 from billingd.provisioning.attach import AddOnAttacher
 from billingd.provisioning.ending import SubscriptionEnder
 from billingd.provisioning.linking import Linker
@@ -206,7 +207,10 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         unsettled=settling + recurly.attempt_max,
         horizon=settings.traffic.horizon,
     )
-    plans = PlanProvisioner(store, clock, amplify, recurly, once, look_again=look_again, read_back=read_back)
+    absences = Absences(store, clock, amplify, look_again=look_again)
+    plans = PlanProvisioner(
+        store, clock, amplify, recurly, once, absences, look_again=look_again, read_back=read_back
+    )
     linker = Linker(
         store,
         clock,
@@ -223,6 +227,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         recurly,
         once,
         linker,
+        absences,
         Policy(
             accounts_missing=settings.accounts.missing,
             collection_method=settings.recurly.collection_method,
@@ -234,6 +239,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     ender = SubscriptionEnder(
         store,
         clock,
+        amplify,
         recurly,
         once,
         on_cancel=settings.subscriptions.on_cancel,
@@ -292,14 +298,16 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     reconciler = Reconciler(
         store,
         clock,
-        ServedSurvey(store, source, horizon=settings.traffic.horizon),
+        ServedSurvey(store, source, poller, horizon=settings.traffic.horizon),
         BilledSurvey(store, clock, recurly, settling=settling),
         Linkage(store, amplify, recurly),
         poller,
         source=source.name,
         length=settings.traffic.window,
+        late=settings.traffic.horizon + settings.traffic.settle,
         requests_per_minute=settings.recurly.requests_per_minute,
         wake_outbox=engine.wake,
+        may_read=read_back.require,
     )
     adoption = Adoption(
         store,
@@ -312,6 +320,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         window=settings.traffic.window,
         look_again=look_again,
         wake_outbox=engine.wake,
+        may_find=read_back.require,
     )
     handlers[ADOPT_SUBSCRIPTION] = adoption.adopt
     topic = settings.catch_up.watch_topic
@@ -394,14 +403,14 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         wake: asyncio.Event | None = None,
         patience: timedelta = timedelta(minutes=5),
         *,
-        gated: bool = False,
+        gate: Callable[[], Awaitable[bool]] | None = None,
     ) -> Coroutine[Any, Any, None]:
         return forever(
             name,
-            _once_read_back(daemon.read_back, step) if gated else step,
+            step if gate is None else _once_open(gate, step),
             wake=wake or asyncio.Event(),
             clock=clock,
-            idle=_soon_until_read_back(daemon.read_back, idle) if gated else idle,
+            idle=idle if gate is None else _soon_until_open(gate, daemon.read_back, idle),
             progress=progress,
             patience=patience,
         )
@@ -409,14 +418,20 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
     away: set[str] = set()
     steps = {
         "read_back": loop("read_back", daemon.read_back.run_once, daemon.read_back.idle),
-        "outbox": loop("outbox", daemon.outbox.run_once, daemon.outbox.idle, daemon.outbox.wake, gated=True),
+        "outbox": loop(
+            "outbox",
+            daemon.outbox.run_once,
+            daemon.outbox.idle,
+            daemon.outbox.wake,
+            gate=daemon.read_back.may_send,
+        ),
         "traffic": loop(
             "traffic",
             daemon.poller.run_once,
             _until_next(settings.traffic.schedule, clock, daemon.poller),
             daemon.poller.wake,
             POLL_PATIENCE,
-            gated=True,
+            gate=daemon.read_back.finished,
         ),
         "resync": loop(
             "resync", daemon.resync.run_once, daemon.resync.idle, daemon.resync.wake, POLL_PATIENCE
@@ -427,7 +442,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
             daemon.reconciler.idle,
             daemon.reconciler.wake,
             POLL_PATIENCE,
-            gated=True,
+            gate=daemon.read_back.finished,
         ),
         "periods": loop("periods", daemon.poller.watch_periods, every(REFRESH_EVERY)),
         "retention": loop(
@@ -448,24 +463,24 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
     return steps
 
 
-def _once_read_back(
-    read_back: ReadBack, step: Callable[[], Awaitable[bool]]
+def _once_open(
+    gate: Callable[[], Awaitable[bool]], step: Callable[[], Awaitable[bool]]
 ) -> Callable[[], Awaitable[bool]]:
     """A step that is not taken before a restored store knows what happened since its copy."""
 
     async def gated() -> bool:
-        return await read_back.finished() and await step()
+        return await gate() and await step()
 
     return gated
 
 
-def _soon_until_read_back(
-    read_back: ReadBack, idle: Callable[[], Awaitable[timedelta]]
+def _soon_until_open(
+    gate: Callable[[], Awaitable[bool]], read_back: ReadBack, idle: Callable[[], Awaitable[timedelta]]
 ) -> Callable[[], Awaitable[timedelta]]:
     """A short rest until then, the usual one after."""
 
     async def gated() -> timedelta:
-        return await idle() if await read_back.finished() else await read_back.idle()
+        return await idle() if await gate() else await read_back.idle()
 
     return gated
 

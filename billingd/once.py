@@ -123,12 +123,16 @@ class Once:
         found = await find()
         if found is None:
             await self._wait_out(intent)
-            if not await self._refused(name, intent.sends, "looked up twice and not found"):
+            key = history.sent(intent).get("key")
+            if not await self._refused(
+                name, intent.sends, "looked up twice and not found", key=key, epoch=intent.epoch
+            ):
                 raise Retryable(f"{name}: another worker is writing it")
             return None
         async with self._store.write() as tx:
             await intents.done(tx, name, result=found)
-            await history.append(tx, name, "found", now=self._clock.now(), result=found)
+            now = self._clock.now()
+            await history.append(tx, name, "found", now=now, epoch=intent.epoch, result=found)
         self._gave_up.pop(name, None)
         return found
 
@@ -205,26 +209,24 @@ class Once:
                 first_sent_at=first_sent_at,
                 now=max(now, first_sent_at),  # the clock may have been set back
             )
-            if ours and intent is not None:
-                await history.append(tx, name, "sent_again", now=now, key=key, epoch=step.epoch)
         if not ours:
             raise Retryable(f"{name}: another worker is writing it; nothing was sent from here")
         try:
             result = await send(key, retried=step.again)
         except Unknown as error:
-            await self._unanswered(name, sends, key, error, burnt=error.replayed)
+            await self._unanswered(name, sends, key, step.epoch, error, burnt=error.replayed)
             raise
         except (Refused, NotFound) as error:
-            if not step.again and await self._refused(name, sends, str(error)):
+            if not step.again and await self._refused(name, sends, str(error), key=key, epoch=step.epoch):
                 raise
             # Another request under this key had no clear outcome, so a refusal now proves nothing of it.
-            await self._unanswered(name, sends, key, error, burnt=True)
+            await self._unanswered(name, sends, key, step.epoch, error, burnt=True)
             raise Unknown(f"{name}: refused on a second try ({error})", retry_after=trust.settling) from error
         except BillingdError as error:
             if not step.again:
-                await self._refused(name, sends, str(error))
+                await self._refused(name, sends, str(error), key=key, epoch=step.epoch)
             else:
-                await self._unanswered(name, sends, key, error, burnt=False)
+                await self._unanswered(name, sends, key, step.epoch, error, burnt=False)
             raise
         doubt = self._doubt()  # before anything else runs: it is this answer's
         async with self._store.write() as tx:
@@ -268,11 +270,10 @@ class Once:
         now = self._clock.now()
         async with self._store.write() as tx:
             await history.append(tx, name, "found", now=now, result=result)
-            if not sent:
-                digest = body_hash(body)
-                key = idempotency_key(name, 1, digest)
+            if not sent:  # from here: it has no body of ours
+                key = idempotency_key(name, 1, body_hash(body))
                 await intents.opened(
-                    tx, name, None, epoch=1, key=key, body_hash=digest, first_sent_at=now, now=now
+                    tx, name, None, epoch=1, key=key, body_hash="", first_sent_at=now, now=now
                 )
             return await self._done(tx, name, result, keep)
 
@@ -284,22 +285,22 @@ class Once:
         return result
 
     async def _unanswered(
-        self, name: str, sends: int, key: str, error: BillingdError, *, burnt: bool
+        self, name: str, sends: int, key: str, epoch: int, error: BillingdError, *, burnt: bool
     ) -> None:
         """Write down that nobody knows what became of it, and since when."""
         self._gave_up[name] = self._clock.elapsed()
         now = self._clock.now()
         async with self._store.write() as tx:
             await intents.gave_up(tx, name, sends=sends, burnt=burnt, now=now)
-            await history.append(tx, name, "unanswered", now=now, key=key, error=str(error))
+            await history.append(tx, name, "unanswered", now=now, key=key, epoch=epoch, error=str(error))
 
-    async def _refused(self, name: str, sends: int, why: str) -> bool:
+    async def _refused(self, name: str, sends: int, why: str, *, key: str | None, epoch: int) -> bool:
         """Write down that it was clearly not done; False when another worker sent it since."""
         now = self._clock.now()
         async with self._store.write() as tx:
             refused = await intents.refused(tx, name, sends=sends)
             if refused:
-                await history.append(tx, name, "refused", now=now, error=why)
+                await history.append(tx, name, "refused", now=now, key=key, epoch=epoch, error=why)
         if refused:
             self._gave_up.pop(name, None)
         return refused

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, TypeVar
 import structlog
 
 from billingd.domain import resync
-from billingd.domain.attempts import UNFINISHED, Action, Leased, State
+from billingd.domain.attempts import UNFINISHED, Leased, State
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription
 from billingd.domain.catalog import (
     BILLING_SYSTEM,
@@ -27,12 +27,9 @@ from billingd.domain.events import (
     PROVISION_PRODUCT,
     PROVISION_SUBSCRIPTION,
     REFRESH_SUBSCRIPTION,
-    RESYNC,
 )
 from billingd.domain.notices import provider_notice
 from billingd.domain.resync import (
-    ABSENCE,
-    MASS_ABSENCE,
     NATIVE_BILLING,
     Billed,
     Known,
@@ -41,8 +38,11 @@ from billingd.domain.resync import (
     Step,
 )
 from billingd.loops import Clock
+from billingd.provisioning import absence
+from billingd.provisioning.absence import LIVE
 from billingd.provisioning.holding import hold
-from billingd.store import held, links, marks, outbox
+from billingd.store import absences, held, links, marks, outbox
+from billingd.store.absences import Absence, Kind
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 
@@ -96,12 +96,15 @@ class Comparison:
     charging: tuple[Marketplace, ...] | None
     """Marketplaces whose own billing is on; None when they could not be listed."""
     counts: Mapping[str, int]
+    over: tuple[Absence, ...] = ()
+    """What was noted as absent and is not any more."""
     enqueued: int = 0
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a person should know of, in sentences."""
-        absent = (resync.mass_reason(self.withheld),) if self.withheld else ()
+        gone = [step for step in self.withheld if step.op == "-"]
+        absent = (resync.mass_reason(gone),) if gone else ()
         return (*absent, *map(_charges_too, self.charging or ()), *self.unread)
 
 
@@ -147,17 +150,16 @@ class Resync:
         return min(await self._due_in(), LOOK_EVERY)
 
     async def handle(self, action: Leased) -> None:
-        """Handles `resync`: a person has confirmed that as many as were absent are gone for good."""
-        await self.run(dry_run=False, confirmed=int(action.args["absent"]))
+        """Handles `resync`: a person has confirmed that the plans and subscriptions it names are gone."""
+        async with self._store.write() as tx:
+            await absence.confirmed(tx, action.args, self._clock.now())
+        await self.run(dry_run=False)
 
-    async def run(self, *, dry_run: bool, confirmed: int = 0) -> Comparison:
-        """Compare, and unless it is a dry run enqueue every step, in one transaction with the mark.
-
-        `confirmed` is how many a person has confirmed to be gone.
-        """
+    async def run(self, *, dry_run: bool) -> Comparison:
+        """Compare, and unless it is a dry run enqueue every step, in one transaction with the mark."""
         async with self._turn:
             asked = self._asked
-            found = await self.compare(confirmed=confirmed)
+            found = await self.compare()
             if dry_run:
                 return found
             now = self._clock.now()
@@ -180,7 +182,7 @@ class Resync:
         """The same as a document: what POST /resync answers, and `billingd resync --json` prints."""
         return document(await self.run(dry_run=dry_run), dry_run=dry_run)
 
-    async def compare(self, *, confirmed: int = 0) -> Comparison:
+    async def compare(self) -> Comparison:
         """List Amplify, then Recurly, then read the store: what was linked meanwhile is known by then."""
         began_at = self._clock.now()
         async with self._store.read() as tx:
@@ -192,12 +194,9 @@ class Resync:
         known, newest = await self._read_store(frozenset(before))
         because = f"resync:{began_at.isoformat()}:{newest}"  # unique even on a clock that stands still
         found = resync.compare(listed, known, billed, because=because)
-        absent = resync.absences(found.steps)
-        plans_live = sum(one.state != "removed" for one in known.plans)
-        subscriptions_live = sum(one.state in {"created", "active"} for one in known.subscriptions.values())
-        mass = resync.is_mass(absent, plans=plans_live, subscriptions=subscriptions_live)
-        withheld = absent if mass and len(absent) > confirmed else ()
-        steps = tuple(step for step in found.steps if not step.absent) if withheld else found.steps
+        withheld, over = await self._withheld(found.steps, listed, known, began_at)
+        waits = {(step.what, step.id) for step in withheld}
+        steps = tuple(step for step in found.steps if not step.absent or (step.what, step.id) not in waits)
         steps = tuple([step for step in steps if not await self._is_there_after_all(step)])
         by_op = {word: sum(step.op == op for step in steps) for op, word in OPS.items()}
         counts = {
@@ -206,7 +205,43 @@ class Resync:
             "subscriptions": len(listed.subscriptions),
             **by_op,
         }
-        return Comparison(began_at, steps, withheld, found.notes, unread, charging, counts)
+        return Comparison(began_at, steps, withheld, found.notes, unread, charging, counts, over)
+
+    async def _withheld(
+        self, steps: Sequence[Step], listed: Listed, known: Known, began_at: datetime
+    ) -> tuple[tuple[Step, ...], tuple[Absence, ...]]:
+        """The steps that a person has to confirm first, and what of the absences noted is none any more.
+
+        Only absences that no event explains and nobody has confirmed yet; those of which a person is asked
+        already, and all of them when they are too many, with those that handlers are waiting for.
+        """
+        absent = resync.absences(steps)
+        plan_of = {one.subscription_id: one.plan_id for one in known.subscriptions.values()}
+        ids = {what: [step.id for step in absent if step.what == what] for what in ("plan", "subscription")}
+        async with self._store.read() as tx:
+            noted = await absences.everything(tx)
+            explained: dict[str, datetime] = dict(
+                await absence.deletions(tx, dict.fromkeys(ids["plan"]), "plan")
+            )
+            asked = {one: plan_of.get(one) for one in ids["subscription"]}
+            explained |= await absence.deletions(tx, asked, "subscription")
+        live = {one.plan_id for one in known.plans if one.state != "removed"}
+        plans = len(live)
+        live |= {one.subscription_id for one in known.subscriptions.values() if one.state in LIVE}
+        here = {one.id for one in listed.plans} | {one.id for one in listed.subscriptions} | listed.unread
+        over = [
+            one
+            for one in noted
+            if one.since <= began_at and (one.id in here or (one.id in known.before and one.id not in live))
+        ]
+        missing = {one.id: one for one in noted if one not in over}
+        settled = explained.keys() | {one.id for one in missing.values() if one.confirmed_at is not None}
+        open_ = [step for step in absent if step.id not in settled]
+        counted: dict[str, resync.Missing] = {step.id: step for step in open_ if step.op == "-"}
+        counted |= {one.id: one for one in missing.values() if one.id not in settled}
+        if not resync.is_mass(counted.values(), plans=plans, subscriptions=len(live) - plans):
+            open_ = [step for step in open_ if step.id in missing and missing[step.id].held]
+        return tuple(open_), tuple(over)
 
     async def _is_there_after_all(self, step: Step) -> bool:
         """Whether what nobody here knows of, and whose name nobody knows, is at Amplify all the same.
@@ -296,15 +331,14 @@ class Resync:
         return Known(plans, add_ons, subscriptions, before, frozenset(waiting), dead, stands), newest
 
     async def _tell_of_absence(self, tx: Tx, found: Comparison, now: datetime) -> None:
-        if not found.withheld:
-            await held.close(tx, subject=ABSENCE, resolution="nothing like it is absent any more", now=now)
-            return
-        reason = resync.mass_reason(found.withheld)
-        again = Action(RESYNC, RESYNC, "", {"absence_confirmed": True, "absent": len(found.withheld)})
-        notice = provider_notice(
-            f"held:{MASS_ABSENCE}:{now.isoformat()}", "Much is missing at Amplify at once", reason
-        )
-        await hold(tx, Hold(MASS_ABSENCE, ABSENCE, reason, again), notice, now=now)
+        kinds: tuple[Kind, ...] = ("plan", "subscription")
+        for kind in kinds:
+            await absences.clear(tx, kind, [one.id for one in found.over if one.kind == kind])
+            steps = [step for step in found.withheld if step.what == kind and step.op == "-"]
+            for step in steps:
+                await absences.note(tx, Absence(kind, step.id, step.name, step.title, found.began_at))
+            await absences.hold(tx, kind, [step.id for step in steps])
+        await absence.tell(tx, now)
 
     async def _tell_of_charging(self, tx: Tx, found: Comparison, now: datetime) -> None:
         if found.charging is None:

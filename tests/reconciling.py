@@ -28,6 +28,8 @@ class Reconciling:
         self.fault: Exception | None = None
         self.found: list[dict[str, Any]] = [FOUND]
         self.error: str | None = None
+        self.held_up: str | None = None
+        self.not_compared: list[dict[str, Any]] = []
 
     async def start(
         self,
@@ -46,7 +48,7 @@ class Reconciling:
         if run_id != 4:
             return None
         self.looks += 1
-        going = self.looks < 2
+        going = self.looks < 2 or self.held_up is not None
         repair = self.asked[-1]["repair"]
         found = [] if going else [one | {"mended": "posted again" if repair else None} for one in self.found]
         return {
@@ -56,7 +58,9 @@ class Reconciling:
             "error": self.error,
             "since": "2026-11-22T00:00:00Z",
             "until": "2026-11-23T00:00:00Z",
-            "steps_done": self.looks,
+            "steps_done": 1 if self.held_up else self.looks,
+            "held_up": self.held_up,
+            "not_compared": self.not_compared,
             "steps": 2,
             "drift_units": sum(one["units"] for one in found),
             "findings": len(found),

@@ -5,7 +5,7 @@ import copy
 import json
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,6 +20,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
+from billingd.admin import operations
 from billingd.admin.metrics import Metrics
 from billingd.daemon import Outside, assemble
 from billingd.domain.attempts import Action
@@ -48,7 +49,7 @@ LEASE = timedelta(minutes=2)
 LOOK_AGAIN = timedelta(minutes=10)
 SETTLING = timedelta(seconds=60)
 PER_UNIT = {"type": "perunit", "cost": 0.5}
-WRITES = ("create_", "remove_", "cancel_", "terminate_", "rename_", "add_", "mark_", "set_", "decide")
+WRITES = ("create_", "update_", "remove_", "cancel_", "terminate_", "rename_", "add_", "mark_", "set_", "decide")
 Json = dict[str, Any]
 
 
@@ -473,6 +474,30 @@ class Rig:
         """Makes the watch topic that the feed is read from."""
         self.world.tenant.create("WatchTopic", server._topic(topic))
 
+    def blind(self, *kinds: str, names: Collection[str] | None = None) -> None:
+        """The service account loses its right to these kinds (or to some of them, by name).
+
+        They are neither listed nor found, as if they had been deleted.
+        """
+        resources = self.world.tenant.resources
+        listed, found = resources.of_kind, resources.find
+
+        def hidden(kind: str, name: str) -> bool:
+            return kind in kinds and (names is None or name in names)
+
+        def of_kind(kind: str, *args: Any) -> Any:
+            return [one for one in listed(kind, *args) if not hidden(kind, one.name)]
+
+        def find(kind: str, name: str, *args: Any) -> Any:
+            return None if hidden(kind, name) else found(kind, name, *args)
+
+        vars(resources).update(of_kind=of_kind, find=find)
+
+    def sighted(self) -> None:
+        """It has its rights back."""
+        for name in ("of_kind", "find"):
+            vars(self.world.tenant.resources).pop(name, None)
+
     # What the daemon does.
 
     async def catch_up(self) -> None:
@@ -560,6 +585,12 @@ class Rig:
         """Puts an action into the outbox."""
         async with self.store.write() as tx:
             await outbox.insert(tx, [action], now=self.clock.now())
+
+    async def confirm(self) -> None:
+        """A person says that what is held as missing was deleted."""
+        async with self.store.read() as tx:
+            [item] = await held.standing(tx, kind="mass_absence")
+        assert await operations.release(self.store, item["id"], now=self.clock.now())
 
     # What can be seen.
 

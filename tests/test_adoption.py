@@ -3,17 +3,19 @@
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from itertools import count
+from pathlib import Path
 
 import pytest
 from rig import HOUR, LOOK_AGAIN, START, Crash, Json, Rig, a_rig
 
-from billingd.adoption import CannotAdopt, Findings, Step
+from billingd.adoption import TRAILING, CannotAdopt, Findings, Step
+from billingd.domain.errors import Retryable
 from billingd.domain.events import audit_action, subscription_action
 from billingd.domain.usage import TAG_PREFIX
 from billingd.sandbox import control_amplify
 from billingd.sandbox.recurly import metering
 from billingd.sandbox.recurly.model import Subscription
-from billingd.store import schema
+from billingd.store import copies, schema
 from billingd.store.links import SubscriptionLink
 
 ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
@@ -642,3 +644,215 @@ async def test_a_second_command_does_not_ask_twice(rig: Rig) -> None:
     assert of(await found(rig, since - MINUTE), "acme").op == "!"
     kinds = [row["kind"] for row in await rig.rows(schema.outbox)]
     assert kinds.count("adopt_subscription") == 1
+
+
+async def put_back(rig: Rig, copy: Path) -> None:
+    """The daemon is stopped, the copy restored, the daemon started; what was told meanwhile is lost."""
+    await rig.gone()
+    await rig.store.close()
+    await copies.restore(rig.store, copy, now=rig.clock.now())
+    rig.unheard.clear()
+    await rig.restart()
+
+
+async def read_back(rig: Rig) -> None:
+    for _ in range(1000):
+        if await rig.daemon.read_back.finished():
+            return
+        if not await rig.daemon.read_back.run_once():
+            rig.pass_(MINUTE)
+    raise AssertionError(rig.daemon.read_back.reason)
+
+
+async def go_on(rig: Rig) -> None:
+    """What was told is read back; then all goes on until nothing is left to do."""
+    await read_back(rig)
+    for _ in range(4):
+        await rig.poll()
+        await rig.drain()
+        await rig.daemon.resync.run_once()
+        await rig.settled()
+        await rig.report()
+        rig.pass_(LOOK_AGAIN)
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["found by absence", "deletion heard"])
+@pytest.mark.parametrize("reported", [True, False], ids=["reported", "nothing reported"])
+async def test_one_adopted_after_the_copy_and_deleted_since_bills_nothing_again(
+    rig: Rig, tmp_path: Path, reported: bool, heard: bool
+) -> None:
+    """The cut-over went with the resource: what stands at Recurly tells whose its usage was."""
+    ids = await original(rig, "acme", "beta")
+    acme = at_recurly(rig, "acme")
+    acme.given["po_number"] = "PO-7"  # a problem at first
+    await rig.poll()
+    rig.pass_(HOUR)
+    for _ in range(3):
+        await original_reports(rig, "acme", 7)
+        rig.pass_(HOUR)
+    await adopted(rig, rig.far.now())
+    assert await rig.link(ids["acme"]) is None
+    await rig.traffic("beta", 1)
+    await rig.report()
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    acme.given["po_number"] = None
+    since = rig.far.now()
+    await adopted(rig, since)
+    if reported:
+        await rig.traffic("acme", 11)
+        await rig.report()
+        await rig.traffic("acme", 5)  # its last, which no life of the store has read yet
+    await rig.move("acme", "delete")
+    rig.channels.provider.clear()
+    await put_back(rig, copy)
+    if heard:
+        await rig.ask(subscription_action("acme", ids["acme"], because="deleted"))
+    await go_on(rig)
+    assert by_whom(rig) == ((21, 17) if reported else (21, 1))
+    link = await the_link(rig, ids["acme"])
+    assert link.state == "ended"
+    assert link.usage_from == since if reported else link.usage_from > since
+    assert [one["state"] for one in rig.billed(ids["acme"])] == ["expired"]
+    assert (await held_items(rig), await rig.dead()) == ([], [])
+    [told] = [text for text in rig.channels.provider if "billed by another program before" in text]
+    assert link.usage_from.isoformat() in told
+
+
+@ONE_DATABASE
+async def test_usage_of_ours_alone_says_that_no_other_program_billed_it(rig: Rig, tmp_path: Path) -> None:
+    """Made by billingd after the copy, and deleted: all that was served to it is billed."""
+    beta = await rig.subscribe("beta")
+    await rig.settled()
+    await rig.poll()
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    acme = await rig.subscribe("acme")
+    await rig.settled()
+    await rig.traffic("acme", 3, arrives=rig.far.now() + 5 * HOUR)
+    rig.pass_(HOUR)
+    await rig.traffic("acme", 4)
+    await rig.report()
+    assert by_whom(rig) == (0, 4)
+    await rig.move("acme", "delete")
+    rig.pass_(2 * HOUR)
+    await put_back(rig, copy)
+    await go_on(rig)
+    assert by_whom(rig) == (0, 7)
+    assert (await the_link(rig, acme)).state == "ended"
+    assert (await the_link(rig, beta)).state == "active"
+    assert await held_items(rig) == []
+
+
+async def test_what_the_original_told_long_after_the_cut_over_is_a_problem(rig: Rig) -> None:
+    """Traffic is counted from the cut-over on, so it would be billed twice; a later one is the way out."""
+    ids = await original(rig, "acme", "beta")
+    rig.pass_(HOUR)
+    early = rig.far.now()
+    await rig.traffic("beta", 5)
+    await original_reports(rig, "acme", 7)
+    rig.pass_(2 * HOUR)
+    await original_reports(rig, "acme", 2)
+    newest = rig.far.now()
+    rig.pass_(MINUTE)
+    for dry_run in (True, False):
+        findings = await found(rig, early, dry_run=dry_run)
+        step = of(findings, "acme")
+        assert (step.op, step.action, findings.problems) == ("!", None, 1)
+        assert "told 9 unit(s) in 2 record(s)" in step.reason
+        assert f"a --since after {newest.isoformat().replace('+00:00', 'Z')}" in step.reason
+        assert of(findings, "beta").op == "~"
+    await adopted(rig, early)
+    assert await rig.link(ids["acme"]) is None
+    late = newest + timedelta(seconds=1)
+    step = of(await adopted(rig, late), "acme")
+    assert (step.op, "told" in step.reason) == ("~", False)
+    assert (await the_link(rig, ids["acme"])).usage_from == late
+    await rig.report()
+    assert by_whom(rig) == (9, 5)
+
+
+@ONE_DATABASE
+async def test_what_the_original_posted_late_is_told_and_adopted(rig: Rig) -> None:
+    """It read up to the cut-over, and posted minutes later: the step says how that must be understood."""
+    ids = await original(rig, "acme")
+    rig.pass_(HOUR)
+    await rig.traffic("acme", 9)
+    rig.pass_(MINUTE)
+    since = rig.far.now()
+    rig.pass_(TRAILING - MINUTE)
+    untagged(rig, at_recurly(rig, "acme"), 9)
+    rig.pass_(MINUTE)
+    await rig.traffic("acme", 4)
+    findings = await adopted(rig, since)
+    step = of(findings, "acme")
+    assert (step.op, findings.problems) == ("~", 0)
+    assert "told 9 unit(s) in 1 record(s)" in step.reason
+    assert "right only if that is traffic of before it, posted late" in step.reason
+    assert (await the_link(rig, ids["acme"])).usage_from == since
+    await rig.report()
+    assert by_whom(rig) == (9, 4)
+
+
+@ONE_DATABASE
+async def test_what_the_original_tells_before_the_handler_runs_is_held(rig: Rig) -> None:
+    """It was never stopped: the handler looks again."""
+    ids = await original(rig, "acme")
+    rig.pass_(HOUR)
+    await found(rig, rig.far.now(), dry_run=False)
+    rig.pass_(2 * TRAILING)
+    await original_reports(rig, "acme", 6)
+    await rig.work(2 * MINUTE, rounds=1)
+    [item] = await held_items(rig)
+    assert item["kind"] == "adoption_refused"
+    assert "told 6 unit(s)" in item["reason"]
+    assert await rig.link(ids["acme"]) is None
+
+
+@ONE_DATABASE
+async def test_nothing_is_adopted_before_a_restored_store_is_read_back(rig: Rig, tmp_path: Path) -> None:
+    """What it says is linked is of the copy's time."""
+    await original(rig, "acme")
+    rig.pass_(HOUR)
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await put_back(rig, copy)
+    for dry_run in (True, False):
+        with pytest.raises(Retryable, match="reading back from Recurly"):
+            await found(rig, rig.far.now(), dry_run=dry_run)
+    await read_back(rig)
+    assert of(await found(rig, rig.far.now()), "acme").op == "~"
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("source", ["metrics", "summary", "search"])
+@pytest.mark.parametrize("account", ["user", "org"])
+async def test_the_last_usage_of_a_deleted_one_of_an_organisation_of_its_own_is_billed(
+    rig: Rig, tmp_path: Path, source: str, account: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody says any more whose it was, and no other subscription is of that organisation."""
+    rig.world.tenant.settings.sample_percent = 100
+    rig.settle = timedelta(minutes=5)
+    plain = rig.settings()
+    chosen = plain.model_copy(update={"traffic": plain.traffic.model_copy(update={"source": source})})
+    monkeypatch.setattr(rig, "settings", lambda: chosen)
+    rig.start()
+    beta = await rig.subscribe("beta")
+    await rig.settled()
+    await rig.poll()
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    body = {"plan": "metered", "name": "acme", "user": "u", "team": "t", "organization": "300000000000003"}
+    made = await rig.play(control_amplify.subscribe, body)
+    rig.account(made, account)
+    acme = made["metadata"]["id"]
+    await rig.settled()
+    for units in (6, 7, 8):
+        await rig.traffic("acme", units)
+        await rig.report()
+    await rig.traffic("acme", 5)
+    rig.pass_(MINUTE)
+    await rig.move("acme", "delete")
+    await put_back(rig, copy)
+    await go_on(rig)
+    assert by_whom(rig) == (0, 26)
+    link = await the_link(rig, acme)
+    assert (link.state, link.organization_id) == ("ended", "" if account == "user" else "300000000000003")
+    assert (await the_link(rig, beta)).state == "active"
+    assert (await held_items(rig), await rig.dead()) == ([], [])

@@ -162,6 +162,24 @@ async def test_another_amount_under_our_tag_is_held(rig: Rig) -> None:
     assert await items(rig) == [], "released, it was audited again, and agrees"
 
 
+async def test_corrections_that_leave_something_over_are_held(rig: Rig) -> None:
+    """A right record beside a correction that nobody needs is wrong, too; all of it counts."""
+    one = await reported(rig, 7)
+    needless = await posted(rig, one, tag=f"{one.merchant_tag}~1")
+    needless.amount = 2
+    await audited(rig)
+    [item] = await items(rig)
+    assert (item["kind"], item["units"]) == ("wrong_amount", 2)
+    twin = await posted(rig, one)
+    one.billed_at = twin.billed_at = rig.far.now()
+    await audited(rig)
+    [item] = await items(rig)
+    assert (item["kind"], item["units"]) == ("wrong_amount", 9), "no double beside it: it is counted already"
+    needless.amount = -7
+    await audited(rig)
+    assert await items(rig) == []
+
+
 @ONE_DATABASE
 async def test_audits_come_by_themselves(rig: Rig) -> None:
     """Once a day, and before a bill."""

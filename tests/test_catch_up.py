@@ -172,6 +172,27 @@ async def test_an_event_that_shows_late_below_the_position_is_found(rig: Rig) ->
 
 
 @ONE_DATABASE
+async def test_pages_that_are_shorter_than_asked_for_are_read_to_the_end(rig: Rig) -> None:
+    """Amplify may put fewer items on a page: one turn reads all there is, not a page of it."""
+    feed = rig.amplify._adapter._feed
+    rows = feed._rows
+
+    async def capped(topic: str, params: list[tuple[str, str]]) -> Any:
+        few = [(name, str(min(int(value), 7)) if name == "pageSize" else value) for name, value in params]
+        return await rows(topic, few)
+
+    feed._rows = capped
+    await rig.daemon.catch_up.run_once()
+    for number in range(20):
+        await rig.plan(f"p{number}", activate=False)
+    rig.unheard.clear()
+    await rig.daemon.catch_up.run_once()
+    assert len(shown(rig)) > 20
+    assert {one.id for one in shown(rig)} == {row["id"] for row in await rig.rows(schema.events)}
+    assert (await place(rig)).position == shown(rig)[-1].sequence
+
+
+@ONE_DATABASE
 async def test_doubled_items_and_full_pages_are_read_to_the_end(rig: Rig) -> None:
     """More than a page, each item twice."""
     rig.world.tenant.settings.configure(feed_repeats=True)

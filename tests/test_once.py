@@ -11,7 +11,7 @@ from manual_clock import ManualClock
 from billingd.domain.errors import Misconfigured, NotDone, NotFound, Permanent, Refused, Retryable, Unknown
 from billingd.domain.sending import KEY_WINDOW, SECOND_LOOK
 from billingd.once import KEYS, Once
-from billingd.store import held, intents, outbox, schema
+from billingd.store import held, history, intents, outbox, schema
 from billingd.store.engine import Store, Tx
 
 SETTLING = timedelta(seconds=60)
@@ -130,6 +130,10 @@ class Bench:
         async with self.store.read() as tx:
             return await intents.find(tx, "w")
 
+    async def history(self) -> list[history.Entry]:
+        async with self.store.read() as tx:
+            return await history.of(tx, "w")
+
     def keys(self) -> list[str]:
         return [key for key, _ in self.far.sent]
 
@@ -239,6 +243,43 @@ async def test_what_takes_effect_between_the_two_looks_is_found(bench: Bench) ->
     bench.clock.advance(SECOND_LOOK)
     assert await bench.write() == "id-late"
     assert len(bench.far.sent) == 2
+
+
+async def test_no_sending_is_forgotten_when_another_takes_its_place(bench: Bench) -> None:
+    """Keys, epochs and times of all that were sent: the last in the intent, the others in the history."""
+    bench.far.plan = ["never arrives", "never arrives", "refused"]
+    began = bench.clock.now()
+    await bench.fails(Unknown)
+    bench.clock.advance(SECOND)
+    await bench.fails(Unknown)  # the same key
+    bench.clock.advance(FORGOTTEN)
+    await bench.settle()
+    await bench.fails(Refused)
+    bench.clock.advance(SECOND)
+    await bench.write()
+    entries = await bench.history()
+    kept = [entry.detail for entry in entries if entry.kind == "superseded"]
+    assert [detail["key"] for detail in kept] == bench.keys()[:3]
+    assert [(one["epoch"], one["sends"], one["outcome"]) for one in kept] == [
+        (1, 1, "open"),
+        (1, 2, "open"),
+        (2, 3, "refused"),
+    ]
+    times = [history.text_of(began), history.text_of(began + SECOND)]
+    assert [(one["first_sent_at"], one["last_sent_at"]) for one in kept[:2]] == [
+        (times[0], times[0]),
+        (times[0], times[1]),
+    ]
+    [refused] = [entry.detail for entry in entries if entry.kind == "refused"]
+    assert (refused["key"], refused["epoch"], refused["error"]) == (bench.keys()[2], 2, "422")
+    assert (await bench.intent()).epoch == 3
+
+
+async def test_what_was_found_and_never_sent_is_not_told_as_sent(bench: Bench) -> None:
+    bench.far.made = ["id-1"]
+    await bench.write(look_first=True)
+    assert (await bench.intent()).state == "done"
+    assert history.sent(await bench.intent()) == {}
 
 
 async def test_a_slow_sending_settles_from_its_end(bench: Bench) -> None:

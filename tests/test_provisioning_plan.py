@@ -276,6 +276,9 @@ async def test_a_deleted_plan_takes_its_subscriptions_along_whatever_order_event
         if order == "subscriptions only":
             await rig.ask(plan_action("metered", plan["metadata"]["id"], because="resync"))
             await rig.settled()
+            assert len(codes(rig)) == 1, "nothing has said that it was deleted, and it is the only one"
+            await rig.confirm()
+            await rig.settled()
         assert codes(rig) == {}
         assert await rig.dead() == []
 

@@ -11,9 +11,10 @@ from billingd.domain.errors import NotFound, Retryable
 from billingd.domain.periods import Period
 from billingd.domain.usage import book, merchant_tag, parse_tag
 from billingd.domain.windows import Window
-from billingd.store import held, links, marks, periods, read_back, schema, usage, watermarks
-from billingd.store.engine import Store
+from billingd.store import held, history, links, marks, periods, read_back, schema, usage, watermarks
+from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
+from billingd.store.links import SubscriptionLink
 from billingd.traffic.periods import PeriodWatch
 from billingd.traffic.read_back import ReadBack, _stretches
 
@@ -210,12 +211,101 @@ async def test_the_mark_stays_until_all_are_read(
     while await again.run_once():
         pass
     assert await again.finished()
-    assert again.reason is None
+    assert not await again.may_send()
+    assert again.reason == "listing Amplify after a restore"
     assert len(far.asked) == 1, "the first was read before the restart, the second is over"
     async with store.read() as tx:
         assert await marks.find(tx, marks.RESTORED) is None
         [notice] = (await tx.execute(schema.outbox.select())).all()
     assert "1 usage record(s)" in str(notice.args)
+    async with store.write() as tx:
+        await marks.note(tx, marks.RESYNCED, at=clock.now())
+    assert await again.run_once()
+    assert await again.may_send()
+    assert again.reason is None
+    async with store.read() as tx:
+        assert await marks.find(tx, marks.RECOVERING) is None
+
+
+async def test_what_was_corrected_counts_with_its_corrections(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> None:
+    """As the ledger had it: with all that is billed under its tag, each once, however often it is listed."""
+    await link(store, subscription())
+    changed, doubled, known, single = (Window(TEN + n * HOUR, TEN + (n + 1) * HOUR) for n in range(4))
+    far.hold(tag(changed), 8, at=changed.start, billed=True)
+    far.hold(f"{tag(changed)}~1", 3, at=changed.start, billed=True)
+    far.hold(f"{tag(changed)}~2", -1, at=changed.start)
+    for _ in range(2):
+        far.hold(tag(doubled), 5, at=doubled.start, billed=True)
+    far.hold(tag(doubled), 5, at=doubled.start)  # the audit will remove it
+    far.hold(f"{tag(doubled)}~1", -5, at=doubled.start)
+    far.hold(tag(known), 6, at=known.start, billed=True)
+    far.hold(f"{tag(known)}~1", 1, at=known.start)
+    for _ in range(2):
+        far.hold(tag(single), 4, at=single.start, billed=True)  # doubled, and nobody corrected it
+    far.hold(f"{tag(subscription_id='s2')}~1", 70)
+    far.hold(f"{tag(known, 2)}~1", 70)  # of nothing that is there
+    async with store.write() as tx:
+        mine = list(book("s1", "q1", {known: 7}, {}, before=known.end))
+        await usage.insert(tx, mine, now=known.end, state="recorded")
+        found = await links.find_subscription(tx, "s1")
+    assert found is not None
+    assert await reader.subscription(found, since=TEN) == 3
+    expected = {
+        tag(changed): (10, "reported", "u0"),
+        tag(doubled): (5, "reported", "u3"),
+        tag(known): (7, "reported", "u7"),
+        tag(single): (4, "reported", "u10"),
+    }
+    assert await rows(store) == expected
+    assert await reader.subscription(found, since=TEN) == 0
+    assert await rows(store) == expected
+    async with store.read() as tx:
+        written = {row.name: row for row in (await tx.execute(schema.intents.select())).all()}
+        told = [
+            (one.subject, one.detail["units"])
+            for one in await history.of(tx, *(f"usage:{tag(each)}" for each in (changed, doubled, known)))
+            if one.kind == "correction_read_back"
+        ]
+    done = {name.removeprefix("usage:"): (row.state, row.result) for name, row in written.items()}
+    assert done.items() >= {
+        (f"{tag(changed)}~1", ("done", "u1")),
+        (f"{tag(changed)}~2", ("done", "u2")),
+        (f"{tag(doubled)}~1", ("done", "u6")),
+        (f"{tag(known)}~1", ("done", "u8")),
+    }
+    assert sorted(told) == sorted(
+        [
+            (f"usage:{tag(changed)}", 3),
+            (f"usage:{tag(changed)}", -1),
+            (f"usage:{tag(doubled)}", -5),
+            (f"usage:{tag(known)}", 1),
+        ]
+    )
+
+
+async def test_the_next_one_is_the_next_in_the_order_that_decides_what_is_read(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database may sort texts otherwise: nobody is passed over."""
+    names = ["s1", "S2", "s-3"]
+    await link(store, *(subscription(name) for name in names))
+    for name in names:
+        far.show(Period(TEN, TEN + 30 * DAY), subscription=name)
+        far.hold(tag(subscription_id=name), 5)
+    billing = links.billing
+
+    async def as_a_dictionary(tx: Tx) -> list[SubscriptionLink]:
+        return sorted(await billing(tx), key=lambda one: one.subscription_id.casefold())
+
+    monkeypatch.setattr(links, "billing", as_a_dictionary)
+    async with store.write() as tx:
+        await marks.note(tx, marks.RESTORED, at=clock.now(), detail={"copied_at": None, "file": "copy.db"})
+    clock.advance(timedelta(minutes=2))
+    while not await reader.finished():
+        assert await reader.run_once()
+    assert len(await rows(store)) == 3
 
 
 async def test_a_link_made_again_counts_from_where_it_counted(

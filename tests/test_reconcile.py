@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 from rig import HOUR, Crash, Json, Rig, a_rig
+from test_reconcile_drifts import Plants
 
 from billingd.admin import operations
 from billingd.domain.billing import NewUsage
@@ -137,8 +138,12 @@ async def test_only_what_was_served_since_the_link_is_compared(rig: Rig) -> None
     await reported(rig, 7)
     assert rig.units() == 7
     assert kinds(await reconciled(rig)) == []
+    rig.horizon = HOUR
+    rig.start()
+    rig.pass_(3 * HOUR)
+    await rig.poll()
     await rig.traffic("acme", 2, at=usage_from + timedelta(minutes=1), arrives=rig.far.now())
-    assert kinds(await reconciled(rig)) == [("missing_record", 2)]
+    assert kinds(await reconciled(rig)) == [("late_beyond_horizon", 2)]
 
 
 @ONE_DATABASE
@@ -310,6 +315,41 @@ async def test_a_billed_double_is_corrected_once(rig: Rig) -> None:
     assert rig.tags() == {one.merchant_tag: 2, f"{one.merchant_tag}~1": 1}
     assert await rig.held() == {}
     assert "corrected" in [row["kind"] for row in await rig.rows(schema.history)]
+
+
+async def test_a_needless_correction_is_corrected(rig: Rig) -> None:
+    """Also while all of it is unbilled: setting the record back would change nothing."""
+    one = await reported(rig, 7)
+    await Plants(rig).post(one, units=2, tag=f"{one.merchant_tag}~1")
+    assert kinds(await repaired(rig)) == [("wrong_amount", 2)]
+    assert rig.units() == 7
+    assert kinds(await reconciled(rig)) == []
+    assert await rig.held() == {}
+
+
+async def test_what_recurly_holds_decides_what_is_corrected(rig: Rig) -> None:
+    """Not what is remembered: of a correction that nobody knows of, or one that somebody removed since."""
+    one = await reported(rig, 7)
+    await Plants(rig).call("PUT", f"/usage/{one.id}", {"amount": 5})
+    one.billed_at = rig.far.now()
+    await repaired(rig)
+    assert rig.units() == 7
+    await Plants(rig).sql(schema.intents.delete().where(schema.intents.c.name.endswith("~1")))
+    twin = await posted(rig, one)
+    twin.billed_at = rig.far.now()
+    await repaired(rig)
+    corrections = {
+        each.merchant_tag: each for each in rig.world.site.usages.values() if "~" in (each.merchant_tag or "")
+    }
+    assert [each.amount for each in corrections.values()] == [2, -5]
+    assert rig.units() == 7
+    await rig.recurly._adapter.remove_usage(corrections[f"{one.merchant_tag}~2"].id, key="by hand")
+    assert rig.units() == 12
+    await repaired(rig)
+    assert rig.units() == 7
+    assert set(rig.tags()) == {one.merchant_tag, f"{one.merchant_tag}~1", f"{one.merchant_tag}~3"}
+    assert kinds(await reconciled(rig)) == []
+    assert (await rig.held(), await rig.dead()) == ({}, [])
 
 
 @ONE_DATABASE

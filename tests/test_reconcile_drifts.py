@@ -186,8 +186,7 @@ async def never_sent(rig: Rig, plants: Plants) -> None:
 async def at_amplify(rig: Rig, plants: Plants) -> None:
     """Traffic that comes late, or is counted no more."""
     now = rig.far.now()
-    await rig.traffic("beta", 15, at=now - 3 * HOUR, arrives=now)
-    plants.note("Amplify: late, within the horizon", "missing_record", 15, repairable=True)
+    await rig.traffic("beta", 15, at=now - 3 * HOUR, arrives=now)  # within the horizon: no drift
     await rig.traffic("beta", 16, at=START + HOUR, arrives=now)
     plants.note("Amplify: late, beyond it; flat", "late_beyond_horizon", 16, repairable=True)
     await rig.traffic("vol", 17, at=START + HOUR, arrives=now)
@@ -292,10 +291,16 @@ async def planted_and_mended(store_url: str) -> str:
         async with rig.store.read() as tx:
             kept = Counter(row["kind"] for row in await held.standing(tx))
         refused = ["double_record", "wrong_amount", "wrong_period", "foreign_record", "late_usage"]
+        refused += [each.kind for each in plants.planted if not each.units]
         assert kept == Counter([*refused, "reading_shrank"]), "what is refused waits for a person"
         [acme] = rig.billed(ids["acme"])
         [add_on] = acme["add_ons"].values()
         assert add_on["reported_units"] == 101 + 102 + 103 + 3 + 6 + 7 + 8 + 4 + 5
+        [beta] = rig.billed(ids["beta"])
+        [add_on] = beta["add_ons"].values()
+        assert add_on["reported_units"] == 50 + 13 + 14 + 11 + 12 + 15 + 16, (
+            "late traffic is booked on the way"
+        )
         return table(plants.planted, found["drift"], after["drift"])
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from rig import HOUR, Crash, Rig, a_rig
+from test_reconcile import posted, reconciled, repaired, reported
+from test_reconcile_drifts import Plants
 
 from billingd import daemon as root
 from billingd.domain.errors import Retryable
+from billingd.domain.events import audit_action, subscription_action
 from billingd.sandbox import control_amplify
-from billingd.store import copies, history, marks, schema
+from billingd.store import copies, held, history, intents, marks, schema
 
 DAY = timedelta(days=1)
 MINUTE = timedelta(minutes=1)
@@ -198,12 +201,20 @@ async def test_nothing_is_read_or_sent_before_it_is_read_back(rig: Rig, tmp_path
         steps.append("taken")
         return True
 
-    gated = root._once_read_back(daemon.read_back, step)
-    assert not await gated()
+    reading = root._once_open(daemon.read_back.finished, step)
+    sending = root._once_open(daemon.read_back.may_send, step)
+    assert not await reading()
+    assert not await sending()
     with pytest.raises(Retryable, match="reading back from Recurly"):
         await rig.poll()
     with pytest.raises(Retryable, match="reading back from Recurly"):
         await rig.poller.read_range(rig.far.now() - DAY, rig.far.now())
+    with pytest.raises(Retryable, match="reading back from Recurly"):
+        await daemon.reconciler.start(repair=True)
+    with pytest.raises(Retryable, match="reading back from Recurly"):
+        await daemon.reconciler.step(1)
+    with pytest.raises(Retryable, match="reading back from Recurly"):
+        await daemon.adoption.run(rig.far.now().replace(microsecond=0), dry_run=True)
     assert any("reading back from Recurly after a restore" in one for one in daemon.admin._reasons())
     assert not await daemon.read_back.run_once(), "what the old process sent may still take effect"
     assert rig.world.calls == {}
@@ -212,8 +223,16 @@ async def test_nothing_is_read_or_sent_before_it_is_read_back(rig: Rig, tmp_path
     await read_back(rig)
     assert not [call for call in rig.world.calls if call.startswith("recurly POST")]
     assert not [one for one in daemon.admin._reasons() if "reading back" in one]
-    assert await gated()
+    assert await reading()
     assert steps == ["taken"]
+    assert not await daemon.read_back.run_once()
+    assert not await sending(), "Amplify was not listed yet"
+    assert "listing Amplify after a restore" in daemon.admin._reasons()
+    await daemon.resync.run_once()
+    assert await daemon.read_back.run_once()
+    assert await sending()
+    assert "listing Amplify after a restore" not in daemon.admin._reasons()
+    assert await daemon.read_back.idle() > MINUTE
     await go_on(rig)
     await agrees(rig)
 
@@ -268,6 +287,101 @@ async def test_what_was_under_way_when_the_old_process_died_is_waited_for(rig: R
     assert await rig.land() == 1
     await go_on(rig)
     await agrees(rig)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("units", [8, 12])
+async def test_a_correction_since_the_copy_is_known_again(
+    rig: Rig, tmp_path: Path, units: int, known: bool
+) -> None:
+    """Whether or not the copy has what was corrected: it is not made again, and not booked once more."""
+    await rig.report()  # what came late before
+    copy = await copies.backup(rig.store, tmp_path / "before.db", now=rig.clock.now())
+    at = rig.far.now()
+    made = await reported(rig, 10)
+    served = rig.units()
+    if known:
+        copy = await copies.backup(rig.store, tmp_path / "after.db", now=rig.clock.now())
+    await Plants(rig).call("PUT", f"/usage/{made.id}", {"amount": units})
+    rig.pass_(MINUTE)
+    await rig.renew()
+    await rig.work(HOUR)
+    before = rig.far.now()
+    await repaired(rig)
+    tag = f"{made.merchant_tag}~1"
+    [correction] = [one for one in rig.world.site.usages.values() if one.merchant_tag == tag]
+    assert correction.recording_timestamp >= before.replace(microsecond=0), "its window began long before"
+    assert (correction.amount, rig.units()) == (10 - units, served)
+
+    await put_back(rig, copy)
+    await rig.traffic("acme", 3, at=at)
+    await go_on(rig)
+    served += 3
+    assert rig.units() == served
+    async with rig.store.read() as tx:
+        intent = await intents.find(tx, f"usage:{tag}")
+        told = [one.kind for one in await history.of(tx, f"usage:{made.merchant_tag}")]
+    assert intent is not None
+    assert (intent.state, intent.result) == ("done", correction.id)
+    assert "correction_read_back" in told
+    [link] = [row for row in await rig.rows(schema.subscription_links) if row["name"] == "acme"]
+    await rig.ask(audit_action(link["subscription_id"], because="test"))
+    await rig.work(10 * MINUTE)
+    found = await reconciled(rig, since=at - HOUR, repair=True)
+    assert (found["drift"], await rig.held()) == ([], {})
+    assert rig.units() == served == (await rig.totals())["reported"]
+
+    twin = await posted(rig, made)  # whatever is wrong with it now is corrected under another tag
+    twin.billed_at = made.billed_at
+    found = await reconciled(rig, since=at - HOUR, repair=True)
+    assert [one["kind"] for one in found["drift"]] == ["wrong_amount"]
+    await rig.work(10 * MINUTE)
+    assert rig.units() == served
+    assert (await reconciled(rig, since=at - HOUR))["drift"] == []
+
+
+@pytest.mark.parametrize("on_cancel", ["terminate", "cancel"])
+async def test_what_the_lost_life_ended_is_no_surprise(rig: Rig, tmp_path: Path, on_cancel: str) -> None:
+    """Nobody is told of an end that this store asked for; of another they are, once Amplify was listed."""
+    rig.on_cancel = on_cancel
+    rig.start()
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await rig.move("beta", "cancel")
+    await quiet(rig)
+    await rig.report()
+    await rig.report()
+    [acme] = [row for row in await rig.rows(schema.subscription_links) if row["name"] == "acme"]
+    await put_back(rig, copy)
+    getattr(rig.world.site, "expire" if on_cancel == "terminate" else "cancel")(acme["uuid"])
+    rig.channels.provider.clear()
+    await read_back(rig)
+    await rig.poll()
+    await rig.poller.watch_periods()
+    assert not await rig.daemon.read_back.run_once()
+    await rig.drain()
+    assert (await rig.held(), told_of_ends(rig)) == ({}, [])
+    await rig.daemon.resync.run_once()
+    await rig.ask(subscription_action("acme", acme["subscription_id"], because="a hint"))
+    for _ in range(3):
+        await rig.daemon.read_back.run_once()
+    assert told_of_ends(rig) == [], "both are yet to be looked at"
+    await rig.drain()
+    for _ in range(3):
+        await rig.daemon.read_back.run_once()
+    await rig.drain()
+    assert len(told_of_ends(rig)) == 1
+    assert "acme" in told_of_ends(rig)[0].lower()
+    async with rig.store.read() as tx:
+        assert await marks.find(tx, marks.RECOVERING) is None
+        items = [row["subject"] for row in await held.standing(tx, kind="ended_at_recurly")]
+    ended = [f"subscription:{acme['subscription_id']}:ended"]
+    assert items == (ended if on_cancel == "terminate" else [])
+
+
+def told_of_ends(rig: Rig) -> list[str]:
+    """What people were told of ends at Recurly."""
+    words = ("not billed any more", "will end at Recurly")
+    return [one for one in rig.channels.provider if any(word in one for word in words)]
 
 
 @ONE_DATABASE

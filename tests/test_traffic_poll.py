@@ -203,6 +203,33 @@ async def test_one_notice_tells_of_all_that_one_reading_holds(
     assert notice["args"]["body"].startswith("3 things are held")
 
 
+async def test_one_of_an_unknown_organization_is_asked_for_until_it_was_over(
+    store: Store, clock: ManualClock, source: Counted
+) -> None:
+    """And a count that is missing is no zero, for its organization may only not have been found."""
+    poller = a_poller(store, clock, source, horizon=2 * HOUR)
+    await poller.run_once()
+    await link(
+        store,
+        subscription("s1"),
+        subscription("s2", organization_id="", usage_until=TEN + 3 * HOUR, state="ending"),
+    )
+    source.serve(5, subscription="s2")
+    clock.advance(3 * HOUR)
+    await poller.run_once()
+    assert source.asked[-1]["organizations"] == {"o1", ""}
+    assert await records(store) == [(0, 1, 5, "recorded")]
+    source.units.clear()
+    clock.advance(HOUR)
+    await poller.run_once()
+    assert "reading_shrank" not in await held_now(store)
+    for _ in range(4):
+        clock.advance(HOUR)
+        await poller.run_once()
+    assert source.asked[-1]["start"] >= TEN + 3 * HOUR
+    assert source.asked[-1]["organizations"] == {"o1"}
+
+
 async def test_only_traffic_from_the_link_on_is_billed(
     store: Store, clock: ManualClock, source: Counted
 ) -> None:
@@ -780,6 +807,25 @@ async def test_an_audit_that_is_due_waits_for_the_flush(
     assert await audits() == [f"audit_usage:s1:period:{TEN + HOUR:%Y%m%dT%H%M%S}"]
     [audit] = [row for row in await rows(store, schema.outbox) if row["kind"] == "audit_usage"]
     assert audit["due_at"] == clock.now()
+
+
+async def test_an_audit_that_is_due_does_not_depend_on_amplify(store: Store, clock: ManualClock) -> None:
+    """The bill comes whether or not what precedes it could be read."""
+
+    class Away(Counted):
+        async def read(self, **asked: Any) -> Any:
+            raise Retryable("away")
+
+    bills = Bills(clock)
+    poller = a_poller(store, clock, Away(), bills)
+    await poller.run_once()
+    await link(store, subscription())
+    bills.show(Period(TEN, TEN + HOUR))
+    clock.at = TEN + HOUR - timedelta(minutes=1)
+    with pytest.raises(Retryable, match="away"):
+        await poller.run_once()
+    audits = [row["key"] for row in await rows(store, schema.outbox) if ":period:" in row["key"]]
+    assert audits == [f"audit_usage:s1:period:{TEN + HOUR:%Y%m%dT%H%M%S}"]
 
 
 async def test_where_bills_are_is_asked_every_ten_minutes(

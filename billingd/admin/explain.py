@@ -1,22 +1,27 @@
 """Explain: one usage record back to what made it and what was sent; a subscription forward to all of it."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
 from billingd.admin.status import plain, timestamp
+from billingd.domain.delivery import CORRECTABLE, OVER
 from billingd.domain.errors import NotFound
 from billingd.domain.events import REPORT_USAGE
 from billingd.domain.money import shown
 from billingd.domain.periods import Period, period_of
-from billingd.domain.sending import idempotency_key
-from billingd.domain.usage import TAG_PREFIX, usage_intent
+from billingd.domain.sending import Intent
+from billingd.domain.usage import TAG_PREFIX, corrected_tag, correction_tag, usage_intent
 from billingd.store import history, intents, ledger, links, periods, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.history import Entry
 from billingd.store.ledger import Line
 from billingd.store.links import AddOnLink, SubscriptionLink
+
+LIVING: Final = ("ended", "ending", "created", "active")
+"""States of a link, the one that a name most likely means last."""
 
 RECORDS_SHOWN: Final = 200
 """Records of a subscription in one answer, the newest, unless more are asked for."""
@@ -34,55 +39,57 @@ async def explain(store: Store, about: str, *, now: datetime, records: int = REC
 
 
 async def _record(tx: Tx, tag: str) -> dict[str, Any]:
-    known = (await usage.by_tags(tx, [tag])).get(tag)
-    if known is None:
+    """A record, or the correction that a repair posted beside one.
+
+    A reading of traffic that booked nothing leaves no trace: `readings` are those that booked something, each
+    with the time at which billingd booked it and what Amplify had counted of the window by then.
+    """
+    corrects = corrected_tag(tag)
+    known = (await usage.by_tags(tx, [corrects or tag])).get(corrects or tag)
+    corrections = [] if known is None else await _corrections(tx, known.record.merchant_tag)
+    correction = next((one for one in corrections if one["tag"] == tag), None)
+    if known is None or (corrects is not None and correction is None):
         raise NotFound(
             f"the ledger has no usage record tagged {tag}; if Recurly has one, `billingd reconcile` says more"
         )
     found = await usage.find(tx, known.id)
     record, window = found.record, found.record.window
     lines = await ledger.revisions(tx, record.subscription_id, record.quota_id, window)
-    this = next(one for one in lines if one.tag == tag)
-    intent = await intents.find(tx, usage_intent(tag))
     action = await ledger.action_of(tx, f"{REPORT_USAGE}:{tag}")
     counted, told = 0, []
     for one in lines:
         counted += one.units
         told.append(
             {
-                "read_at": timestamp(one.recorded_at),
+                "booked_at": timestamp(one.recorded_at),
                 "units": counted,
                 "revision": one.revision,
                 "tag": one.tag,
             }
         )
     happened = await history.of(tx, usage_intent(tag))
+    this = {
+        "units": record.units,
+        "state": found.state,
+        "recorded_at": timestamp(found.recorded_at),
+        "reported_at": plain(found.reported_at),
+        "recurly_usage_id": found.usage_id,
+    }
+    if correction is not None:
+        this |= {name: value for name, value in correction.items() if name != "tag"}
     return {
         "tag": tag,
+        "corrects": corrects,
         "subscription": _who(found.link),
         "add_on": {"code": found.add_on.add_on_code, "title": found.add_on.title, "quota": record.quota_id},
         "window": {"start": timestamp(window.start), "end": timestamp(window.end)},
         "revision": record.revision,
-        "units": record.units,
         "usage_timestamp": timestamp(record.usage_timestamp),
-        "state": this.state,
-        "recorded_at": timestamp(this.recorded_at),
-        "reported_at": plain(this.reported_at),
-        "recurly_usage_id": this.usage_id,
+        **this,
         "period": _period(period_of(await periods.of(tx, record.subscription_id), record.usage_timestamp)),
         "readings": told,
-        "sending": None
-        if intent is None
-        else {
-            "state": intent.state,
-            "key": idempotency_key(intent.name, intent.epoch, intent.body_hash),
-            "epoch": intent.epoch,
-            "sends": intent.sends,
-            "first_sent_at": timestamp(intent.first_sent_at),
-            "last_sent_at": timestamp(intent.last_sent_at),
-            "unanswered_since": plain(intent.gave_up_at),
-            "result": intent.result,
-        },
+        "corrections": corrections if correction is None else [],
+        **_sendings(await intents.find(tx, usage_intent(tag)), happened),
         "action": None
         if action is None
         else {
@@ -97,8 +104,69 @@ async def _record(tx: Tx, tag: str) -> dict[str, Any]:
     }
 
 
+async def _corrections(tx: Tx, tag: str) -> list[dict[str, Any]]:
+    """What repairs posted, or are about to, beside that record; units are known once one is there."""
+    entries = await history.of(tx, usage_intent(tag))
+    kinds = {history.CORRECTED, history.CORRECTION_READ_BACK}
+    posted = {entry.detail["tag"]: entry for entry in entries if entry.kind in kinds}
+    found: list[dict[str, Any]] = []
+    while True:
+        name = correction_tag(tag, len(found) + 1)
+        intent = await intents.find(tx, usage_intent(name))
+        entry = posted.get(name)
+        if intent is None and entry is None:
+            return found
+        state = "reported" if intent is None or intent.state == "done" else "recorded"
+        found.append(
+            {
+                "tag": name,
+                "units": None if entry is None else entry.detail["units"],
+                "state": state,
+                "recorded_at": None if intent is None else timestamp(intent.first_sent_at),
+                "reported_at": None if entry is None else timestamp(entry.at),
+                "recurly_usage_id": None if entry is None else entry.detail["usage_id"],
+            }
+        )
+
+
+def _sendings(intent: Intent | None, happened: Sequence[Entry]) -> dict[str, Any]:
+    """Every sending with its key and what became of it, and what is known of the last one.
+
+    What an intent said before another sending took its place, or before it was found gone at Recurly, is in
+    the history. `sends` numbers them; a write that was found and never sent from here counts for none.
+    """
+    attempts: dict[int, dict[str, Any]] = {}
+    unsent = 0
+    for entry in happened:
+        if "key" in entry.detail and "sends" in entry.detail:
+            attempts.setdefault(entry.detail["sends"], {name: entry.detail.get(name) for name in _SENDING})
+        elif entry.kind == intents.SUPERSEDED:
+            unsent += 1
+    if intent is None:
+        return {"sending": None, "attempts": list(attempts.values())}
+    said = history.sent(intent)
+    if said:
+        attempts.setdefault(intent.sends, {name: said.get(name) for name in _SENDING})
+    last = {"state": intent.state, **{name: said.get(name) for name in _SENDING if name != "outcome"}}
+    return {
+        "sending": last | {"sends": intent.sends - unsent if said else 0, "result": intent.result},
+        "attempts": list(attempts.values()),
+    }
+
+
+_SENDING: Final = (
+    "key",
+    "epoch",
+    "outcome",
+    "first_sent_at",
+    "last_sent_at",
+    "unanswered_since",
+    "result",
+)
+
+
 async def _subscription(tx: Tx, about: str, now: datetime, limit: int) -> dict[str, Any]:
-    link = await _find(tx, about)
+    link, others = await _find(tx, about)
     add_ons = await links.add_ons_of(tx, link.plan_id)
     plan = await links.find_plan(tx, link.plan_id)
     assert plan is not None
@@ -121,6 +189,7 @@ async def _subscription(tx: Tx, about: str, now: datetime, limit: int) -> dict[s
             "usage_from": timestamp(link.usage_from),
             "usage_until": plain(link.usage_until),
         },
+        "others": others,
         "periods": [_period(one) for one in known],
         "next_invoice": await _next_invoice(tx, link, add_ons, plan.currency, known, now),
         "totals": await _totals(tx, link, titles),
@@ -143,17 +212,25 @@ def _line(line: Line, add_ons: Mapping[str, AddOnLink]) -> dict[str, Any]:
     }
 
 
-async def _find(tx: Tx, about: str) -> SubscriptionLink:
+async def _find(tx: Tx, about: str) -> tuple[SubscriptionLink, list[str]]:
+    """The link, and the ids of the others that have or had its name.
+
+    Of several of that name the one that lives is meant, else the one that was linked last.
+    """
     link = await links.find_subscription(tx, about) or await links.find_subscription_by_uuid(tx, about)
-    if link is not None:
-        return link
-    named = [one for one in await links.subscriptions(tx) if one.name == about]
-    if not named:
-        raise NotFound(
-            f"no linked subscription has the id, name or Recurly uuid {about}, and a tag of ours begins with "
-            f"{TAG_PREFIX}; `billingd status --subscriptions` lists them"
-        )
-    return named[-1]
+    name = about if link is None else link.name
+    named = sorted(
+        (one for one in await links.subscriptions(tx) if one.name == name),
+        key=lambda one: (LIVING.index(one.state), one.linked_at),
+    )
+    if link is None:
+        if not named:
+            raise NotFound(
+                f"no linked subscription has the id, name or Recurly uuid {about}, and a tag of ours begins "
+                f"with {TAG_PREFIX}; `billingd status --subscriptions` lists them"
+            )
+        link = named[-1]
+    return link, [one.subscription_id for one in reversed(named) if one != link]
 
 
 async def _totals(tx: Tx, link: SubscriptionLink, add_ons: Mapping[str, AddOnLink]) -> list[dict[str, Any]]:
@@ -184,38 +261,86 @@ async def _next_invoice(
     known: Sequence[Period],
     now: datetime,
 ) -> dict[str, Any] | None:
-    """The usage lines that the open period adds up to so far; the base price comes on top.
+    """What the open period adds up to so far, before taxes and discounts; None: no period is open.
 
     Units that wait count, held ones do not. Corrections of cycles that were billed before are lines of
-    their own at Recurly, and told apart here.
+    their own at Recurly, and told apart here. An amount that is not known is None, and so is the total then.
     """
     current = next((one for one in known if one.started_at <= now < one.ends_at), None)
     if current is None:
         return None
     counted = await ledger.units_of_cycle(tx, link.subscription_id, current.started_at, current.ends_at)
-    late = await ledger.corrections(tx, link.subscription_id, since=current.started_at)
-    lines = []
+    quotas = [one.quota_id for one in add_ons]
+    late = await ledger.corrections(tx, link.subscription_id, quotas, since=current.started_at)
+    corrected: dict[tuple[str, Period | None], int] = defaultdict(int)
+    for each in late:
+        corrected[each.quota_id, period_of(known, each.usage_timestamp)] += each.units
+    base = _base_price(link)
+    amounts, lines = [base], []
     for add_on in add_ons:
         units = counted.get(add_on.quota_id, 0)
         amount: Decimal | None = None
         if add_on.prices is not None:
             amount = Decimal(0) if current.trial else add_on.prices.charge(units)
+        costs: list[Decimal | None] = [
+            await _correction(tx, link, add_on, period, extra)
+            for (quota_id, period), extra in corrected.items()
+            if quota_id == add_on.quota_id
+        ]
+        more = _sum(costs)
+        amounts += [amount, more]
         lines.append(
             {
                 "add_on": add_on.add_on_code,
                 "title": add_on.title,
                 "units": units,
-                "amount": None if amount is None else shown(amount),
+                "amount": _money(amount),
                 "currency": currency,
-                "corrected_units": late.get(add_on.quota_id, 0),
+                "corrected_units": sum(one.units for one in late if one.quota_id == add_on.quota_id),
+                "corrected_amount": _money(more),
             }
         )
     return {
         "period_started_at": timestamp(current.started_at),
         "period_ends_at": timestamp(current.ends_at),
         "trial": current.trial,
+        "base_price": _money(base),
         "lines": lines,
+        "total": _money(_sum(amounts)),
+        "currency": currency,
     }
+
+
+def _base_price(link: SubscriptionLink) -> Decimal | None:
+    """What the next period costs by itself, billed when it begins; nothing when there is none."""
+    if link.state in {"ending", "ended"} or link.billed_state in {"canceled", *OVER}:
+        return Decimal(0)
+    return link.unit_amount if link.billed_state == "active" else None
+
+
+async def _correction(
+    tx: Tx, link: SubscriptionLink, add_on: AddOnLink, period: Period | None, units: int
+) -> Decimal | None:
+    """What units cost that came on top of a billed cycle: what it costs now, less what it cost without."""
+    if period is not None and period.trial:
+        return Decimal(0)
+    if add_on.prices is None or add_on.tier_type not in CORRECTABLE:
+        return None
+    if add_on.tier_type == "flat":
+        return units * (add_on.prices.unit_amount or Decimal(0))
+    if period is None:
+        return None
+    cycle = await ledger.units_of_cycle(tx, link.subscription_id, period.started_at, period.ends_at)
+    return add_on.prices.at_stake(units, on_top_of=cycle.get(add_on.quota_id, 0) - units)
+
+
+def _sum(amounts: Iterable[Decimal | None]) -> Decimal | None:
+    known = list(amounts)
+    return None if None in known else sum((one for one in known if one is not None), Decimal(0))
+
+
+def _money(amount: Decimal | None) -> str | None:
+    return None if amount is None else shown(amount)
 
 
 def _who(link: SubscriptionLink) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from billingd.domain.attempts import Action, State
+from billingd.domain.drift import KINDS
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import END_SUBSCRIPTION, REPORT_USAGE
 from billingd.domain.resync import NATIVE_BILLING
@@ -19,9 +20,7 @@ from billingd.store.stakes import usage_hold
 IDS_MAX: Final = 10_000
 """Ids in one statement: both databases bound its parameters."""
 
-FACTS: Final = frozenset(
-    {"reading_shrank", "foreign_record", "double_record", "wrong_amount", "before_link", NATIVE_BILLING}
-)
+FACTS: Final = frozenset({"reading_shrank", "before_link", NATIVE_BILLING, *KINDS})
 """Kinds of held items that only tell of something: there is nothing of ours to send or to mend."""
 
 
@@ -124,7 +123,7 @@ async def release(store: Store, held_id: int, *, now: datetime) -> bool:
         item = await held.find(tx, held_id)
         if item is None or item["closed_at"] is not None:
             return False
-        if not await held.close_one(tx, held_id, resolution="released by an operator", now=now):
+        if not await held.close_one(tx, held_id, resolution=held.RELEASED, now=now):
             return False
         await history.append(tx, item["subject"], "released", now=now, by="operator", held=held_id)
         if (again := item["action"]) is not None:

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 def adopt(ctx: click.Context, since: datetime, dry_run: bool, as_json: bool) -> None:
     """Link the plans and subscriptions that the original integration made at Recurly, without doubling any.
 
-    Stop the original first, and name the moment up to which its last run reported. Plans must charge at
-    Recurly what Amplify says; of a subscription there must be exactly one at Recurly. What is not so is a
-    problem, listed with what to do; it is left alone. Adopting again only does what is left.
+    Stop the original first, and name the moment up to which its last run read traffic. Plans must charge at
+    Recurly what Amplify says; of a subscription there must be exactly one at Recurly, and the original must
+    have told it nothing later than an hour after that moment. What is not so is a problem, listed with what
+    to do; it is left alone. Adopting again only does what is left.
 
     Each line begins with what is done: + link a plan, ~ mark and link a subscription, ! a problem, = nothing.
 

@@ -68,26 +68,31 @@ async def _read(settings: "Settings", about: str, records: int, as_json: bool) -
 def _record(found: Mapping[str, Any]) -> Iterator[str]:
     who, window, sending, action = (found[name] for name in ("subscription", "window", "sending", "action"))
     yield f"record        {found['tag']}"
+    if found["corrects"]:
+        yield f"corrects      {found['corrects']}"
     yield f"subscription  {who['title']} ({who['id']}), at Recurly {who['recurly_uuid']}"
     yield f"add-on        {found['add_on']['title']} ({found['add_on']['code']})"
     yield f"window        {window['start']} to {window['end']}, revision {found['revision']}"
-    yield f"units         {found['units']}, at {found['usage_timestamp']}"
+    units = "not known yet" if found["units"] is None else found["units"]
+    yield f"units         {units}, at {found['usage_timestamp']}"
     if found["period"]:
         yield f"period        {found['period']['started_at']} to {found['period']['ends_at']}"
     where = f" as {found['recurly_usage_id']}, {found['reported_at']}" if found["recurly_usage_id"] else ""
     yield f"state         {found['state']}{where}"
     for reading in found["readings"]:
-        ours = "  <- this record" if reading["revision"] == found["revision"] else ""
+        ours = "  <- this record" if reading["tag"] == found["tag"] else ""
         counted = f"Amplify had counted {reading['units']} in this window"
-        yield f"read          {reading['read_at']}  {counted} (revision {reading['revision']}){ours}"
-    if sending is None:
-        yield "sent          never"
-    else:
-        yield (
-            f"sent          {sending['sends']} time(s), first {sending['first_sent_at']}, last "
-            f"{sending['last_sent_at']}; {sending['state']}"
-        )
-        yield f"key           {sending['key']} (epoch {sending['epoch']})"
+        yield f"booked        {reading['booked_at']}  {counted} (revision {reading['revision']}){ours}"
+    for one in found["corrections"]:
+        units = "units not known yet" if one["units"] is None else f"{one['units']} unit(s)"
+        yield f"corrected     {units}, {one['state']} as {one['tag']}"
+    if not found["attempts"]:
+        yield "sent          never" if sending is None else "sent          never from here: Recurly had it"
+    for one in found["attempts"]:
+        again = "" if one["first_sent_at"] == one["last_sent_at"] else f" (first {one['first_sent_at']})"
+        outcome = "no clear answer" if one["outcome"] == "open" else one["outcome"]
+        yield f"sent          {one['last_sent_at']}{again}, epoch {one['epoch']}: {outcome}"
+        yield f"  key         {one['key']}"
     if action is not None:
         why = f": {action['error']}" if action["error"] else ""
         yield f"action        {action['id']} is {action['state']}, attempt {action['attempt']}{why}"
@@ -97,6 +102,8 @@ def _record(found: Mapping[str, Any]) -> Iterator[str]:
 def _subscription(found: Mapping[str, Any]) -> Iterator[str]:
     link = found["subscription"]
     yield f"subscription  {link['title']} ({link['id']}, name {link['name']})"
+    for other in found["others"]:
+        yield f"same name     {other}"
     yield f"at Recurly    {link['recurly_uuid']}, {link['billed_state'] or 'not seen yet'}; {link['account']}"
     yield f"plan          {link['plan']}"
     until = f" until {link['usage_until']}" if link["usage_until"] else ""
@@ -111,13 +118,20 @@ def _subscription(found: Mapping[str, Any]) -> Iterator[str]:
     if invoice is None:
         yield "next invoice  no open billing period is known"
     else:
-        trial = ", a trial: nothing of it is billed" if invoice["trial"] else ""
-        yield f"next invoice  {invoice['period_ends_at']}{trial}; the base price, and so far"
+        trial = ", after a trial, whose usage is not billed" if invoice["trial"] else ""
+        yield f"next invoice  {invoice['period_ends_at']}{trial}; so far"
+        yield f"              base price: {_money(invoice, 'base_price')}"
         for line in invoice["lines"]:
-            costs = "unknown" if line["amount"] is None else f"{line['amount']} {line['currency']}"
-            late = f", and corrections of {line['corrected_units']}" if line["corrected_units"] else ""
-            yield f"              {line['title']}: {line['units']} units, {costs}{late}"
+            yield f"              {line['title']}: {line['units']} units, {_money(line, 'amount')}"
+            if line["corrected_units"] or line["corrected_amount"] != "0":
+                units, costs = line["corrected_units"], _money(line, "corrected_amount")
+                yield f"              corrections of {line['title']}: {units} units, {costs}"
+        yield f"              in all: {_money(invoice, 'total')}, before taxes and discounts"
     yield from _events(found)
+
+
+def _money(line: Mapping[str, Any], what: str) -> str:
+    return "not known" if line[what] is None else f"{line[what]} {line['currency']}"
 
 
 def _events(found: Mapping[str, Any]) -> Iterator[str]:
@@ -125,7 +139,8 @@ def _events(found: Mapping[str, Any]) -> Iterator[str]:
     told = [
         (
             entry["at"],
-            f"{entry['kind']} " + ", ".join(f"{k} {v}" for k, v in entry.items() if k not in _KNOWN),
+            f"{entry['kind']} "
+            + ", ".join(f"{k} {v}" for k, v in entry.items() if k not in _KNOWN and v is not None),
         )
         for entry in found["history"]
     ]

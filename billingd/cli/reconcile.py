@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 LOOK_EVERY: Final = 0.5
 """Seconds between two looks at a run that the daemon takes."""
+
+PATIENCE: Final = timedelta(minutes=1)
+"""How long a run that the daemon takes may stand still, held up, before the command leaves it to itself."""
 
 PHASES: Final = {
     "served": "Amplify is read again",
@@ -60,10 +64,12 @@ def reconcile(
     """Compare what Amplify counts, what the ledger has, and what Recurly holds, per subscription and add-on;
     and the links between plans and subscriptions. The daemon does so by itself once a day.
 
-    With --repair, what is missing is posted, unbilled doubles are removed, and what is not as recorded is
-    replaced while it is unbilled. Nothing that is billed is touched. Exits with 3 while anything is left.
+    What only came late is booked on the way, as by any poll. With --repair, what is missing is posted,
+    unbilled doubles are removed, what is not as recorded is set back while it is unbilled, and billed flat
+    and tiered usage gets the difference as a correction; the rest is held. Exits with 3 while anything is
+    left, or when a part of what --since asks for cannot be compared any more.
 
-    A run that was cut off goes on where it was when the same is asked again.
+    A run that was cut off less than an hour ago goes on where it was when the same is asked again.
 
     \b
     Example:
@@ -81,7 +87,8 @@ def reconcile(
         output.document(found)
     else:
         _show(found)
-    if found["left"]:
+    missed = found["not_compared"]
+    if found["left"] or any(since is not None or one["subscription"] is not None for one in missed):
         ctx.exit(output.LOOK)
 
 
@@ -97,6 +104,9 @@ def _show(found: Mapping[str, Any]) -> None:
         output.say(f"no drift: {over} agree {span}")
     else:
         output.say(f"{found['findings']} difference(s), {found['drift_units']} unit(s), in {over} {span}")
+    for one in found["not_compared"]:
+        whose = "" if one["subscription"] is None else f" of {one['subscription']}"
+        output.say(f"not compared{whose}: {one['since']} to {one['until']}: {one['reason']}")
     if found["held_units"]:
         output.say(f"{found['held_units']} unit(s) are held or written off: no drift, but not billed")
     if found["repair"]:
@@ -140,12 +150,20 @@ async def _reconcile(
             "repair": repair,
         }
         begun = await daemon.post("/reconcile", wanted, key="id")
+        steps, moved_at = None, time.monotonic()
         async with _bar() as show:
             while True:
                 found = await daemon.get(f"/reconcile/{begun['id']}", key="drift")
                 show(found)
                 if found["state"] != "running":
                     return found
+                if found["steps_done"] != steps or found["held_up"] is None:
+                    steps, moved_at = found["steps_done"], time.monotonic()
+                elif time.monotonic() - moved_at >= PATIENCE.total_seconds():
+                    raise Unreachable(
+                        f"{found['held_up']}; the daemon goes on with it once it can, and "
+                        "`billingd reconcile` asked again looks on"
+                    )
                 await asyncio.sleep(LOOK_EVERY)
 
     async def here(store: "Store") -> dict[str, Any]:
@@ -191,6 +209,8 @@ async def _bar() -> AsyncIterator[Progress]:
 
         def show(found: Mapping[str, Any]) -> None:
             what = PHASES.get(found["phase"], "")
+            if found.get("held_up"):
+                what = f"{what}: waiting ({found['held_up'][:60]})"
             bar.update(task, description=what, completed=found["steps_done"], total=found["steps"])
 
         yield show

@@ -149,6 +149,8 @@ def _drift(drift: Mapping[str, Any] | None) -> list[str]:
     if drift is None:
         return []
     running = "; one is running" if drift["running"] else ""
+    if drift.get("error"):
+        running += f"; the latest failed: {drift['error']}"
     if drift["checked_at"] is None:
         return [f"drift     never reconciled{running}"]
     return [

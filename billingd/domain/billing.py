@@ -1,12 +1,20 @@
 """Recurly's resources as billingd understands them: accounts, plans, add-ons, subscriptions, usage."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from typing import Final
 
 from billingd.domain.charges import Prices
 from billingd.domain.periods import Period
 from billingd.domain.pricing import TierSpec
+
+AMPLIFY_ID: Final = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+"""What a `metadata.id` looks like (amplify.md 3); a PO number of any other shape is somebody's own."""
+
+OUR_ACCOUNTS: Final = "amplify-"
+"""How the code of every account begins that pays for something of Amplify's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,11 @@ class BilledSubscription:
     unit_amount: Decimal | None = None
     """What one period costs, without its add-ons."""
     currency: str | None = None
+
+    @property
+    def marked(self) -> bool:
+        """Whether its PO number can be an Amplify id at all: else a person typed it, for their own use."""
+        return self.marker is not None and AMPLIFY_ID.fullmatch(self.marker) is not None
 
     @property
     def period(self) -> Period | None:

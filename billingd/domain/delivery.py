@@ -17,6 +17,9 @@ PAUSED: Final = "paused"
 MISSING: Final = "missing"
 """Not Recurly's word: it says that it has no such subscription."""
 
+NOT_THERE: Final = "Recurly has no such subscription"
+"""Why usage is held of one that is MISSING; by these words it is found when Recurly shows it again."""
+
 LATE: Final = "late_usage"
 AFTER_END: Final = "usage_after_end"
 
@@ -38,7 +41,7 @@ def obstacle(
     it is never too late either.
     """
     if state == MISSING:
-        return Obstacle(AFTER_END, "Recurly has no such subscription")
+        return Obstacle(AFTER_END, NOT_THERE)
     if state in OVER:
         return Obstacle(AFTER_END, f"the Recurly subscription is {state}, and no invoice follows")
     if state == PAUSED:

@@ -1,5 +1,6 @@
 """Drift: where Amplify, the ledger and Recurly differ, why that probably is, and what mends it."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,12 +16,26 @@ PRICE_DIFFERS: Final = "price_differs"
 LINK_MISSING: Final = "link_missing"
 LINK_ORPHANED: Final = "link_orphaned"
 
+KINDS: Final = frozenset(
+    {
+        MISSING_RECORD,
+        DOUBLE_RECORD,
+        FOREIGN_RECORD,
+        WRONG_AMOUNT,
+        WRONG_PERIOD,
+        LATE_BEYOND_HORIZON,
+        PRICE_DIFFERS,
+        LINK_MISSING,
+        LINK_ORPHANED,
+    }
+)
+
 READ: Final = "read"
 """Amplify is read again, and only the difference booked."""
 POST: Final = "post"
 """The record is reported again, once a look at Recurly has shown that it is not there."""
 REPLACE: Final = "replace"
-"""The unbilled record is removed, and the ledger's posted in its place."""
+"""The unbilled record is set to what the ledger has of it."""
 AUDIT: Final = "audit"
 """The audit of the subscription removes unbilled extra records, and holds what it cannot."""
 CORRECT: Final = "correct"
@@ -56,12 +71,13 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class WrittenOff:
-    """A held item that a person has written off."""
+    """A held item that a person has written off; `usages` are the records at Recurly that it names."""
 
     kind: str
     subject: str
     reason: str
     units: int | None
+    usages: frozenset[str] = frozenset()
 
 
 def held_subject(drift: Drift) -> str:
@@ -69,21 +85,36 @@ def held_subject(drift: Drift) -> str:
     return f"{HELD}{drift.kind}:{drift.subject}"
 
 
+def decided_subjects(drift: Drift) -> list[str]:
+    """Under which subjects a person decides about a finding: the run's own, and the audit's."""
+    subjects = [held_subject(drift)[:200]]
+    if drift.subject.startswith("usage:"):
+        subjects.append(f"audit:{drift.subject.removeprefix('usage:')}")
+        if drift.tag is not None and drift.subject != f"usage:{drift.tag}":
+            subjects.append(f"audit:{drift.tag}")
+    return subjects
+
+
 def accepted(drift: Drift, written_off: Iterable[WrittenOff]) -> bool:
     """Whether a person has seen just this difference, and wrote it off: then it is drift no more.
 
-    The poll, the audit and reconciling each have a subject of their own for it.
+    The poll, the audit and reconciling each have a subject of their own for it. What has no units is the
+    same while the same is said of it.
     """
-    subjects = {held_subject(drift)}
-    if drift.tag is not None:
-        subjects.add(f"audit:{drift.tag}")
-        subjects.add(f"audit:{drift.subject.removeprefix('usage:')}")
+    subjects = set(decided_subjects(drift))
     for item in written_off:
-        named = drift.subject.removeprefix("foreign:") in item.reason
-        if item.kind == drift.kind == FOREIGN_RECORD and item.subject.startswith("foreign:") and named:
-            return True
+        if item.kind == drift.kind == FOREIGN_RECORD and item.subject.startswith("foreign:"):
+            named = item.usages or frozenset(_WORD.findall(item.reason))
+            if drift.subject.removeprefix("foreign:") in named:
+                return True
         shrank = item.kind == "reading_shrank" and item.subject == drift.detail.get("reading")
         same = item.kind == drift.kind and item.subject in subjects
-        if (shrank or same) and item.units == drift.units:
+        if not (shrank or same) or abs(item.units or 0) != drift.units:
+            continue
+        if drift.units or item.reason.startswith(drift.cause):
             return True
     return False
+
+
+_WORD: Final = re.compile(r"\w+")
+"""Items of an earlier release name their records in the text alone."""

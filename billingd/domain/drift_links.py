@@ -45,8 +45,9 @@ class LinkedSubscription:
 class Sides:
     """All three: `specs` has what the active, labelled plans of Amplify translate to, by plan id.
 
-    `busy` are the subjects of actions that are still to come, and of what is held: nothing of those is
-    drift yet, or a person knows of it already.
+    `busy` are the subjects of actions that are still to come, and `held` of what is held: nothing of those is
+    drift yet, or a person knows of it already. `fresh` are the ids of links that were made or changed while
+    the far sides were read: they are for the next run to judge.
     """
 
     plans: Mapping[str, ProductPlan]
@@ -58,16 +59,24 @@ class Sides:
     add_ons: Mapping[str, Mapping[str, BilledAddOn]]
     billed: Mapping[str, BilledSubscription]
     busy: Collection[str]
+    held: Collection[str] = ()
+    fresh: Collection[str] = ()
 
 
 def compare_links(sides: Sides) -> Iterator[Drift]:
     """Every difference of plans, then of subscriptions; each has 0 units."""
     for plan in sides.linked_plans:
-        if plan.state != "removed" and f"plan:{plan.name}" not in sides.busy:
-            yield from _linked_plan(sides, plan)
+        if plan.state == "removed" or plan.plan_id in sides.fresh:
+            continue
+        found = list(_linked_plan(sides, plan))
+        if f"plan:{plan.name}" in sides.held:  # why a plan is held may be that its price differs
+            found = [one for one in found if one.kind == PRICE_DIFFERS]
+        elif f"plan:{plan.name}" in sides.busy:
+            found = []
+        yield from found
     yield from _unlinked_plans(sides)
     for link in sides.linked:
-        if not _busy(sides, link.subscription_id):
+        if link.subscription_id not in sides.fresh and not _busy(sides, link.subscription_id):
             yield from _linked_subscription(sides, link)
     yield from _unlinked_subscriptions(sides)
     yield from _strangers(sides)
@@ -136,14 +145,14 @@ def _unlinked_plans(sides: Sides) -> Iterator[Drift]:
     linked = {plan.code for plan in sides.linked_plans if plan.state != "removed"}
     expected = {spec.code: sides.plans[plan_id] for plan_id, spec in sides.specs.items()}
     for code, plan in expected.items():
-        if code not in linked and f"plan:{plan.name}" not in sides.busy:
+        if code not in linked and not _plan_busy(sides, plan.name):
             cause = f"product plan {plan.name} is active, its product labelled, and nothing was made of it"
             yield _drift(LINK_MISSING, f"plan:{code}", cause, RESYNC)
     for code in sides.billed_plans:
         if code in linked or code in expected:
             continue
         known = sides.plans.get(code.removeprefix(PLAN_CODES))
-        if known is not None and f"plan:{known.name}" in sides.busy:
+        if known is not None and _plan_busy(sides, known.name):
             continue
         yield _drift(
             LINK_ORPHANED,
@@ -157,14 +166,17 @@ def _linked_subscription(sides: Sides, link: LinkedSubscription) -> Iterator[Dri
     theirs, ours = sides.billed.get(link.uuid), sides.subscriptions.get(link.subscription_id)
     live = theirs is not None and theirs.live
     subject = f"subscription:{link.subscription_id}"
-    if link.state in {"ending", "ended"} or _over(ours):
-        if live:
-            what = f"is {link.state} here" if link.state in {"ending", "ended"} else "is over at Amplify"
+    if link.state == "ended":
+        yield from _ended(link, theirs, ours)
+        return
+    if link.state == "ending" or _over(ours):
+        if live and not (link.state == "ending" and theirs is not None and theirs.state == "canceled"):
+            what = "is ending here" if link.state == "ending" else "is over at Amplify"
             yield _drift(
                 LINK_ORPHANED,
                 subject,
                 f"{link.title} {what}, and its subscription {link.uuid} goes on at Recurly",
-                "`billingd resync` ends it, or `billingd outbox replay` what is dead of its end",
+                "`billingd outbox replay` what is dead of its end" if link.state == "ending" else RESYNC,
                 subscription_id=link.subscription_id,
             )
         return
@@ -180,6 +192,31 @@ def _linked_subscription(sides: Sides, link: LinkedSubscription) -> Iterator[Dri
         )
         return
     yield from _as_linked(sides, link, theirs)
+
+
+def _ended(
+    link: LinkedSubscription, theirs: BilledSubscription | None, ours: Subscription | None
+) -> Iterator[Drift]:
+    """One that billingd has ended: taken back at Amplify, or at Recurly? Canceled there, it runs out."""
+    subject = f"subscription:{link.subscription_id}"
+    if ours is not None and not _over(ours) and ours.approval == "approved":
+        yield _drift(
+            LINK_MISSING,
+            subject,
+            f"{link.title} was over at Amplify, so its subscription {link.uuid} was ended at Recurly; Amplify "
+            "serves it again: its rejection was taken back",
+            "cancel it at Amplify and subscribe anew: what is served now reaches no invoice",
+            subscription_id=link.subscription_id,
+        )
+    elif theirs is not None and theirs.live and theirs.state != "canceled":
+        yield _drift(
+            LINK_ORPHANED,
+            subject,
+            f"{link.title} is over at Amplify and was ended here, and its subscription {link.uuid} goes on at "
+            "Recurly: reactivated there",
+            "`billingd resync` ends it again",
+            subscription_id=link.subscription_id,
+        )
 
 
 def _as_linked(sides: Sides, link: LinkedSubscription, theirs: BilledSubscription) -> Iterator[Drift]:
@@ -292,4 +329,9 @@ def _over(ours: Subscription | None) -> bool:
 
 
 def _busy(sides: Sides, subscription_id: str) -> bool:
-    return any(f"{what}:{subscription_id}" in sides.busy for what in ("subscription", "end", "add_ons"))
+    subjects = {f"{what}:{subscription_id}" for what in ("subscription", "end", "add_ons")}
+    return any(subject in sides.busy or subject in sides.held for subject in subjects)
+
+
+def _plan_busy(sides: Sides, name: str) -> bool:
+    return f"plan:{name}" in sides.busy or f"plan:{name}" in sides.held

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from billingd.domain.billing import BilledUsage
-from billingd.domain.delivery import CORRECTABLE, LATE, PAUSED, Obstacle, obstacle
+from billingd.domain.delivery import CORRECTABLE, PAUSED, Obstacle, obstacle
 from billingd.domain.drift import (
     ACCEPT,
     AUDIT,
@@ -60,7 +60,7 @@ def compare_served(
 ) -> Drift | None:
     """What Amplify counts for a window against what the ledger has of it.
 
-    Windows from `read_again_from` on are read again by every poll.
+    Windows from `read_again_from` on are read again by every poll, and have just been so.
     """
     start = f"{window.start:%Y-%m-%dT%H:%MZ}"
     about: dict[str, Any] = {
@@ -87,8 +87,8 @@ def compare_served(
     if window.start >= read_again_from:
         return Drift(
             MISSING_RECORD,
-            cause=f"arrived after the last reading ({counts})",
-            fix=f"the next poll books it: `billingd traffic poll`, or {REPAIR_IT}",
+            cause=f"it was read again, and the poll does not book it ({counts})",
+            fix=f"`billingd traffic poll`, or {REPAIR_IT}; then look into the log",
             repairable=True,
             detail=detail,
             **about,
@@ -195,6 +195,9 @@ def _found(
             **_about(place, entry),
         )
     billed = [one for one in extra if one.billed_at is not None]
+    if (first.merchant_tag or "") != record.merchant_tag:
+        yield _renamed(place, entry, first)
+        return
     if corrections:
         extra = [one for one in extra if one.billed_at is None]
         rest = sum(one.units for one in (first, *billed, *corrections)) - record.units
@@ -206,6 +209,7 @@ def _found(
                 first,
                 units=abs(rest),
                 cause=f"its corrections leave {record.units + rest} unit(s) there, {record.units} recorded",
+                corrected=True,
             )
     elif first.units != record.units:
         yield _wrong(
@@ -243,22 +247,51 @@ def _found(
         )
 
 
-def _wrong(kind: str, place: Place, entry: Entry, found: BilledUsage, *, units: int, cause: str) -> Drift:
-    """A record that is there and is not as recorded: unbilled, it can be replaced; billed, corrected."""
+def _renamed(place: Place, entry: Entry, found: BilledUsage) -> Drift:
+    """A record that was found by its id alone: to everybody else it looks foreign, and its own missing."""
+    mended = f"{REPAIR_IT} sets its tag back"
+    possible = found.billed_at is None and place.stop(entry.record.usage_timestamp) is None
+    if not possible:
+        mended = f"change the tag of {found.id} back at Recurly"
+    detail = _detail(REPLACE if possible else AUDIT, place, found, entry)
+    return Drift(
+        FOREIGN_RECORD,
+        units=abs(found.units),
+        cause=f"{found.id} is billingd's and lost its tag at Recurly: somebody changed it",
+        fix=mended,
+        repairable=possible,
+        detail=detail,
+        **_about(place, entry),
+    )
+
+
+def _wrong(
+    kind: str,
+    place: Place,
+    entry: Entry,
+    found: BilledUsage,
+    *,
+    units: int,
+    cause: str,
+    corrected: bool = False,
+) -> Drift:
+    """A record that is there and is not as recorded: unbilled, it can be replaced; billed, corrected.
+
+    One that was `corrected` is corrected again, for what is wrong may be its corrections.
+    """
     stop = place.stop(entry.record.usage_timestamp)
     how = AUDIT
     if found.billed_at is not None and kind == WRONG_PERIOD:
         fix = (
             f"{found.id} is billed and cannot be moved: refund it at Recurly, and charge it where it belongs"
         )
-    elif found.billed_at is not None:
+    elif found.billed_at is not None or corrected:
         how, fix = _corrected(place, entry, found)
     elif stop is None:
-        how, fix = REPLACE, f"{REPAIR_IT} removes {found.id} and posts the recorded one"
+        how, fix = REPLACE, f"{REPAIR_IT} sets {found.id} back to what was recorded"
     else:
         assert stop is not None
-        late = "a removed record could not be posted again" if stop.kind == LATE else stop.reason
-        fix = f"change {found.id} back at Recurly by hand ({late})"
+        fix = f"change {found.id} back at Recurly by hand ({stop.reason})"
     return Drift(
         kind,
         units=units,
@@ -285,7 +318,8 @@ def _corrected(place: Place, entry: Entry, billed: BilledUsage) -> tuple[str, st
         why = stop.reason
     elif moved:
         why = "at another time than the ledger's"
-    return AUDIT, f"{billed.id} is billed and {why}: refund or charge the difference there"
+    fixed = "billed" if billed.billed_at is not None else "corrected"
+    return AUDIT, f"{billed.id} is {fixed} and {why}: refund or charge the difference there"
 
 
 def _foreign(place: Place, one: BilledUsage, window_start: datetime) -> Drift:

@@ -44,6 +44,10 @@ class Conflict(Retryable):
     """The resource changed since it was read, and nothing was written: read it again, then decide again."""
 
 
+class Replaced(Conflict):
+    """The name belongs to another resource by now, made anew under it."""
+
+
 class Misconfigured(Retryable):
     """The far side refuses us altogether (credentials, permissions): waits until somebody mends it."""
 

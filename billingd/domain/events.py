@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from billingd.domain.attempts import Action
@@ -56,6 +56,8 @@ class Event:
     """Whether a product says that its plans are billed here; None where the payload does not tell."""
     approved: bool | None = None
     """Whether a new subscription is approved from the first; None where the payload does not tell."""
+    happened_at: datetime | None = None
+    """When it happened, as far as the event tells."""
 
 
 def _reject(message: str) -> Rejected:
@@ -90,6 +92,17 @@ def _state(payload: dict[str, Any]) -> str | None:
     """`state` is a plain string on plans and an object with a name on subscriptions (amplify.md 3)."""
     state = payload.get("state")
     return _optional(state.get("name") if isinstance(state, dict) else state)
+
+
+def _moment(value: Any) -> datetime | None:
+    """`2026-03-02T11:00:02.417+0000` in webhooks, `2026-03-02 11:00:02.417551` in the feed (amplify.md 4)."""
+    if not isinstance(value, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None  # it only bounds what is known otherwise
 
 
 def _says(payload: dict[str, Any], part: str, field: str, value: str) -> bool:
@@ -165,6 +178,7 @@ def _event(document: dict[str, Any], *, whole: bool) -> Event:
         approved=_says(payload, "approval", "state", "approved")
         if whole and payload.get("kind") == "Subscription" and event_type == "ResourceCreated"
         else None,
+        happened_at=_moment(document.get("time")),
     )
 
 

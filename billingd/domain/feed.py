@@ -6,7 +6,7 @@ from typing import Final
 from billingd.domain.events import Event
 
 PAGE_SIZE: Final = 100
-"""Items on a full page; fewer: nothing is behind them."""
+"""How many items are asked for; Amplify may put fewer on a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class FeedPage:
     """One page, the lowest number first.
 
     `unread` are items that say nothing we understand: their number, if they have one, and why. `highest` is
-    the highest number on the page, whether its item was understood or not; `last`: nothing is behind it.
+    the highest number on the page, whether its item was understood or not; `last`: it brought none that is
+    higher than where it was asked for, so that nothing is behind it.
     `topic_ids` are the topics that the items name: a name may be used again.
     """
 

@@ -1,23 +1,24 @@
 """Amplify, the links and Recurly side by side: the actions that bring them together again, and no others.
 
 Each step only asks the handler of an event that may have been lost: it reads the resource again by its name,
-which is what confirms a deletion before anything is ended. Nothing is asked for a subject that has an action
-waiting already, nor for one whose last action is a dead letter (that one is an operator's), nor for what is
-held for the very reason that a new attempt would find.
+and judges by itself what an absence means before anything is ended. Nothing is asked for a subject that has
+an action waiting already, nor for one whose last action is a dead letter (that one is an operator's), nor for
+what is held for the very reason that a new attempt would find.
 """
 
-import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
 from billingd.domain.agreement import add_on_differences, differences
 from billingd.domain.attempts import Action
-from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription
+from billingd.domain.billing import OUR_ACCOUNTS, BilledAddOn, BilledPlan, BilledSubscription
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota, Subscription
 from billingd.domain.delivery import MISSING, OVER, PAUSED
 from billingd.domain.events import (
+    PROVISION_PLAN,
+    PROVISION_SUBSCRIPTION,
     attach_action,
     plan_action,
     product_action,
@@ -33,16 +34,18 @@ ABSENT_MIN: Final = 3
 ABSENT_SHARE: Final = 10
 """How many may be absent at once before a person is asked: three, or one in ten."""
 
-EXAMPLES: Final = 5
+EXAMPLES: Final = 20
 
 CLOSABLE: Final = "what is held of it can be closed"
 
-AMPLIFY_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""What a `metadata.id` looks like; a PO number of any other shape is somebody else's."""
+REACTIVATED: Final = "is over at Amplify, and was reactivated at Recurly after its end"
 
 MASS_ABSENCE: Final = "mass_absence"
 ABSENCE: Final = "resync:absence"
 """Kind and subject of the held item that says that much is missing at Amplify at once."""
+
+ASKING: Final = (PROVISION_PLAN, PROVISION_SUBSCRIPTION)
+"""The kinds of action that may wait until it is known whether what is absent was deleted."""
 
 NATIVE_BILLING: Final = "native_billing"
 """Kind of the held item that says that a Marketplace charges by itself."""
@@ -64,6 +67,17 @@ class Step:
     reason: str
     action: Action
     absent: bool = False
+
+
+class Missing(Protocol):
+    """Something that Amplify shows no more."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def title(self) -> str: ...
 
 
 class LinkedPlan(Protocol):
@@ -202,29 +216,31 @@ def absences(steps: Iterable[Step]) -> tuple[Step, ...]:
     return tuple(step for step in steps if step.absent)
 
 
-def is_mass(absent: Sequence[Step], *, plans: int, subscriptions: int) -> bool:
-    """Whether more is absent at once, of so many linked, than a listing that lost a right should be trusted.
+def too_many(gone: int, linked: int) -> bool:
+    """Whether more is absent at once, of so many linked, than who may have lost a right should be trusted.
 
-    An account that loses a role sees less (amplify.md 1.1), and to it that looks like deletions.
+    An account that loses a role sees less (amplify.md 1.1), and to it that looks like deletions. That
+    nothing at all is left is too much, however little there was.
     """
-    for what, linked in (("plan", plans), ("subscription", subscriptions)):
-        gone = sum(step.what == what for step in absent if step.op == "-")
-        if gone > max(ABSENT_MIN, linked / ABSENT_SHARE):
-            return True
-    return False
+    return gone > max(ABSENT_MIN, linked / ABSENT_SHARE) or gone >= max(2, linked)
 
 
-def mass_reason(absent: Sequence[Step]) -> str:
-    """What is said of a mass absence, with a few of those that are absent."""
-    absent = [step for step in absent if step.op == "-"]
-    counts = [(sum(step.what == what for step in absent), what) for what in ("subscription", "plan")]
+def is_mass(absent: Iterable[Missing], *, plans: int, subscriptions: int) -> bool:
+    """Whether that is so of the plans or of the subscriptions among these."""
+    counts = Counter(one.what for one in absent)
+    return too_many(counts["plan"], plans) or too_many(counts["subscription"], subscriptions)
+
+
+def mass_reason(absent: Sequence[Missing]) -> str:
+    """What is said of what is absent and not known to be deleted, naming some of it."""
+    counts = [(sum(one.what == what for one in absent), what) for what in ("subscription", "plan")]
     told = " and ".join(f"{number} {what}(s)" for number, what in counts if number)
-    examples = ", ".join(f"{step.title} ({step.id})" for step in absent[-EXAMPLES:])
+    examples = ", ".join(f"{one.title} ({one.id})" for one in absent[-EXAMPLES:])
     return (
-        f"{told} that are linked are not listed at Amplify any more: {examples}"
-        f"{', and others' if len(absent) > EXAMPLES else ''}. So many at once looks like a right that the "
-        "service account lost, so none of them is ended. Give it back its role (Engage Admin), or release "
-        "this if they were really deleted."
+        f"{told} that are linked are not found at Amplify any more, and no event says that they were "
+        f"deleted: {examples}{', and others' if len(absent) > EXAMPLES else ''}. That is what it looks like "
+        "when the service account loses a right, so none of them is ended. Give it back its role (Engage "
+        "Admin), or release this if they were really deleted: it ends just these."
     )
 
 
@@ -246,6 +262,7 @@ class _Comparison:
             if plan.id in amplify.quotas and to_translate(plan, self._labelled)
         }
         self._live = {one.uuid: one for one in recurly.subscriptions}
+        self._names = {one.name for one in known.subscriptions.values()}
         self._codes: defaultdict[str, set[str]] = defaultdict(set)
         for add_on in known.add_ons.values():
             self._codes[add_on.plan_id].add(add_on.add_on_code)
@@ -446,6 +463,9 @@ class _Comparison:
         for link in self._known.subscriptions.values():
             if link.subscription_id in here or link.subscription_id not in self._known.before:
                 continue
+            if self._reactivated(link):  # that it is over was known when it ended
+                yield self._subscription("-", link.subscription_id, link.name, link.title, REACTIVATED)
+                continue
             if link.state in {"created", "active"}:
                 reason = "is not listed at Amplify any more"
                 yield self._subscription(
@@ -474,11 +494,16 @@ class _Comparison:
             return "~", f"is {_end(subscription)} at Amplify: {CLOSABLE}"
         if subscription.approval not in {"pending", "approved"} or item is not None:
             return None
-        if subscription.product_name not in self._labelled:
+        if subscription.product_name not in self._labelled and not self._moved_here(subscription):
             return None
         if not self._offered(subscription):
             return None
         return "+", f"{subscription.approval} and not linked"
+
+    def _moved_here(self, subscription: Subscription) -> bool:
+        """Whether it follows one that was billed here, to a plan that is: the label is for new ones only."""
+        plan = self._linked_plans.get(subscription.plan_id or "")
+        return plan is not None and plan.state != "removed" and subscription.migrated_from in self._names
 
     def _offered(self, subscription: Subscription) -> bool:
         """Whether its plan is one that is billed here, linked or about to be."""
@@ -495,6 +520,8 @@ class _Comparison:
 
     def _linked(self, subscription: Subscription, link: LinkedSubscription) -> tuple[Op, str] | None:
         """What to do about a subscription that is linked."""
+        if link.state == "ended":
+            return self._ended(subscription, link)
         if link.state not in {"created", "active"}:
             return None
         if over(subscription):
@@ -504,6 +531,22 @@ class _Comparison:
         if link.state == "created" and subscription.approval in {"pending", "approved"}:
             return "~", "exists at Recurly and was not approved yet"
         return None
+
+    def _ended(self, subscription: Subscription, link: LinkedSubscription) -> tuple[Op, str] | None:
+        """What to do about one that billingd has ended."""
+        stands = f"subscription:{subscription.id}:served" in self._known.held
+        if over(subscription):
+            if self._reactivated(link):
+                return "-", REACTIVATED
+            return ("~", f"is {_end(subscription)} at Amplify: {CLOSABLE}") if stands else None
+        if subscription.approval == "approved" and not stands:
+            return "~", "was ended at Recurly, and is served at Amplify again"
+        return None
+
+    def _reactivated(self, link: LinkedSubscription) -> bool:
+        """Whether somebody took its end back at Recurly; one that is only canceled runs out by itself."""
+        billed = self._live.get(link.uuid)
+        return link.state == "ended" and billed is not None and billed.state == "active"
 
     def _linked_otherwise(
         self, subscription: Subscription, link: LinkedSubscription
@@ -533,7 +576,8 @@ class _Comparison:
     def _orphans(self, here: set[str]) -> Iterator[Step]:
         """Subscriptions that Recurly bills, marked with one that Amplify does not serve, and not linked.
 
-        Only to plans that are or were linked: whatever else is marked is none of billingd's making.
+        Only to plans that are or were linked, on an account of Amplify's, with a PO number that can be an
+        Amplify id: whatever else there is was none of billingd's making, and is only noted.
         """
         codes = {link.plan_code for link in self._known.plans}
         uuids = {link.uuid for link in self._known.subscriptions.values()}
@@ -542,7 +586,14 @@ class _Comparison:
             marker = billed.marker
             if marker is None or billed.uuid in uuids or marker in self._known.subscriptions:
                 continue
-            if billed.plan_code not in codes or not AMPLIFY_ID.fullmatch(marker):
+            if billed.plan_code not in codes:
+                continue
+            if not billed.marked or not billed.account_code.startswith(OUR_ACCOUNTS):
+                self.notes.append(
+                    f"subscription {billed.uuid} of account {billed.account_code} to {billed.plan_code}: its "
+                    f"PO number {marker!r} is none that billingd put there, so nothing is done about it; "
+                    "`billingd reconcile` tells of it"
+                )
                 continue
             subscription = served.get(marker)
             if subscription is not None and not over(subscription):

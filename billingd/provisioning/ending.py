@@ -6,24 +6,31 @@ from typing import Final, Literal, Protocol
 
 import structlog
 
-from billingd.domain.attempts import Action, Leased, Wait
+from billingd.domain.attempts import Action, Leased, State, Wait
 from billingd.domain.billing import BilledSubscription
-from billingd.domain.delivery import OVER, PAUSED
+from billingd.domain.catalog import Subscription
+from billingd.domain.delivery import AFTER_END, MISSING, OVER, PAUSED
 from billingd.domain.errors import NotFound, Refused, Retryable
-from billingd.domain.events import END_SUBSCRIPTION
+from billingd.domain.events import END_SUBSCRIPTION, REPORT_USAGE, subscription_action
 from billingd.domain.notices import provider_notice
+from billingd.domain.resync import over
+from billingd.domain.sending import body_hash, idempotency_key
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.provisioning.holding import hold
-from billingd.store import links, outbox, usage, watermarks
-from billingd.store.engine import Store
+from billingd.store import held, history, intents, links, outbox, usage, watermarks
+from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
+from billingd.store.stakes import release_usage
 
 log = structlog.get_logger()
 
 CANCELED: Final = "canceled"
 EXPIRED: Final = "expired"
+
+NAMED: Final = 5
+"""How many dead letters are named at most."""
 
 LAST_LOOK: Final = timedelta(minutes=1)
 """How long before a renewal one that waits to end is looked at once more."""
@@ -31,15 +38,74 @@ LAST_LOOK: Final = timedelta(minutes=1)
 LINES_SHOWN: Final = timedelta(minutes=2)
 """How long after a renewal its line items may be missing in a list."""
 
+GONE_FOR: Final = timedelta(minutes=1)
+"""How far apart two 404s of a subscription are that are believed: a read may lag."""
 
-def end_action(subscription_id: str) -> Action:
-    """End a subscription at Recurly, once its last usage has been reported."""
+BLOCKED_AFTER: Final = timedelta(days=1)
+"""How long after its last windows were read an end may wait before a person is told."""
+
+BLOCKED: Final = "end_blocked"
+SERVED: Final = "ended_but_served"
+"""Kinds of held items: an end that cannot come, and one that came although Amplify goes on serving."""
+
+
+def end_action(subscription_id: str, *, since: datetime | None = None) -> Action:
+    """End a subscription at Recurly, once its last usage has been reported.
+
+    `since` is when that was asked for: a subscription that was served again may end a second time.
+    """
+    key = f"{END_SUBSCRIPTION}:{subscription_id}"
     return Action(
         END_SUBSCRIPTION,
         f"end:{subscription_id}",
-        f"{END_SUBSCRIPTION}:{subscription_id}",
+        key if since is None else f"{key}:{since.isoformat()}",
         {"id": subscription_id},
     )
+
+
+async def hold_served(tx: Tx, link: SubscriptionLink, *, now: datetime) -> None:
+    """Hold one that Amplify serves although it is ended at Recurly: nothing bills it any more."""
+    subject = served_subject(link.subscription_id)
+    reason = (
+        f"Subscription {link.title} ({link.name}) was ended at Recurly ({link.uuid}) when it was over at "
+        "Amplify, which serves it again by now: nothing of it is billed. Cancel it in the Marketplace, and "
+        "let the subscriber subscribe anew; then this closes by itself."
+    )
+    notice = provider_notice(
+        f"held:{subject}:{now.isoformat()}", f"{link.title} is served, and was ended at Recurly", reason
+    )
+    await hold(tx, Hold(SERVED, subject, reason, None, link.subscription_id), notice, now=now)
+
+
+def served_subject(subscription_id: str) -> str:
+    """The subject of what is held of an ended subscription that Amplify serves."""
+    return f"subscription:{subscription_id}:served"
+
+
+async def end_again(tx: Tx, link: SubscriptionLink, *, now: datetime) -> None:
+    """Somebody reactivated it at Recurly after its end, and it is over at Amplify: end it once more."""
+    if not await links.end_again(tx, link.subscription_id):
+        return
+    name = f"end:{link.uuid}"
+    before = await intents.find(tx, name)
+    await history.append(tx, name, "reopened", now=now, **history.sent(before))
+    await intents.reopen(tx, name, key=idempotency_key(name, 1, body_hash({"ends": EXPIRED})), now=now)
+    body = (
+        f"Somebody reactivated Recurly's subscription {link.uuid}, which was ended there because "
+        f"{link.title} ({link.name}) is over at Amplify: nobody is served, and each renewal would be charged. "
+        "It is ended again. Whoever wants to go on subscribes anew in the Marketplace."
+    )
+    notice = provider_notice(
+        f"reactivated:{link.uuid}:{now.isoformat()}", f"{link.title} is ended again", body
+    )
+    await outbox.insert(tx, [end_action(link.subscription_id, since=now), notice], now=now)
+    log.warning("subscription.reactivated", subscription=link.subscription_id, uuid=link.uuid)
+
+
+class Marketplace(Protocol):
+    """What is read at Amplify."""
+
+    async def find_subscription(self, name: str) -> Subscription | None: ...
 
 
 class Billing(Protocol):
@@ -69,6 +135,7 @@ class SubscriptionEnder:
         self,
         store: Store,
         clock: Clock,
+        marketplace: Marketplace,
         billing: Billing,
         once: Once,
         *,
@@ -78,6 +145,7 @@ class SubscriptionEnder:
     ) -> None:
         self._store = store
         self._clock = clock
+        self._marketplace = marketplace
         self._billing = billing
         self._once = once
         self._on_cancel = on_cancel
@@ -90,6 +158,8 @@ class SubscriptionEnder:
         A terminated subscription takes no usage afterwards, so ending first would lose units for ever. When
         it renews meanwhile, the base price of that period is somebody's to refund. One that is only cancelled
         takes usage until its bill date, so that waits for nothing.
+
+        Amplify is asked once more right before: one that it serves again goes on, and nothing is ended.
         """
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, action.args["id"])
@@ -97,37 +167,133 @@ class SubscriptionEnder:
             unreported = await usage.unreported_of(tx, action.args["id"])
         if link is None or link.state != "ending" or link.usage_until is None:
             return None
-        theirs = await self._seen(link)
-        how = self._ended_as(link, theirs.state)
-        if how == EXPIRED and link.approved_at is not None:  # what was never approved was never served
+        theirs = await self._seen_if_there(link)
+        if isinstance(theirs, Wait):
+            return theirs
+        how = MISSING if theirs is None else self._ended_as(link, theirs.state)
+        if how != CANCELED and link.approved_at is not None:  # what was never approved was never served
             # A pass that reads past `linked_at` began after the link was there: it read older windows again.
-            all_read = watermark is not None and watermark.at >= max(link.usage_until, link.linked_at)
-            if not all_read:
+            last = max(link.usage_until, link.linked_at)
+            if watermark is None or watermark.at < last:
                 return Wait(self._pause(theirs), "waits until all traffic before its end has been read")
             if unreported:
                 reason = f"waits until {unreported} usage record(s) are reported"
+                await self._tell_if_blocked(link, unreported, since=last, read_until=watermark.at)
                 return Wait(self._pause(theirs), reason)
-        await self._once.write(
-            f"end:{link.uuid}",
-            {"ends": how},
-            send=lambda key, *, retried: self._send(link, how, key, retried=retried),
-            find=lambda: self._find(link, how),
-            look_first=True,
-        )
+        name = f"end:{link.uuid}"
+        served = await self._served(link)
+        if (
+            served is not None
+            and theirs is not None
+            and theirs.state not in OVER
+            # an answer may have been lost, and its end be at Recurly already
+            and await self._once.look(name, find=lambda: self._find(link, how)) is None
+        ):
+            await self._resume(link, served)
+            return None
+        if theirs is not None:
+            await self._once.write(
+                name,
+                {"ends": how},
+                send=lambda key, *, retried: self._send(link, how, key, retried=retried),
+                find=lambda: self._find(link, how),
+                look_first=True,
+            )
         now = self._clock.now()
         notice = provider_notice(
-            f"subscription-ended:{link.subscription_id}",
+            f"subscription-ended:{link.subscription_id}:{link.usage_until.isoformat()}",
             f"{link.title} has ended",
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
             + _told(link, how),
         )
-        charged = await self._charged_since(link, link.usage_until)
+        charged = [] if theirs is None else await self._charged_since(link, link.usage_until)
         async with self._store.write() as tx:
             if charged:
                 await hold(tx, *_renewed(link, charged, now), now=now)
-            await links.end(tx, link.subscription_id, billed_state=how, now=now)
+            if not await links.end(tx, link.subscription_id, billed_state=how, now=now):
+                return None
+            await held.close(tx, subject=_blocked(link), resolution="it has ended", now=now)
+            if served is not None and served.approval == "approved":
+                await hold_served(tx, link, now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
+
+    async def _served(self, link: SubscriptionLink) -> Subscription | None:
+        """What Amplify has of it now, unless it is over there: a rejection may have been taken back."""
+        there = await self._marketplace.find_subscription(link.name)
+        if there is None or there.id != link.subscription_id or over(there):
+            return None
+        return there
+
+    async def _resume(self, link: SubscriptionLink, served: Subscription) -> None:
+        """It goes on as before, what was counted meanwhile is billed, and it is looked at once more."""
+        now = max(self._clock.now(), link.linked_at)
+        id_, until = link.subscription_id, link.usage_until
+        approved_at = (link.approved_at or now) if served.approval == "approved" else None
+        subject = f"subscription:{id_}"
+        body = (
+            f"Subscription {link.title} ({link.name}) was over at Amplify at {until}, and is "
+            f"{served.approval or 'there'} again: Recurly's subscription {link.uuid} goes on."
+        )
+        notice = provider_notice(
+            f"subscription-resumed:{id_}:{now.isoformat()}", f"{link.title} goes on after all", body
+        )
+        # what happened since the look at it was no news to a link that was ending
+        again = subscription_action(link.name, id_, because=f"resumed:{now.isoformat()}")
+        async with self._store.write() as tx:
+            if not await links.resume(tx, id_, approved_at=approved_at):
+                return
+            await history.append(tx, subject, "resumed", now=now, was_over_at=history.text_of(until))
+            await held.close(tx, subject=_blocked(link), resolution="it goes on", now=now)
+            await release_usage(tx, id_, AFTER_END, resolution="Amplify serves it again", now=now)
+            await outbox.insert(tx, [notice, again], now=now)
+        log.warning("subscription.resumed", subscription=id_, uuid=link.uuid)
+
+    async def _tell_if_blocked(
+        self, link: SubscriptionLink, unreported: int, *, since: datetime, read_until: datetime
+    ) -> None:
+        """Hold an end that waits for what will not come by itself: it goes on being billed meanwhile."""
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            dead = [
+                row
+                for add_on in await links.add_ons_of(tx, link.plan_id)
+                for row in await outbox.select(
+                    tx,
+                    states=[State.DEAD],
+                    kind=REPORT_USAGE,
+                    subject=f"usage:{link.subscription_id}:{add_on.quota_id}",
+                )
+            ]
+            if not dead and read_until < since + BLOCKED_AFTER:
+                return
+            why = "They were not reported within a day: `billingd outbox list` tells why they wait."
+            if dead:
+                named = ", ".join(str(row["id"]) for row in dead[:NAMED])
+                why = (
+                    f"Their reports are dead letters, action {named}: {dead[0]['error']}. Mend the cause, then "
+                    f"`billingd outbox retry {dead[0]['id']}`, or discard it."
+                )
+            reason = (
+                f"Subscription {link.title} ({link.name}) is over at Amplify, and Recurly's {link.uuid} does "
+                f"not end before {unreported} usage record(s) are reported: it renews until then. {why} Then it "
+                "ends by itself, and this closes."
+            )
+            subject = _blocked(link)
+            notice = provider_notice(
+                f"held:{subject}:{now.isoformat()}", f"{link.title} cannot end at Recurly", reason
+            )
+            await hold(tx, Hold(BLOCKED, subject, reason, None, link.subscription_id), notice, now=now)
+
+    async def _seen_if_there(self, link: SubscriptionLink) -> BilledSubscription | Wait | None:
+        """It as it is now; None when Recurly did not have it a while ago either: a first 404 may be a lag."""
+        try:
+            return await self._billing.get_subscription(link.uuid)
+        except NotFound as error:
+            if link.billed_state != MISSING or link.seen_at is None:
+                raise Retryable(f"Recurly does not show it: {error}", retry_after=GONE_FOR) from error
+            left = link.seen_at + GONE_FOR - self._clock.now()
+            return Wait(left, f"Recurly does not show it: {error}") if left > timedelta(0) else None
 
     async def _seen(self, link: SubscriptionLink) -> BilledSubscription:
         """It as it is now. A 404 may come from a read that lags, and ends nothing."""
@@ -158,9 +324,9 @@ class SubscriptionEnder:
                 raise Retryable("it renewed just now, and its invoice may not show yet", retry_after=left)
         return sorted(start for start in starts if start > until)
 
-    def _pause(self, theirs: BilledSubscription) -> timedelta:
+    def _pause(self, theirs: BilledSubscription | None) -> timedelta:
         """How long to wait before the next look: a renewal is near enough to be worth an earlier one."""
-        if theirs.period is None:
+        if theirs is None or theirs.period is None:
             return self._look_again
         left = theirs.period.ends_at - LAST_LOOK - self._billing.far_now()
         return min(self._look_again, left) if left > timedelta(0) else self._look_again
@@ -207,8 +373,18 @@ def _renewed(link: SubscriptionLink, renewals: Sequence[datetime], now: datetime
     )
 
 
+def _blocked(link: SubscriptionLink) -> str:
+    """The subject of what is held of an end that cannot come."""
+    return f"subscription:{link.subscription_id}:end_blocked"
+
+
 def _told(link: SubscriptionLink, how: str) -> str:
     """What was done, and is left to do: Recurly refunds what was paid, and an open invoice stays open."""
+    if how == MISSING:
+        return (
+            "is not there any more, so nothing was ended. Usage that was not reported before is held. Should "
+            "it show up again, the next resync ends it."
+        )
     if link.approved_at is None:
         return (
             "was terminated. It was never approved: what was paid of its first invoice was refunded; "

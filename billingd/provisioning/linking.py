@@ -1,14 +1,18 @@
 """Linking a subscription to what was made of it at Recurly: the link and what it needs at once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
+
+import structlog
 
 from billingd.domain.billing import BilledSubscription, BilledUsage
 from billingd.domain.catalog import Subscription
 from billingd.domain.errors import NotFound, Permanent, Retryable
 from billingd.domain.events import attach_action
+from billingd.domain.foreign import by_whom
+from billingd.domain.notices import provider_notice
 from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.once import Once
@@ -17,6 +21,8 @@ from billingd.store import held, links, outbox, periods
 from billingd.store.engine import Store, Tx
 from billingd.store.links import PlanLink, SubscriptionLink
 
+log = structlog.get_logger()
+
 SECOND: Final = timedelta(seconds=1)
 """Recurly's clock counts whole seconds."""
 
@@ -24,8 +30,12 @@ SECOND: Final = timedelta(seconds=1)
 USAGE_FROM: Final = "recurlyUsageFrom"
 """The attribute of an adopted subscription that says from when on its usage is billingd's to bill.
 
-It outlives the store: one that is linked again after a restore does not bill what was billed before it.
+It outlives the store: one that is linked again after a restore does not bill what was billed before it. It
+goes with the subscription: then what stands at Recurly must tell.
 """
+
+ORGANIZATIONS: Final = "amplify-org-"
+"""How the code of an organisation's account begins."""
 
 
 class Billing(Protocol):
@@ -112,8 +122,7 @@ class Linker:
             name=subscription.name,
             title=subscription.title if isinstance(subscription, Subscription) else subscription.name,
             plan_id=plan.plan_id,
-            organization_id=(isinstance(subscription, Subscription) and subscription.owner_org_id)
-            or self._organization_id,
+            organization_id=self._organization(subscription, made),
             account_code=made.account_code,
             uuid=made.uuid,
             state="created" if approved_at is None else "active",
@@ -126,9 +135,14 @@ class Linker:
             linked_at=now,
         )
         found = {} if self._read_back is None else await self._read_back.list(made, plan)
+        if isinstance(subscription, Gone):
+            link = await self._as_used(link, found)
         async with self._store.write() as tx:
             await links.create_subscription(tx, link)
-            await periods.seen(tx, link.subscription_id, state=made.state, current=made.period, now=now)
+            shown, price = made.period, made.unit_amount
+            await periods.seen(
+                tx, link.subscription_id, state=made.state, current=shown, now=now, unit_amount=price
+            )
             subject = f"subscription:{link.subscription_id}"
             await held.close(tx, subject=subject, resolution="created at Recurly", now=now)
             # the plan may have gained a quota since this was made
@@ -179,6 +193,53 @@ class Linker:
             usage_from=floor(self._made_at(made, now), self._window),
             approved_at=now if uuid == seen and subscription is None else None,
         )
+
+    def _organization(self, subscription: Subscription | Gone, made: BilledSubscription) -> str:
+        """Where its traffic is counted; "" where nobody can tell any more."""
+        if isinstance(subscription, Subscription):
+            return subscription.owner_org_id or self._organization_id
+        code = made.account_code
+        return code.removeprefix(ORGANIZATIONS) if code.startswith(ORGANIZATIONS) else ""
+
+    async def _as_used(
+        self, link: SubscriptionLink, found: Mapping[str, tuple[BilledUsage, ...]]
+    ) -> SubscriptionLink:
+        """The link of one that is gone, after what its usage at Recurly says of it.
+
+        Any usage shows that it was approved. Usage that is not ours shows that another program billed it
+        before: up to when is forgotten, and the first of ours is the earliest moment that certainly lies
+        behind that. What lies between is not held, for its units cannot be told from those already billed.
+        """
+        if not any(found.values()):
+            return link
+        now = self._clock.now()
+        if link.approved_at is None:
+            link = replace(link, state="active", approved_at=now - SECOND)
+        async with self._store.read() as tx:
+            quotas = {one.add_on_code: one.quota_id for one in await links.add_ons_of(tx, link.plan_id)}
+        told = by_whom(link.subscription_id, quotas, found)
+        if not told.others:
+            return link
+        counts_from = told.ours_from or now.replace(microsecond=0)
+        last = max(one.usage_timestamp for one in told.others)
+        log.warning(
+            "subscription.billed_by_another_before",
+            subscription=link.subscription_id,
+            others=len(told.others),
+            others_until=last.isoformat(),
+            usage_from=counts_from.isoformat(),
+        )
+        notice = provider_notice(
+            f"gone-adopted:{link.subscription_id}",
+            "A deleted subscription was billed by another program before",
+            f"Recurly's subscription {link.uuid} bills {link.name}, which Amplify has no longer. "
+            f"{len(told.others)} of its usage records, the newest of {last.isoformat()}, are not billingd's, "
+            f"and from when on billingd was to bill it is forgotten: its usage counts from "
+            f"{counts_from.isoformat()} on. Charge by hand what was served between and told by nobody.",
+        )
+        async with self._store.write() as tx:
+            await outbox.insert(tx, [notice], now=now)
+        return replace(link, usage_from=counts_from)
 
     async def made(self, uuid: str) -> BilledSubscription:
         """The subscription that Recurly said it has; what it does not show yet, it will show later."""

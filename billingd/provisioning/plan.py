@@ -17,7 +17,8 @@ from billingd.domain.notices import provider_notice
 from billingd.domain.pricing import AddOnSpec, Inexpressible, MeasuredUnitSpec, NotOurs, PlanSpec, translate
 from billingd.loops import Clock
 from billingd.once import Once
-from billingd.provisioning import renaming
+from billingd.provisioning import absence, renaming
+from billingd.provisioning.absence import Absences
 from billingd.provisioning.holding import hold
 from billingd.provisioning.renaming import Renamer
 from billingd.store import held, links, outbox
@@ -41,7 +42,12 @@ class Catalog(Protocol):
     async def find_product_plan(self, name: str) -> ProductPlan | None: ...
     async def list_quotas(self, plan_name: str) -> tuple[Quota, ...]: ...
     async def set_attributes(
-        self, kind: Literal["productplans"], name: str, attributes: Mapping[str, str]
+        self,
+        kind: Literal["productplans"],
+        name: str,
+        attributes: Mapping[str, str],
+        *,
+        resource_id: str | None = None,
     ) -> str | None: ...
 
 
@@ -97,6 +103,7 @@ class PlanProvisioner:
         catalog: Catalog,
         billing: Billing,
         once: Once,
+        absences: Absences,
         *,
         look_again: timedelta,
         read_back: ReadBack | None = None,
@@ -107,13 +114,15 @@ class PlanProvisioner:
         self._billing = billing
         self._once = once
         self._renamer = Renamer(store, clock, billing, once)
+        self._absences = absences
         self._look_again = look_again
         self._read_back = read_back
 
     async def provision(self, action: Leased) -> Wait | None:
         """Read the plan as it is now, the event being only a hint.
 
-        1. Whatever was linked under this name and is no longer there, or is archived, is removed.
+        1. Whatever was linked under this name and was deleted, or is archived, is removed; whether what is
+           not found was deleted, `Absences` judges.
         2. A deprecated plan only takes no new subscriptions; it is made for nobody any more, but linked
            where it is at Recurly already.
         3. One of a product labelled for us is translated; what cannot be is held.
@@ -176,7 +185,7 @@ class PlanProvisioner:
             return
         await self._link(plan, product, spec, ensured.add_ons, resolution="provisioned")
         code = {"billingSystem": BILLING_SYSTEM, "recurlyPlanCode": spec.code}
-        version = await self._catalog.set_attributes("productplans", plan.name, code)
+        version = await self._catalog.set_attributes("productplans", plan.name, code, resource_id=plan.id)
         if version is not None:
             async with self._store.write() as tx:
                 await links.plan_written(tx, plan.id, version)
@@ -314,9 +323,14 @@ class PlanProvisioner:
         async with self._store.read() as tx:
             linked = await links.find_plans_by_name(tx, name)
         for link in linked:
-            there = plan is not None and plan.id == link.plan_id
-            if plan is not None and there and not plan.deleting and plan.state != "archived":
-                continue
+            if plan is None:
+                over = await self._absences.judge(absence.of_plan(link))
+                if isinstance(over, Wait):
+                    return over
+            elif plan.id == link.plan_id:
+                await self._absences.seen("plan", link.plan_id)
+                if not plan.deleting and plan.state != "archived":
+                    continue
             if wait := await self._remove(link):
                 return wait
         return None
@@ -359,6 +373,7 @@ class PlanProvisioner:
         )
         async with self._store.write() as tx:
             await links.plan_moved(tx, link.plan_id, "removed", now=now)
+            await absence.settled(tx, "plan", [link.plan_id], now)
             await outbox.insert(tx, [notice], now=now)
         return None
 

@@ -14,6 +14,7 @@ from billingd.domain.events import (
 )
 from billingd.domain.notices import provider_notice
 from billingd.loops import Clock
+from billingd.provisioning import absence
 from billingd.provisioning.holding import hold
 from billingd.store import held, links, outbox
 from billingd.store.engine import Store, Tx
@@ -48,7 +49,8 @@ class ProductProvisioner:
     async def provision(self, action: Leased) -> Wait | None:
         """Read the product as it is now, the event being only a hint.
 
-        1. Gone: its plans go with it, in events that may come in any order, or never; each is asked for.
+        1. Gone: its plans go with it, in events that may come in any order, or never; each is asked for, and
+           judged on its own, for a product may only be hidden from us.
         2. Labelled: whatever of its plans and subscriptions is not linked yet is asked for.
         3. Not labelled while plans of it are linked: nothing is ended, for what was agreed is billed on. A
            person is told, until it is labelled again.
@@ -62,7 +64,9 @@ class ProductProvisioner:
             async with self._store.write() as tx:
                 asked = [plan_action(link.name, link.plan_id, because=because) for link in linked]
                 await outbox.insert(tx, asked, now=self._clock.now())
-                await self._close(tx, name, "the product is gone, and its plans with it")
+                ids = {link.plan_id: None for link in linked}
+                if ids.keys() <= (await absence.deletions(tx, ids, "plan")).keys():
+                    await self._close(tx, name, "the product is gone, and its plans with it")
         elif product.billing_system == BILLING_SYSTEM:
             await self._ask(product, linked, because)
         elif linked:

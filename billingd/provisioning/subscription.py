@@ -3,24 +3,26 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import structlog
 
-from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
+from billingd.domain.attempts import UNFINISHED, Action, Leased, State, Wait
 from billingd.domain.billing import Account, BilledSubscription, NewSubscription
 from billingd.domain.catalog import BILLING_SYSTEM, Person, Product, ProductPlan, Subscription
-from billingd.domain.errors import NotDone, Permanent, Refused
+from billingd.domain.errors import NotDone, NotFound, Permanent, Refused
 from billingd.domain.events import plan_action, subscription_action
 from billingd.domain.notices import provider_notice, subscriber_notice
 from billingd.loops import Clock
 from billingd.once import Once
+from billingd.provisioning import absence
+from billingd.provisioning.absence import Absences
 from billingd.provisioning.account import MISSING, Accounts, NoAccount
-from billingd.provisioning.ending import end_action
+from billingd.provisioning.ending import end_action, end_again, hold_served
 from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
-from billingd.store import held, links, outbox
+from billingd.store import held, intents, links, outbox
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import PlanLink, SubscriptionLink
@@ -44,10 +46,20 @@ class Marketplace(Protocol):
     async def find_product_plan(self, name: str) -> ProductPlan | None: ...
     async def find_person(self, user_id: str) -> Person | None: ...
     async def set_attributes(
-        self, kind: Literal["subscriptions"], name: str, attributes: Mapping[str, str]
+        self,
+        kind: Literal["subscriptions"],
+        name: str,
+        attributes: Mapping[str, str],
+        *,
+        resource_id: str | None = None,
     ) -> str | None: ...
     async def decide(
-        self, subscription_name: str, state: Literal["approved", "rejected"], reason: str
+        self,
+        subscription_name: str,
+        state: Literal["approved", "rejected"],
+        reason: str,
+        *,
+        resource_id: str | None = None,
     ) -> None: ...
 
 
@@ -59,6 +71,7 @@ class Billing(Protocol):
         self, code: str, *, email: str | None = None, key: str, retried: bool = False
     ) -> str: ...
     async def list_subscriptions(self, account_code: str) -> tuple[BilledSubscription, ...]: ...
+    async def get_subscription(self, uuid: str) -> BilledSubscription: ...
     async def create_subscription(
         self, new: NewSubscription, *, key: str, retried: bool = False
     ) -> BilledSubscription: ...
@@ -85,6 +98,7 @@ class SubscriptionProvisioner:
         billing: Billing,
         once: Once,
         linker: Linker,
+        absences: Absences,
         policy: Policy,
     ) -> None:
         self._store = store
@@ -93,6 +107,7 @@ class SubscriptionProvisioner:
         self._billing = billing
         self._once = once
         self._linker = linker
+        self._absences = absences
         self._policy = policy
         create = policy.accounts_missing == "create"
         self._accounts = Accounts(marketplace, billing, once, create_missing=create)
@@ -110,17 +125,26 @@ class SubscriptionProvisioner:
         subscription = await self._marketplace.find_subscription(name)
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, subscription_id)
-        if subscription is not None and subscription.id != subscription_id:
-            subscription = None  # the name is used again; ours was deleted
+        until = None
+        if subscription is not None and subscription.id == subscription_id:
+            await self._absences.seen("subscription", subscription_id)
+        else:
+            replaced = subscription is not None  # the name is used again; ours was deleted
+            gone = await self._gone(action.args, link, replaced=replaced)
+            if isinstance(gone, Wait):
+                return gone
+            subscription, until = None, gone
         if subscription is None or _over(subscription):
             if link is None:
                 link = await self._linker.find_lost(
                     name, subscription_id, subscription, seen=action.args.get("uuid")
                 )
-            await self._begin_end(link, subscription_id, subscription, now)
+            await self._begin_end(link, subscription_id, subscription, now, until)
+            if link is not None and link.state == "ended":
+                await self._end_again_if_reactivated(link)
             return None
         if link is not None and link.state in {"ending", "ended"}:
-            log.info("subscription.over_already", subscription=subscription_id)
+            await self._served_after_all(subscription, link)
             return None
         if subscription.approval not in {"pending", "approved"}:
             return None  # Amplify has not asked yet (amplify.md 4.2); the event that asks will come
@@ -130,13 +154,62 @@ class SubscriptionProvisioner:
                 return found
             link = found
         if link.state == "created":
-            await self._approve(subscription, link)
+            return await self._approve(subscription, link)
         return None
+
+    async def _gone(
+        self, args: Mapping[str, Any], link: SubscriptionLink | None, *, replaced: bool
+    ) -> datetime | Wait | None:
+        """When what is not found was over at the latest (None: not known), or that it may only be hidden."""
+        if link is not None and link.state in {"ending", "ended"}:
+            return None
+        missing = absence.of_subscription(args["id"], args["name"], link)
+        async with self._store.read() as tx:
+            at = await absence.deleted_at(tx, missing)
+            made = await intents.find(tx, f"subscription:{missing.id}")
+        if at is not None or replaced:
+            return at
+        if link is None and "uuid" not in args and (made is None or made.state == "refused"):
+            return None  # there is nothing at Recurly to end
+        return await self._absences.judge(missing)
+
+    async def _served_after_all(self, subscription: Subscription, link: SubscriptionLink) -> None:
+        """Amplify serves what was over: its end looks again before it comes; one that came is held."""
+        log.info("subscription.over_already", subscription=subscription.id, link=link.state)
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            if link.state == "ended":
+                if subscription.approval == "approved":
+                    await hold_served(tx, link, now=now)
+                return
+            waiting = [State.PENDING, State.DEAD]
+            ends = await outbox.select(tx, states=waiting, subject=f"end:{subscription.id}")
+            await outbox.retry(tx, [row["id"] for row in ends], now=now)
+
+    async def _end_again_if_reactivated(self, link: SubscriptionLink) -> None:
+        """What is over at Amplify is ended at Recurly once more when somebody took that back there."""
+        try:
+            theirs = await self._billing.get_subscription(link.uuid)
+        except NotFound:
+            return
+        if theirs.state == "active":
+            async with self._store.write() as tx:
+                await end_again(tx, link, now=self._clock.now())
+
+    async def _moved_here(self, subscription: Subscription) -> bool:
+        """Whether it follows one that was billed here, to a plan that is: the label is for new ones only."""
+        if subscription.migrated_from is None or subscription.plan_id is None:
+            return False
+        async with self._store.read() as tx:
+            plan = await links.find_plan(tx, subscription.plan_id)
+            known = await links.is_linked_name(tx, subscription.migrated_from)
+        return known and plan is not None and plan.state != "removed"
 
     async def _link(self, subscription: Subscription) -> SubscriptionLink | Wait | None:
         """Create the Recurly subscription and write the link; otherwise why not (None: none of ours)."""
         product = await self._marketplace.find_product(subscription.product_name)
-        if product is None or product.billing_system != BILLING_SYSTEM:
+        ours = product is not None and product.billing_system == BILLING_SYSTEM
+        if not ours and not await self._moved_here(subscription):
             log.info("subscription.not_ours", subscription=subscription.id)
             return None
         plan = await self._plan(subscription)
@@ -205,7 +278,10 @@ class SubscriptionProvisioner:
         refuse = found.kind == MISSING and self._policy.accounts_missing == "reject"
         if refuse and subscription.approval == "pending":
             await self._marketplace.decide(
-                subscription.name, "rejected", "There is no billing account for this subscriber yet."
+                subscription.name,
+                "rejected",
+                "There is no billing account for this subscriber yet.",
+                resource_id=subscription.id,
             )
             await self._tell_provider(
                 f"rejected:{subscription.id}", "A subscription was rejected", found.reason
@@ -222,13 +298,22 @@ class SubscriptionProvisioner:
         beside = [one for one in same if one.marker != subscription.id]
         if beside and beside == same and (why := await self._refused_before(subscription)):
             return await self._hold(subscription, REFUSED, why)
-        unmarked = [one for one in beside if not one.marker]
+        unmarked = [one for one in beside if not one.marked]
         if unmarked:
+            there = unmarked[0]
+            mark = f"put {subscription.id} into its PO number, or end it, then release this."
+            what = "that no Amplify subscription is marked on"
+            if there.marker:
+                what = f"whose PO number {there.marker} is somebody's own, and names no Amplify subscription"
+                mend = f"If it is this one's, {mark}"
+            else:
+                mend = (
+                    "If another integration made it, `billingd adopt --since TIME` takes it over once it is "
+                    f"approved; else {mark}"
+                )
             reason = (
                 f"Subscription {subscription.title}: account {account} already has a Recurly subscription to "
-                f"{plan.plan_code} ({unmarked[0].uuid}) that no Amplify subscription is marked on. If "
-                "another integration made it, `billingd adopt --since TIME` takes it over once it is "
-                f"approved; else put {subscription.id} into its PO number, or end it, then release this."
+                f"{plan.plan_code} ({there.uuid}) {what}. {mend}"
             )
             return await self._hold(subscription, "subscription_unmarked", reason)
         async with self._store.read() as tx:
@@ -293,24 +378,35 @@ class SubscriptionProvisioner:
             standing = await held.standing(tx, subject=f"subscription:{subscription.id}", kind=REFUSED)
         return next((str(item["reason"]) for item in standing if item["kind"] == REFUSED), None)
 
-    async def _approve(self, subscription: Subscription, link: SubscriptionLink) -> None:
+    async def _approve(self, subscription: Subscription, link: SubscriptionLink) -> Wait | None:
         """Write the attributes; approve only what is still pending; tell both sides once."""
         await self._marketplace.set_attributes(
             "subscriptions",
             subscription.name,
             {"recurlyAccountCode": link.account_code, "recurlySubscriptionUuid": link.uuid},
+            resource_id=subscription.id,
         )
         current = await self._marketplace.find_subscription(subscription.name)
         now = max(self._clock.now(), link.linked_at)  # the clock may have been set back
-        if current is None or current.id != subscription.id or _over(current):
+        if current is None or current.id != subscription.id:
+            args = {"id": link.subscription_id, "name": link.name}
+            until = await self._gone(args, link, replaced=current is not None)
+            if isinstance(until, Wait):
+                return until
+            await self._begin_end(link, subscription.id, None, now, until)
+            return None
+        if _over(current):
             await self._begin_end(link, subscription.id, current, now)
-            return
+            return None
         pending = current.approval == "pending"
         if pending:
             async with self._store.write() as tx:
                 await links.approving(tx, subscription.id, now=now)
             await self._marketplace.decide(
-                subscription.name, "approved", f"Linked to Recurly subscription {link.uuid}"
+                subscription.name,
+                "approved",
+                f"Linked to Recurly subscription {link.uuid}",
+                resource_id=subscription.id,
             )
         notices = [
             provider_notice(
@@ -326,6 +422,7 @@ class SubscriptionProvisioner:
         async with self._store.write() as tx:
             await links.activate(tx, subscription.id, now=max(now, self._clock.now()))
             await outbox.insert(tx, notices, now=now)
+        return None
 
     def _welcome(self, subscription: Subscription, user_id: str) -> Action:
         url = self._policy.marketplace_url
@@ -343,14 +440,19 @@ class SubscriptionProvisioner:
         subscription_id: str,
         subscription: Subscription | None,
         now: datetime,
+        until: datetime | None = None,
     ) -> None:
-        """Usage counts up to the end that Amplify names, or up to now; ending at Recurly comes after it."""
+        """Usage counts up to the end that Amplify names, or up to now; ending at Recurly comes after it.
+
+        `until`: when it was deleted, at the latest.
+        """
         subject = f"subscription:{subscription_id}"
-        until = now
+        until = now if until is None else min(until, now)
         if subscription is not None and subscription.state in OVER and subscription.state_at is not None:
             until = min(subscription.state_at, now)  # of any other state it is when access began
         async with self._store.write() as tx:
             await held.close(tx, subject=subject, resolution="the subscription is over at Amplify", now=now)
+            await absence.settled(tx, "subscription", [subscription_id], now)
             if link is None:
                 log.info("subscription.over_before_link", subscription=subscription_id)
                 return
@@ -360,11 +462,12 @@ class SubscriptionProvisioner:
             elif subscription is not None:
                 # an approval was intended at most: somebody's no came first, so nothing was served
                 await links.not_approved(tx, subscription_id)
-            for what in ("ended", "add_ons"):
+            until = max(until, min(link.usage_from, now))  # whatever time an event may name
+            for what in ("ended", "add_ons", "served"):
                 over = "the subscription is over at Amplify"
                 await held.close(tx, subject=f"{subject}:{what}", resolution=over, now=now)
             if await links.begin_ending(tx, subscription_id, usage_until=until):
-                await outbox.insert(tx, [end_action(subscription_id)], now=now)
+                await outbox.insert(tx, [end_action(subscription_id, since=now)], now=now)
                 log.info("subscription.ending", subscription=subscription_id, usage_until=until.isoformat())
 
     async def _hold(self, subscription: Subscription, kind: str, reason: str) -> Wait:

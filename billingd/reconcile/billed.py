@@ -46,6 +46,7 @@ class Billing(Protocol):
         end: datetime,
         status: Literal["all", "unbilled"] = "all",
     ) -> tuple[BilledUsage, ...]: ...
+    async def find_usage(self, usage_id: str) -> BilledUsage | None: ...
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
     def far_now(self) -> datetime: ...
 
@@ -98,6 +99,7 @@ class BilledSurvey:
             sending = await self._sending(tx, link, add_on)
         given_up = sum(one.record.units for one in known if one.state in {"held", "written_off"})
         ledger = {one.record.merchant_tag: self._entry(one, sending) for one in known}
+        ids = {one.record.merchant_tag: one.usage_id for one in known}
         try:
             there = await self._billing.list_usage(link.uuid, add_on.add_on_code, begin=start, end=end)
         except NotFound:
@@ -114,6 +116,7 @@ class BilledSurvey:
             pair = (other.record.subscription_id, other.record.quota_id)
             if pair == (link.subscription_id, add_on.quota_id):  # moved here, or recorded just now
                 ledger[tag] = self._entry(other, {other.id})
+                ids[tag] = other.usage_id
                 at = other.record.usage_timestamp
                 if not start <= at < end:
                     calls += await self._look(link, add_on, at - AROUND, at + AROUND, {tag}, by_tag)
@@ -125,7 +128,13 @@ class BilledSurvey:
             begin, now = min(link.usage_from, link.linked_at) - BEFORE, self._billing.far_now()
             for one_start, one_end in _slices(begin, now, length * SLICE_WINDOWS):
                 calls += await self._look(link, add_on, one_start, one_end, missing, by_tag)
-        records = {tag: list(ones.values()) for tag, ones in by_tag.items()}
+        for tag in sorted(missing - by_tag.keys()):  # its tag may have been changed
+            if (usage_id := ids.get(tag)) is not None:
+                calls += 1
+                if (its := await self._billing.find_usage(usage_id)) is not None:
+                    by_tag[its.merchant_tag or ""].pop(its.id, None)
+                    by_tag[tag][its.id] = its
+        records = {tag: list(ones.values()) for tag, ones in by_tag.items() if ones}
         found = compare_billed(place, ledger, records, foreign_from=link.usage_from, length=length)
         return Surveyed(list(found), len(known), given_up, calls)
 

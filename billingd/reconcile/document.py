@@ -27,14 +27,15 @@ async def of(store: Store, run_id: int) -> dict[str, Any] | None:
         "state": run.state,
         "phase": run.phase,
         "error": run.error,
-        "since": _time(run.since),
-        "until": _time(run.until),
+        "since": time_text(run.since),
+        "until": time_text(run.until),
         "steps_done": min(run.steps_done, run.steps) if running else run.steps,
         "steps": run.steps,
         "drift_units": totals.units,
         "findings": totals.findings,
         "left": totals.open,
         "checked": {"subscriptions": run.subscriptions, "records": run.records},
+        "not_compared": run.not_compared,
         "held_units": run.held_units,
         "repair": run.repair,
         "repaired_units": run.repaired_units,
@@ -49,7 +50,7 @@ def _finding(one: Found, titles: dict[str, str]) -> dict[str, Any]:
         "subscription": found.subscription_id,
         "title": titles.get(found.subscription_id or ""),
         "add_on": found.add_on_code,
-        "window_start": _time(found.window_start),
+        "window_start": time_text(found.window_start),
         "units": found.units,
         "repairable": found.repairable,
         "cause": found.cause,
@@ -60,5 +61,6 @@ def _finding(one: Found, titles: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _time(moment: datetime | None) -> str | None:
+def time_text(moment: datetime | None) -> str | None:
+    """A time as JSON has it."""
     return None if moment is None else moment.isoformat().replace("+00:00", "Z")

@@ -1,10 +1,23 @@
 """Holding: what nothing mends waits for a person, until it is gone, or written off."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
 from billingd.domain.attempts import Action
-from billingd.domain.drift import AUDIT, HELD, READ, WRONG_PERIOD, Drift, WrittenOff, accepted, held_subject
+from billingd.domain.drift import (
+    AUDIT,
+    CORRECT,
+    HELD,
+    READ,
+    WRONG_PERIOD,
+    Drift,
+    WrittenOff,
+    accepted,
+    decided_subjects,
+    held_subject,
+)
 from billingd.domain.notices import provider_notice
 from billingd.store import drift, held, links
 from billingd.store.drift import Run, Totals
@@ -12,15 +25,15 @@ from billingd.store.engine import Tx
 from billingd.store.held import Hold
 
 
-async def hold(tx: Tx, found: Drift, now: datetime) -> None:
-    """What nothing mends waits for a person.
+async def hold(tx: Tx, found: Drift, now: datetime, *, stands: bool = False) -> None:
+    """What nothing mends, or what stands, waits for a person, who may write it off.
 
-    Late usage is held by its report, what is in the open cycle by the audit. A reading that shrank is held
-    as the poll does it, which reads only so far back.
+    Late usage is held by its report once it is read, what is in the open cycle by the audit. A reading that
+    shrank is held as the poll does it, which reads only so far back.
     """
-    if found.subscription_id is None or found.detail.get("how") == READ:
+    if found.detail.get("how") == READ and not stands:
         return
-    if found.detail.get("how") == AUDIT and found.kind != WRONG_PERIOD:
+    if found.subscription_id is not None and found.detail.get("how") == AUDIT and found.kind != WRONG_PERIOD:
         link = await links.find_subscription(tx, found.subscription_id)
         at = datetime.fromisoformat(found.detail["at"])
         if link is None or link.period_started_at is None or at >= link.period_started_at:
@@ -37,6 +50,16 @@ async def hold(tx: Tx, found: Drift, now: datetime) -> None:
     await held.add(tx, item, now=now)
 
 
+async def hold_standing(tx: Tx, run_id: int, before: set[tuple[str, str]], now: datetime) -> None:
+    """What two runs over everything have found, one after the other, and nothing has mended."""
+    after = 0
+    while page := await drift.of(tx, run_id, after=after):
+        after = page[-1].id
+        for one in page:
+            if one.mended is None and (one.drift.kind, one.drift.subject) in before:
+                await hold(tx, one.drift, now, stands=True)
+
+
 async def close_gone(tx: Tx, run: Run, now: datetime) -> None:
     """What was held of a difference that this run looked for and found no more needs nobody."""
     for item in await held.standing(tx):
@@ -44,32 +67,68 @@ async def close_gone(tx: Tx, run: Run, now: datetime) -> None:
             continue
         if run.subscription_id not in {None, item["subscription_id"]}:
             continue
+        if any(one["subscription"] == item["subscription_id"] for one in run.not_compared):
+            continue
         kind, _, subject = item["subject"].removeprefix(HELD).partition(":")
         said = await drift.last_said(tx, kind, subject)
-        if said is None or said[0] == run.id or said[1] is None or not run.since <= said[1] < run.until:
+        if said is None or said[0] == run.id:
+            continue
+        if said[1] is not None and not run.since <= said[1] < run.until:
             continue
         await held.close_one(tx, item["id"], resolution="it was reconciled, and is no more", now=now)
 
 
 async def not_accepted(tx: Tx, found: Sequence[Drift]) -> list[Drift]:
-    """What no person has seen and written off."""
-    known: dict[str, list[WrittenOff]] = {}
-    for name in {one.subscription_id for one in found if one.subscription_id is not None}:
-        rows = await held.written_off(tx, name)
-        known[name] = [WrittenOff(row["kind"], row["subject"], row["reason"], row["units"]) for row in rows]
-    return [one for one in found if not accepted(one, known.get(one.subscription_id or "", ()))]
+    """What no person has seen and written off.
+
+    A billed double that a person has closed the audit's item of may be refunded by hand: it is shown, but not
+    corrected a second time.
+    """
+    known: dict[str | None, list[WrittenOff]] = {}
+    for name in {one.subscription_id for one in found}:
+        known[name] = [_written_off(row) for row in await held.written_off(tx, name)]
+    left = []
+    for one in found:
+        if accepted(one, known[one.subscription_id]):
+            continue
+        by_hand = one.detail.get("how") == CORRECT and await held.by_person(tx, decided_subjects(one))
+        left.append(_decided(one) if by_hand else one)
+    return left
 
 
-def notice(run: Run, totals: Totals) -> Action:
+def _written_off(row: Mapping[str, Any]) -> WrittenOff:
+    usages = ((row["action"] or {}).get("args") or {}).get("usages") or ()
+    return WrittenOff(row["kind"], row["subject"], row["reason"], row["units"], frozenset(usages))
+
+
+def _decided(one: Drift) -> Drift:
+    fix = (
+        "a person closed what was held of it, so it is not corrected from here: refund or charge the "
+        "difference at Recurly if that is not done yet, then write the held item off"
+    )
+    return replace(one, fix=fix, repairable=False, detail={**one.detail, "how": AUDIT})
+
+
+def notice(run: Run, totals: Totals, unread: int) -> Action:
     """What people are told when a run changes from clean to drifting, or back."""
-    if totals.drifting:
+    span = f"between {run.since.isoformat()} and {run.until.isoformat()}"
+    if totals.drifting or unread:
         title = "Amplify, the ledger and Recurly differ"
         body = (
-            f"{totals.findings} difference(s) of {totals.units} unit(s) between {run.since.isoformat()} and "
-            f"{run.until.isoformat()}. `billingd reconcile` shows them, `billingd reconcile --repair` mends "
-            "what is safe."
+            f"{totals.findings} difference(s) of {totals.units} unit(s) {span}. `billingd reconcile` shows "
+            "them, `billingd reconcile --repair` mends what is safe. What two runs find is held: write it "
+            "off if it is meant."
         )
+        if unread:
+            body += f" {unread} subscription(s) could not be compared."
     else:
         title = "Amplify, the ledger and Recurly agree again"
-        body = f"Nothing differs between {run.since.isoformat()} and {run.until.isoformat()}."
+        body = f"Nothing differs {span}."
     return provider_notice(f"drift:{run.id}", title, body)
+
+
+def failure_notice(run: Run, error: str) -> Action:
+    """What people are told when a run over everything cannot be finished."""
+    body = f"Between {run.since.isoformat()} and {run.until.isoformat()}: {error}"
+    title = "Amplify, the ledger and Recurly were not compared"
+    return provider_notice(f"drift:{run.id}:failed", title, body)

@@ -58,8 +58,14 @@ class Linkage:
         return [one for one in found if one.subscription_id == run.subscription_id or one.subject in subjects]
 
     async def _sides(self) -> Sides:
-        """First what is under way, then both far sides, then the links: nothing is missed between them."""
-        busy = await self._busy()
+        """First what is under way, then both far sides, then the links: nothing is missed between them.
+
+        Links that were made or changed meanwhile are not judged by what was listed before.
+        """
+        busy, standing = await self._busy()
+        async with self._store.read() as tx:
+            plans_before = {one.plan_id: one.state for one in await links.plans(tx)}
+            before = {one.subscription_id: one.state for one in await links.subscriptions(tx)}
         labelled = {one.name for one in await self._catalog.list_products(BILLING_SYSTEM)}
         plans = {one.id: one for one in await self._catalog.list_product_plans()}
         specs: dict[str, PlanSpec] = {}
@@ -82,6 +88,8 @@ class Linkage:
                     billed[link.uuid] = await self._billing.get_subscription(link.uuid)
                 except NotFound:
                     continue
+        fresh = {one.plan_id for one in linked_plans if plans_before.get(one.plan_id) != one.state}
+        fresh |= {one.subscription_id for one in linked if before.get(one.subscription_id) != one.state}
         add_ons = {
             one.plan_code: {
                 each.code: each
@@ -90,6 +98,7 @@ class Linkage:
             for one in linked_plans
             if one.plan_code in billed_plans
         }
+        busy_now, standing_now = await self._busy()
         return Sides(
             plans,
             specs,
@@ -109,15 +118,17 @@ class Linkage:
             billed_plans,
             add_ons,
             billed,
-            busy | await self._busy(),
+            busy | busy_now,
+            standing | standing_now,
+            fresh,
         )
 
-    async def _busy(self) -> set[str]:
+    async def _busy(self) -> tuple[set[str], set[str]]:
         """What actions are still to come for, and what is held: plans and subscriptions."""
         async with self._store.read() as tx:
             rows = await outbox.subjects(tx, states=UNFINISHED)
             items = {item["subject"] for item in await held.standing(tx)}
-        return rows | items
+        return rows, items
 
 
 async def _or_nothing(listing: Awaitable[tuple[T, ...]]) -> tuple[T, ...]:

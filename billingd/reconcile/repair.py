@@ -8,15 +8,17 @@ from typing import Any, Protocol
 import structlog
 
 from billingd.domain.attempts import UNFINISHED, Leased, State
+from billingd.domain.billing import BilledUsage
 from billingd.domain.drift import ACCEPT, AUDIT, CORRECT, POST, READ, REPLACE, Drift
 from billingd.domain.drift_usage import kept_first
-from billingd.domain.errors import NotFound
+from billingd.domain.errors import NotFound, Refused
 from billingd.domain.events import REPORT_USAGE, report_action
 from billingd.domain.sending import idempotency_key
 from billingd.domain.usage import usage_intent
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.reconcile.at_recurly import AtRecurly, Billing
+from billingd.reconcile.holding import hold
 from billingd.store import drift, held, history, intents, outbox, usage
 from billingd.store.drift import Found
 from billingd.store.engine import Store, Tx
@@ -56,9 +58,10 @@ class UsageRepairer:
         self._store = store
         self._clock = clock
         self._billing = billing
-        self._far = AtRecurly(store, clock, billing, once)
+        self._far = AtRecurly(store, clock, billing, once, settling=settling)
         self._poller = poller
         self._auditor = auditor
+        self._once = once
         self._settling = settling
 
     async def repair(self, action: Leased) -> None:
@@ -143,20 +146,24 @@ class UsageRepairer:
                     await self._report(tx, found, recorded, due_at=now)
             await drift.mended(tx, [found.id], "its report is tried again")
 
-    async def _post_again(self, found: Found, recorded: Recorded, *, removed: str | None = None) -> None:
+    async def _post_again(self, found: Found, recorded: Recorded) -> None:
         """It was reported and is gone: reported once more, after a look that finds nothing."""
         now = self._clock.now()
         record = recorded.record
         if recorded.state != "reported":
             return
-        if removed is None:
-            there = await self._far.listed(recorded, record.usage_timestamp)
-            if ours := [one for one in there if one.merchant_tag == record.merchant_tag]:
-                first = kept_first(ours, record.units)[0]
-                async with self._store.write() as tx:
-                    await usage.renamed(tx, recorded.id, usage_id=first.id)
-                    await drift.mended(tx, [found.id], "Recurly has it after all")
-                return
+        there = await self._far.listed(recorded, record.usage_timestamp)
+        if ours := [one for one in there if one.merchant_tag == record.merchant_tag]:
+            first = kept_first(ours, record.units)[0]
+            async with self._store.write() as tx:
+                await usage.renamed(tx, recorded.id, usage_id=first.id)
+                name = usage_intent(record.merchant_tag)
+                was, run = recorded.usage_id, found.run_id
+                await history.append(tx, name, "renamed", now=now, was=was, usage_id=first.id, run=run)
+                await drift.mended(tx, [found.id], "Recurly has it after all")
+            return
+        if recorded.usage_id is not None and await self._billing.find_usage(recorded.usage_id) is not None:
+            return  # it is there, at another time or under another tag: the next run says so
         if not await self._far.takes(recorded):
             return
         async with self._store.write() as tx:
@@ -166,16 +173,18 @@ class UsageRepairer:
             await history.append(
                 tx,
                 name,
-                "gone_at_recurly" if removed is None else "replaced",
+                "gone_at_recurly",
                 now=now,
                 usage_id=recorded.usage_id,
                 run=found.run_id,
+                reported_at=history.text_of(recorded.reported_at),
+                **history.sent(await intents.find(tx, name)),
             )
             key = idempotency_key(name, 1, f"gone:{recorded.usage_id}")
             await intents.reopen(tx, name, key=key, now=now)
             # lists lag behind writes: a removed record may be shown for a while yet
             await self._report(tx, found, recorded, due_at=now + self._settling)
-            done = "posted again" if removed is None else f"{removed} is removed, the recorded one posted"
+            done = "posted again"
             await held.close(tx, subject=f"audit:{record.merchant_tag}", resolution=done, now=now)
             await drift.mended(tx, [found.id], done)
 
@@ -185,25 +194,53 @@ class UsageRepairer:
         await outbox.insert(tx, [again], now=self._clock.now(), due_at=due_at)
 
     async def _replace(self, found: Found, recorded: Recorded) -> None:
-        """An unbilled record that is not as recorded: removed, then the recorded one is posted."""
-        usage_id = found.drift.detail["usage"]
-        there = await self._far.listed(recorded, datetime.fromisoformat(found.drift.detail["at"]))
-        theirs = next((one for one in there if one.id == usage_id), None)
-        if theirs is not None:
-            its_own = (recorded.record.units, recorded.record.usage_timestamp)
-            if (theirs.units, theirs.usage_timestamp) == its_own:
-                async with self._store.write() as tx:
-                    await drift.mended(tx, [found.id], "it is right again")
-                return
-            if theirs.billed_at is not None or not await self._far.takes(recorded, removing=True):
-                return
-            # removing by id cannot take effect twice, so each try has a key of its own
-            key = idempotency_key(f"remove:{usage_id}:{self._clock.now().isoformat()}", 1, "replace")
-            try:
-                await self._billing.remove_usage(usage_id, key=key)
-            except NotFound:
-                log.info("usage.gone_already", usage=usage_id)
-        await self._post_again(found, recorded, removed=usage_id)
+        """An unbilled record that is not as recorded is set to what was recorded; it is never away.
+
+        The values are absolute, so repeating it is harmless (recurly.md 5.5).
+        """
+        record, usage_id = recorded.record, found.drift.detail["usage"]
+        target = (record.units, record.usage_timestamp, record.merchant_tag)
+        name = f"update:{usage_id}:{found.run_id}:{found.id}"
+
+        async def theirs() -> BilledUsage | None:
+            return await self._billing.find_usage(usage_id)
+
+        async def find() -> str | None:
+            one = await theirs()
+            same = one is not None and (one.units, one.usage_timestamp, one.merchant_tag) == target
+            return usage_id if same else None
+
+        async def keep(tx: Tx, _id: str) -> None:
+            now, intent = self._clock.now(), usage_intent(record.merchant_tag)
+            done = f"{usage_id} is set back to {record.units} unit(s) at {record.usage_timestamp.isoformat()}"
+            detail = {"usage_id": usage_id, "units": record.units, "run": found.run_id}
+            await history.append(tx, intent, "set_back", now=now, **detail)
+            await held.close(tx, subject=f"audit:{record.merchant_tag}", resolution=done, now=now)
+            await drift.mended(tx, [found.id], done)
+
+        async def send(key: str, *, retried: bool) -> str:
+            return await self._billing.update_usage(
+                usage_id,
+                units=record.units,
+                usage_timestamp=record.usage_timestamp,
+                merchant_tag=record.merchant_tag,
+                key=key,
+                retried=retried,
+            )
+
+        there = await theirs()
+        if there is None or there.billed_at is not None or recorded.state != "reported":
+            await self._once.look(name, find=find)  # an unanswered try is settled; the next run looks again
+            return
+        body = {"usage": usage_id, "units": record.units, "at": record.usage_timestamp.isoformat()}
+        try:
+            await self._once.write(
+                name, body, send=send, find=find, keep=keep, look_first=True, about=record.subscription_id
+            )
+        except (Refused, NotFound) as error:
+            fix = f"Recurly does not let it be changed ({error}): change it there by hand"
+            async with self._store.write() as tx:
+                await hold(tx, replace(found.drift, fix=fix, detail={}), self._clock.now())
 
     async def _accept(self, found: Found, recorded: Recorded) -> None:
         """Recurly has what the ledger had given up: the ledger says so, and nobody has to decide any more."""
@@ -212,11 +249,12 @@ class UsageRepairer:
         if theirs is None:
             return
         now, name = self._clock.now(), usage_intent(recorded.record.merchant_tag)
+        said = {"usage_id": theirs.id, "run": found.run_id}
         async with self._store.write() as tx:
             await intents.done(tx, name, result=theirs.id)
             await usage.reported(tx, recorded.id, usage_id=theirs.id, now=now)
             await held.close(tx, subject=name, resolution="Recurly has it after all", now=now)
-            await history.append(tx, name, "there_after_all", now=now, usage_id=theirs.id, run=found.run_id)
+            await history.append(tx, name, "there_after_all", now=now, was=recorded.state, **said)
             await drift.mended(tx, [found.id], "the ledger says that it is reported")
 
 

@@ -1,7 +1,7 @@
 """Runs: a reconciliation taken step by step, each of them durable, so that any start goes on with it."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, time, timedelta
 from typing import Any, Final, Protocol
 
@@ -13,8 +13,15 @@ from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.reconcile import document
 from billingd.reconcile.asking import ask
-from billingd.reconcile.billed import BilledSurvey
-from billingd.reconcile.holding import close_gone, hold, not_accepted, notice
+from billingd.reconcile.billed import BilledSurvey, Surveyed
+from billingd.reconcile.holding import (
+    close_gone,
+    failure_notice,
+    hold,
+    hold_standing,
+    not_accepted,
+    notice,
+)
 from billingd.reconcile.linkage import Linkage
 from billingd.reconcile.places import overlapping
 from billingd.reconcile.served import ServedSurvey
@@ -34,8 +41,18 @@ CHUNK_WINDOWS: Final = 24
 
 REPAIR_PAGE: Final = 500
 SINCE_MAX: Final = timedelta(days=31)
+"""How far back a run goes for open periods by itself."""
+
+UNSEEN_MAX: Final = timedelta(days=92)
+"""How far back it goes for what no run has looked at yet."""
+
+CUT_OFF: Final = timedelta(hours=1)
+"""How old a run may have grown without a step, and still be gone on with: what it saw is from then."""
+
 DAILY_AT: Final = time(3, 40)
 """When the daily run is due, in UTC."""
+
+STALE: Final = "it was cut off, and what it saw is too old to go on from; reconcile anew"
 
 GIVE_UP: Final = timedelta(days=1)
 """How long a run is tried while a far side is away."""
@@ -45,6 +62,9 @@ class Poller(Protocol):
     """Reads what has settled, so that ordinary lateness is no drift."""
 
     async def run_once(self) -> bool: ...
+    async def read_range(
+        self, since: datetime, until: datetime, *, subscription: str | None = None
+    ) -> int: ...
 
 
 class Reconciler:
@@ -61,8 +81,10 @@ class Reconciler:
         *,
         source: str,
         length: timedelta,
+        late: timedelta,
         requests_per_minute: int,
         wake_outbox: asyncio.Event,
+        may_read: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
         self._clock = clock
@@ -72,8 +94,11 @@ class Reconciler:
         self._poller = poller
         self._source = source
         self._length = length
+        self._late = late
+        self._held_up: dict[int, str] = {}
         self._seconds_per_call = 60 / requests_per_minute
         self._wake_outbox = wake_outbox
+        self._may_read = may_read
         self._rest = timedelta(0)
         self.wake = asyncio.Event()
 
@@ -88,14 +113,20 @@ class Reconciler:
     ) -> int:
         """Begin a run, or join one that was asked for likewise and goes on; its id.
 
-        Without `since`, from where the earliest open billing period began, a month ago at most; without
-        `until`, all there is. Raises NotFound when that subscription is not linked.
+        Without `since`, from where the earliest open billing period began, a month ago at most, or from where
+        the latest run over everything looked last, each less what traffic may be late; without `until`, all
+        there is. What was cut off an hour ago or longer is not joined: it has failed. Raises NotFound when
+        that subscription is not linked, Retryable until a restored store is read back: what it lacks is no
+        drift.
         """
+        await self._may_read()
         now = self._clock.now()
         asked = drift.DAILY if daily else f"{since or '-'}/{until or '-'}/{subscription or '-'}/{repair}"
         async with self._store.write() as tx:
             if (going := await drift.unfinished(tx, asked=asked)) is not None:
-                return going.id
+                if now - going.stepped_at < CUT_OFF:
+                    return going.id
+                await drift.fail(tx, going.id, now=now, error=STALE)
             linked = await links.subscriptions(tx)
             if subscription is not None:
                 linked = [one for one in linked if one.subscription_id == subscription]
@@ -103,7 +134,13 @@ class Reconciler:
                     raise NotFound(f"no subscription with the id {subscription} is linked")
             mark = await self._mark(tx)
             stop = now if until is None else until
-            begin = floor(_earliest(linked, now) if since is None else since, mark.length)
+            begin = since
+            if begin is None:
+                begin = _earliest(linked, now)
+                if (before := await drift.latest(tx)) is not None:
+                    begin = max(min(begin, before.until), now - UNSEEN_MAX)
+                begin -= self._late
+            begin = floor(begin, mark.length)
             begin = min(begin, floor(stop, mark.length) - mark.length)
             span = CHUNK_WINDOWS * mark.length
             served = max(0, -((begin - min(stop, mark.at)) // span))
@@ -117,6 +154,7 @@ class Reconciler:
                 asked=asked,
                 phase=SERVED,
                 steps=steps,
+                not_compared=self._served_survey.not_compared(linked, mark, begin, stop, now),
                 now=now,
             )
         log.info("reconcile.started", run=run_id, since=begin.isoformat(), until=stop.isoformat())
@@ -130,6 +168,7 @@ class Reconciler:
 
     async def step(self, run_id: int) -> bool:
         """Take the next step of a run; False when it is over. What a step found is kept with its progress."""
+        await self._may_read()
         async with self._store.read() as tx:
             run = await drift.find(tx, run_id)
             if run is None or run.state != "running":
@@ -137,13 +176,26 @@ class Reconciler:
             mark = await self._mark(tx)
         try:
             await getattr(self, f"_{run.phase}")(run, mark)
-        except Permanent as error:
-            await self._failed(run, error)
         except Retryable as error:
             if self._clock.now() - run.started_at < GIVE_UP:
+                await self._waits(run, error)
                 raise
-            await self._failed(run, error)
+            await self._failed(run, str(error))
+        except Permanent as error:
+            await self._failed(run, str(error))
+        except BillingdError:  # of the store: nothing can be written down
+            raise
+        except Exception as error:  # a bug: of one run, which may not end the daemon at each start anew
+            log.exception("reconcile.broke", run=run.id, phase=run.phase)
+            await self._failed(run, f"a bug, see the log: {type(error).__name__}: {error}")
+        self._held_up.pop(run_id, None)
         return True
+
+    async def _waits(self, run: Run, error: Retryable) -> None:
+        """It cannot go on for now: it says why, and is not taken for cut off."""
+        self._held_up[run.id] = str(error)
+        async with self._store.write() as tx:
+            await drift.touch(tx, run.id, now=self._clock.now())
 
     async def run_once(self) -> bool:
         """Take a step of the oldest run, or begin the daily one; False when nothing is due, or at rest.
@@ -158,6 +210,12 @@ class Reconciler:
                 return False
             await self._poller.run_once()
             await self.start(daily=True)
+            return True
+        if self._clock.now() - run.stepped_at >= CUT_OFF:
+            await self._failed(run, STALE)
+            if run.asked == drift.DAILY:
+                await self._poller.run_once()
+                await self.start(daily=True)
             return True
         await self.step(run.id)
         return self._rest <= timedelta(0)
@@ -193,7 +251,10 @@ class Reconciler:
             start = datetime.fromisoformat(run.cursor)
         stop = min(floor(run.until, mark.length), mark.at)
         end = min(start + CHUNK_WINDOWS * mark.length, stop)
-        found = [] if start >= end else await self._served_survey.compare(run, mark, start, end)
+        found = []
+        start = max(start, self._served_survey.kept_from(mark, run.started_at))
+        if start < end:
+            found = await self._served_survey.compare(run, mark, start, end)
         over = end >= stop
         await self._keep(
             run, found, phase=BILLED if over else SERVED, cursor=None if over else end.isoformat()
@@ -213,7 +274,20 @@ class Reconciler:
             await self._keep(run, [], phase=LINKS, cursor=None)
             return
         began = self._clock.elapsed()
-        one = await self._billed_survey.compare(run, mark, left[0])
+        failed = []
+        try:
+            one = await self._billed_survey.compare(run, mark, left[0])
+        except Permanent as error:  # of this one alone: the others are looked at all the same
+            log.error("reconcile.not_compared", subscription=left[0].subscription_id, error=str(error))
+            one = Surveyed([])
+            failed.append(
+                {
+                    "since": document.time_text(run.since),
+                    "until": document.time_text(run.until),
+                    "subscription": left[0].subscription_id,
+                    "reason": str(error),
+                }
+            )
         last = len(left) == 1
         await self._keep(
             run,
@@ -223,6 +297,7 @@ class Reconciler:
             subscriptions=1,
             records=one.records,
             held_units=one.held_units,
+            not_compared=failed,
         )
         share = 2 * one.calls * self._seconds_per_call
         self._rest = timedelta(seconds=max(0.0, share - (self._clock.elapsed() - began)))
@@ -234,8 +309,8 @@ class Reconciler:
             await self._keep(run, found, phase=REPAIR, cursor=None)
             return
         async with self._store.write() as tx:
-            if await drift.step(tx, run, phase=LINKS, cursor=None):
-                await drift.add(tx, run.id, found)
+            if await drift.step(tx, run, phase=LINKS, cursor=None, now=self._clock.now()):
+                await drift.add(tx, run.id, await not_accepted(tx, found))
                 await self._over(tx, run)
 
     async def _repair(self, run: Run, _mark: Watermark) -> None:
@@ -246,48 +321,78 @@ class Reconciler:
             page = await drift.of(tx, run.id, after=after, limit=REPAIR_PAGE)
             units = await ask(tx, page, now=now) if page else 0
             cursor = str(page[-1].id) if page else run.cursor
-            if not await drift.step(tx, run, phase=REPAIR, cursor=cursor, repaired_units=units):
+            if not await drift.step(tx, run, phase=REPAIR, cursor=cursor, now=now, repaired_units=units):
                 raise Retryable("another process takes the steps of this run")
             for one in page:
-                if not one.drift.repairable and one.drift.units:
+                if not one.drift.repairable:
                     await hold(tx, one.drift, now)
             if len(page) < REPAIR_PAGE:
                 await self._over(tx, run)
         self._wake_outbox.set()
 
     async def _keep(
-        self, run: Run, found: Sequence[Drift], *, phase: str, cursor: str | None, **counts: int
+        self,
+        run: Run,
+        found: Sequence[Drift],
+        *,
+        phase: str,
+        cursor: str | None,
+        not_compared: Sequence[dict[str, Any]] = (),
+        **counts: int,
     ) -> None:
         """A step is done: what it found and how far the run is, in one transaction."""
         async with self._store.write() as tx:
             kept = await not_accepted(tx, found)
-            if await drift.step(tx, run, phase=phase, cursor=cursor, **counts):
+            if await drift.step(
+                tx,
+                run,
+                phase=phase,
+                cursor=cursor,
+                now=self._clock.now(),
+                not_compared=not_compared,
+                **counts,
+            ):
                 await drift.add(tx, run.id, kept)
 
-    async def _failed(self, run: Run, error: BillingdError) -> None:
-        log.error("reconcile.failed", run=run.id, error=str(error))
+    async def _failed(self, run: Run, error: str) -> None:
+        """It cannot go on; people hear of it once, until a run over everything gets through again."""
+        log.error("reconcile.failed", run=run.id, error=error)
+        now = self._clock.now()
         async with self._store.write() as tx:
-            await drift.fail(tx, run.id, now=self._clock.now(), error=str(error))
+            await drift.fail(tx, run.id, now=now, error=error)
+            before = await drift.ended(tx, before=run.id)
+            if run.asked in drift.WHOLE and error != STALE and (before is None or before.state == "done"):
+                await outbox.insert(tx, [failure_notice(run, error)], now=now)
+        self._held_up.pop(run.id, None)
+        self._wake_outbox.set()
 
     async def _over(self, tx: Tx, run: Run) -> None:
         """The run is done; people are told when it changes from clean to drifting, or back."""
         now = self._clock.now()
         totals = await drift.totals(tx, run.id)
-        drifting = totals.drifting > 0
+        latest = await drift.find(tx, run.id)
+        assert latest is not None
+        unread = sum(one["subscription"] is not None for one in latest.not_compared)
+        drifting = totals.drifting > 0 or unread > 0
         await drift.finish(tx, run.id, now=now, drifting=drifting)
         log.info("reconcile.done", run=run.id, units=totals.units, findings=totals.findings)
-        await close_gone(tx, run, now)
+        await close_gone(tx, latest, now)
         if run.asked not in drift.WHOLE:
+            if not latest.not_compared:
+                await drift.gone(tx, run, f"run {run.id} found it no more")
             return
         before = await drift.latest(tx, before=run.id)
+        if before is not None:
+            await hold_standing(tx, run.id, await drift.found_by(tx, before.id), now)
         if drifting != (before is not None and before.drifting is True):
-            await outbox.insert(tx, [notice(run, totals)], now=now)
+            await outbox.insert(tx, [notice(run, totals, unread)], now=now)
             self._wake_outbox.set()
         await drift.forget(tx)
 
     async def document(self, run_id: int) -> dict[str, Any] | None:
         """What a run found so far (contract section 2), None when there is no such run."""
-        return await document.of(self._store, run_id)
+        found = await document.of(self._store, run_id)
+        return None if found is None else found | {"held_up": self._held_up.get(run_id)}
 
 
 def _earliest(linked: Sequence[SubscriptionLink], now: datetime) -> datetime:

@@ -1,23 +1,21 @@
 """Served: what Amplify counts now, window by window for all subscriptions at once, against the ledger."""
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Final, Protocol
+from typing import Any, Protocol
 
 from billingd.domain.drift import Drift
 from billingd.domain.drift_usage import compare_served
 from billingd.domain.usage import Reading
 from billingd.domain.windows import Window, floor
+from billingd.reconcile.document import time_text
 from billingd.reconcile.places import place_of
 from billingd.store import links, usage
 from billingd.store.drift import Run
 from billingd.store.engine import Store
 from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.watermarks import Watermark
-
-READS_MAX: Final = 3
-"""How often windows are read while a poll books something in them."""
 
 Key = tuple[str, str, Window]
 """(subscription id, quota id, window)"""
@@ -27,6 +25,8 @@ class Traffic(Protocol):
     """Where traffic is counted."""
 
     name: str
+    keeps: timedelta | None
+    """How long what was counted can be asked for; None: for longer than anything is open here."""
 
     async def read(
         self,
@@ -41,18 +41,57 @@ class Traffic(Protocol):
     ) -> tuple[Reading, ...]: ...
 
 
-class ServedSurvey:
-    """Compares; changes nothing."""
+class Poller(Protocol):
+    """Reads windows again and books only differences."""
 
-    def __init__(self, store: Store, source: Traffic, *, horizon: timedelta) -> None:
+    async def read_range(
+        self, since: datetime, until: datetime, *, subscription: str | None = None
+    ) -> int: ...
+
+
+class ServedSurvey:
+    """Compares; what came late to windows that every poll reads again is booked, as the next poll would."""
+
+    def __init__(self, store: Store, source: Traffic, poller: Poller, *, horizon: timedelta) -> None:
         self._store = store
         self._source = source
+        self._poller = poller
         self._horizon = horizon
+
+    def kept_from(self, mark: Watermark, now: datetime) -> datetime:
+        """From where on Amplify and the ledger can be compared, window by window."""
+        if self._source.keeps is None:
+            return mark.regular_since
+        return max(mark.regular_since, _ceil(now - self._source.keeps, mark.length) + mark.length)
+
+    def not_compared(
+        self,
+        linked: Sequence[SubscriptionLink],
+        mark: Watermark,
+        since: datetime,
+        until: datetime,
+        now: datetime,
+    ) -> list[dict[str, Any]]:
+        """The stretch of [since, until) with usage of ours that is too old to be counted again."""
+        begins = max(since, min((floor(one.usage_from, mark.length) for one in linked), default=until))
+        told: list[dict[str, Any]] = []
+        for upto, why in (
+            (mark.regular_since, "windows had another length, or were not read yet: `traffic.window`"),
+            (self.kept_from(mark, now), f"traffic.source={self._source.name} keeps no more than that"),
+        ):
+            ends = min(upto, until)
+            if begins < ends:
+                reason = f"Amplify and the ledger are not compared: {why}"
+                span = {"since": time_text(begins), "until": time_text(ends)}
+                told.append({**span, "subscription": None, "reason": reason})
+                begins = ends
+        return told
 
     async def compare(self, run: Run, mark: Watermark, start: datetime, end: datetime) -> list[Drift]:
         """Windows of [start, end) as Amplify counts them now, for all subscriptions at once.
 
-        The ledger is looked at before and after: what a poll books meanwhile is no drift.
+        The ledger is looked at before and after: what is booked meanwhile is no drift. Where more is counted
+        in a window within the horizon, the poll reads it again in between, for it only came late.
         """
         async with self._store.read() as tx:
             linked = {
@@ -63,12 +102,18 @@ class ServedSurvey:
             add_ons = await links.add_ons(tx)
         if not linked or not add_ons:
             return []
-        for _ in range(READS_MAX):
-            before = await self._recorded(start, end, mark.length, linked)
-            counted = await self._counted(linked, add_ons, set(linked), set(add_ons), start, end, mark.length)
-            after = await self._recorded(start, end, mark.length, linked)
-            if before == after:
-                break
+        again_from = _ceil(mark.at - self._horizon, mark.length)
+        before = await self._recorded(start, end, mark.length, linked)
+        counted = await self._counted(linked, add_ons, set(linked), set(add_ons), start, end, mark.length)
+        late = [
+            key[2]
+            for key, units in counted.items()
+            if key[0] in linked and key[2].start >= again_from and units > before.get(key, 0)
+        ]
+        if late:
+            since, until = min(one.start for one in late), max(one.end for one in late)
+            await self._poller.read_range(since, until, subscription=run.subscription_id)
+        after = await self._recorded(start, end, mark.length, linked)
         differing = {}
         for key in counted.keys() | before.keys() | after.keys():
             link, add_on = linked.get(key[0]), add_ons.get(key[1])
@@ -77,7 +122,6 @@ class ServedSurvey:
             served, low, high = counted.get(key, 0), before.get(key, 0), after.get(key, 0)
             if not min(low, high) <= served <= max(low, high) and key[2].end > link.usage_from:
                 differing[key] = served
-        again_from = _ceil(mark.at - self._horizon, mark.length)
         found = []
         for key, served in sorted(differing.items(), key=lambda item: (item[0][2], item[0][:2])):
             link, add_on, window = linked[key[0]], add_ons[key[1]], key[2]
@@ -119,7 +163,7 @@ class ServedSurvey:
     ) -> dict[Key, int]:
         """What Amplify counts, by window; a source may answer in several rows."""
         readings = await self._source.read(
-            organizations={linked[one].organization_id for one in subscriptions} - {""},
+            organizations={linked[one].organization_id for one in subscriptions},
             units={add_ons[one].unit for one in quotas},
             subscriptions=subscriptions,
             quotas=quotas,

@@ -23,7 +23,9 @@ WHOLE: Final = (DAILY, "-/-/-/False", "-/-/-/True")
 class Run:
     """One reconciliation of [since, until): its `phase`, and the `cursor` from which that goes on.
 
-    `state` running | done | failed. `asked` is what was asked for, so that the same is joined.
+    `state` running | done | failed. `asked` is what was asked for, so that the same is joined. `stepped_at`
+    is when it last went on, or tried to. `not_compared` has what it could not look at: since, until, reason,
+    and the subscription where it is one.
     """
 
     id: int
@@ -41,7 +43,9 @@ class Run:
     records: int
     held_units: int
     repaired_units: int
+    not_compared: list[dict[str, Any]]
     started_at: datetime
+    stepped_at: datetime
     finished_at: datetime | None
     drifting: bool | None
     error: str | None
@@ -85,6 +89,7 @@ async def begin(
     asked: str,
     phase: str,
     steps: int,
+    not_compared: list[dict[str, Any]],
     now: datetime,
 ) -> int:
     """A new run; its id."""
@@ -103,7 +108,9 @@ async def begin(
         "records": 0,
         "held_units": 0,
         "repaired_units": 0,
+        "not_compared": not_compared,
         "started_at": now,
+        "stepped_at": now,
     }
     made = await tx.execute(sa.insert(reconciliations).returning(reconciliations.c.id), row)
     return int(made.scalar_one())
@@ -116,8 +123,10 @@ async def find(tx: Tx, run_id: int) -> Run | None:
 
 
 async def unfinished(tx: Tx, *, asked: str | None = None) -> Run | None:
-    """The oldest run that goes on, of those that were asked for like that."""
-    statement = _RUNS.where(reconciliations.c.state == "running").order_by(reconciliations.c.id).limit(1)
+    """The oldest run that goes on, of those that were asked for like that; a daily one comes last."""
+    daily = sa.case((reconciliations.c.asked == DAILY, 1), else_=0)
+    running = _RUNS.where(reconciliations.c.state == "running")
+    statement = running.order_by(daily, reconciliations.c.id).limit(1)
     if asked is not None:
         statement = statement.where(reconciliations.c.asked == asked)
     row = (await tx.execute(statement)).one_or_none()
@@ -137,17 +146,43 @@ async def latest(
     return None if row is None else Run(*row)
 
 
-async def step(tx: Tx, run: Run, *, phase: str, cursor: str | None, **more: int) -> bool:
+async def touch(tx: Tx, run_id: int, *, now: datetime) -> None:
+    """Somebody tries to go on with a run."""
+    mine = sa.and_(reconciliations.c.id == run_id, reconciliations.c.state == "running")
+    await tx.execute(sa.update(reconciliations).where(mine).values(stepped_at=now))
+
+
+async def ended(tx: Tx, *, before: int | None = None) -> Run | None:
+    """The newest run over everything that is over, whether it failed or not."""
+    over = _RUNS.where(reconciliations.c.asked.in_(WHOLE), reconciliations.c.state != "running")
+    if before is not None:
+        over = over.where(reconciliations.c.id < before)
+    row = (await tx.execute(over.order_by(reconciliations.c.id.desc()).limit(1))).one_or_none()
+    return None if row is None else Run(*row)
+
+
+async def step(
+    tx: Tx,
+    run: Run,
+    *,
+    phase: str,
+    cursor: str | None,
+    now: datetime,
+    not_compared: Sequence[dict[str, Any]] = (),
+    **more: int,
+) -> bool:
     """A step is done: the run goes on from there, and `more` is added to its counts.
 
     False, and nothing changes, when somebody else took that step already.
     """
     columns = reconciliations.c
-    counts = {name: columns[name] + number for name, number in more.items()}
+    counts: dict[str, Any] = {name: columns[name] + number for name, number in more.items()}
+    if not_compared:
+        counts["not_compared"] = [*run.not_compared, *not_compared]
     moved = await tx.execute(
         sa.update(reconciliations)
         .where(columns.id == run.id, columns.state == "running", columns.steps_done == run.steps_done)
-        .values(phase=phase, cursor=cursor, steps_done=columns.steps_done + 1, **counts)
+        .values(phase=phase, cursor=cursor, steps_done=columns.steps_done + 1, stepped_at=now, **counts)
     )
     return moved.rowcount == 1
 
@@ -228,8 +263,45 @@ def _found(row: sa.Row[Any]) -> Found:
 
 
 async def mended(tx: Tx, finding_ids: Sequence[int], how: str) -> None:
-    """What a repair did about these findings."""
-    await tx.execute(sa.update(drift).where(drift.c.id.in_(finding_ids)).values(mended=how))
+    """What a repair did about these findings; whatever other runs found likewise is mended with them."""
+    if not finding_ids:
+        return
+    ours = drift.alias()
+    same = sa.exists().where(
+        ours.c.id.in_(finding_ids), ours.c.kind == drift.c.kind, ours.c.subject == drift.c.subject
+    )
+    is_open = drift.c.mended.is_(None)
+    await tx.execute(sa.update(drift).where(is_open, same).values(mended=how))
+
+
+async def gone(tx: Tx, run: Run, how: str) -> None:
+    """What the latest run over everything found, and a later one of a part looked for in vain, is mended.
+
+    Amounts without a window are links, which are compared all at once.
+    """
+    whole = await latest(tx, before=run.id)
+    if whole is None:
+        return
+    again = drift.alias()
+    found_again = sa.exists().where(
+        again.c.reconciliation_id == run.id, again.c.kind == drift.c.kind, again.c.subject == drift.c.subject
+    )
+    window = drift.c.window_start
+    looked = sa.or_(window.is_(None), sa.and_(window >= run.since, window < run.until))
+    statement = sa.update(drift).where(
+        drift.c.reconciliation_id == whole.id, drift.c.mended.is_(None), looked, ~found_again
+    )
+    if run.subscription_id is not None:
+        statement = statement.where(drift.c.subscription_id == run.subscription_id)
+    await tx.execute(statement.values(mended=how))
+
+
+async def found_by(tx: Tx, run_id: int) -> set[tuple[str, str]]:
+    """Kind and subject of what a run found and no repair has mended since."""
+    statement = sa.select(drift.c.kind, drift.c.subject).where(
+        drift.c.reconciliation_id == run_id, drift.c.mended.is_(None)
+    )
+    return {(row.kind, row.subject) for row in await tx.execute(statement)}
 
 
 async def totals(tx: Tx, run_id: int) -> Totals:
@@ -263,10 +335,12 @@ async def forget(tx: Tx) -> None:
 
 async def summary(tx: Tx) -> dict[str, Any]:
     """What /status says: the latest run over everything, less what was mended since."""
-    run = await latest(tx)
+    run, last = await latest(tx), await ended(tx)
     found = Totals() if run is None else await totals(tx, run.id)
     going = await unfinished(tx)
     return {
+        "error": None if last is None else last.error,
+        "not_compared": 0 if run is None else len(run.not_compared),
         "units": found.open_units,
         "findings": found.open,
         "checked_at": None if run is None else run.finished_at,

@@ -27,6 +27,7 @@ async def insert(tx: Tx, event: Event, *, now: datetime, via: Via = "webhook") -
         "subresource": event.subresource,
         "correlation_id": event.correlation_id,
         "via": via,
+        "happened_at": None if event.happened_at is None else min(event.happened_at, now),
         "received_at": now,
     }
     return await insert_new(tx, events, [row]) == 1

@@ -1,6 +1,6 @@
 """What waits for a person because it cannot be billed honestly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -11,6 +11,9 @@ from billingd.domain.attempts import Action
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
 from billingd.store.schema import held
+
+RELEASED: Final = "released by an operator"
+"""The resolution of what a person released."""
 
 WRITTEN_OFF: Final = "written off: "
 """How the resolution of what was written off begins; the operator's reason follows."""
@@ -125,12 +128,23 @@ async def standing(tx: Tx, *, subject: str | None = None, kind: str | None = Non
     return [dict(row) for row in found.mappings() if kind is None or row["kind"] == kind]
 
 
-async def written_off(tx: Tx, subscription_id: str) -> list[dict[str, Any]]:
-    """What a person has given up of a subscription."""
+async def written_off(tx: Tx, subscription_id: str | None) -> list[dict[str, Any]]:
+    """What a person has given up of a subscription; None: of what belongs to no subscription."""
     statement = sa.select(held).where(
         held.c.subscription_id == subscription_id, held.c.resolution.startswith(WRITTEN_OFF)
     )
     return [dict(row) for row in (await tx.execute(statement)).mappings()]
+
+
+async def by_person(tx: Tx, subjects: Sequence[str]) -> set[str]:
+    """Those of the subjects of which a person has written an item off, or released one of the audit's.
+
+    The audit's say: refund that, then release this.
+    """
+    released = sa.and_(held.c.resolution == RELEASED, held.c.subject.startswith("audit:"))
+    by_hand = sa.or_(released, held.c.resolution.startswith(WRITTEN_OFF))
+    statement = sa.select(held.c.subject).where(held.c.subject.in_(subjects), by_hand)
+    return set((await tx.execute(statement)).scalars())
 
 
 async def count(tx: Tx) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Final
 import sqlalchemy as sa
 
 from billingd.domain.sending import Intent
+from billingd.store import history
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
 from billingd.store.schema import intents
@@ -16,6 +17,10 @@ _FIND: Final = sa.select(*(intents.c[name] for name in Intent.__slots__)).where(
 _OF_NAME: Final = sa.update(intents).where(intents.c.name == sa.bindparam("of_name"))
 _SENT: Final = _OF_NAME.where(intents.c.state == "open", intents.c.sends == sa.bindparam("at_sends"))
 """Made once, for each write needs them. An update sets what it is given by its column's name."""
+
+
+SUPERSEDED: Final = "superseded"
+"""How the history calls an earlier sending, which another one takes the place of."""
 
 
 async def find(tx: Tx, name: str) -> Intent | None:
@@ -37,7 +42,8 @@ async def opened(
 ) -> bool:
     """About to be sent: from here on its outcome is unknown until one is known.
 
-    False, and nothing changes, when it is no longer as it was `seen`: somebody else got hold of it.
+    False, and nothing changes, when it is no longer as it was `seen`: somebody else got hold of it. What was
+    seen goes into the history.
     """
     row = {
         "name": name,
@@ -60,7 +66,10 @@ async def opened(
         .where(intents.c.name == name, intents.c.state == seen.state, intents.c.sends == seen.sends)
         .values(**row)
     )
-    return moved.rowcount == 1
+    if moved.rowcount != 1:
+        return False
+    await history.append(tx, name, SUPERSEDED, now=now, **history.sent(seen))
+    return True
 
 
 async def done(tx: Tx, name: str, *, result: str) -> None:
@@ -72,7 +81,8 @@ async def reopen(tx: Tx, name: str, *, key: str, now: datetime) -> None:
     """What was done is no more: nothing of it is under way since `now`, and its key can help no more.
 
     So two look-ups that find nothing, and then a new epoch, come before it is sent again. Where nothing was
-    ever sent from here, `key` stands in for the key it may have been sent under.
+    ever sent from here, `key` stands in for the key it may have been sent under. Whoever calls
+    this tells the history what was known of it (`history.sent`), for some of it is gone then.
     """
     again = {"state": "open", "result": None, "burnt": True, "gave_up_at": now, "missed_at": None}
     first = {"epoch": 1, "idempotency_key": key, "body_hash": "", "sends": 1}

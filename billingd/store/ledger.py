@@ -1,13 +1,15 @@
 """Reads of the whole ledger that only explaining needs: revisions, totals, what an invoice will hold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
+from billingd.domain.usage import TAG_PREFIX, corrected_tag, pair_hash, usage_intent
 from billingd.domain.windows import Window
+from billingd.store import history, usage
 from billingd.store.engine import Tx
 from billingd.store.schema import held, outbox, usage_records
 
@@ -25,6 +27,15 @@ class Line:
     recorded_at: datetime
     reported_at: datetime | None
     usage_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """Units of a cycle that was billed before they came; they go onto the next invoice."""
+
+    quota_id: str
+    usage_timestamp: datetime
+    units: int
 
 
 def _line(row: sa.Row[Any]) -> Line:
@@ -86,34 +97,45 @@ async def totals(tx: Tx, subscription_id: str) -> dict[str, dict[str, int]]:
 async def units_of_cycle(tx: Tx, subscription_id: str, start: datetime, end: datetime) -> dict[str, int]:
     """Units by quota id, reported or about to be, with a time in [start, end)."""
     columns = usage_records.c
-    return await _units(
-        tx,
-        subscription_id,
-        columns.state.in_(["reported", "recorded"]),
-        columns.usage_timestamp >= start,
-        columns.usage_timestamp < end,
-    )
-
-
-async def corrections(tx: Tx, subscription_id: str, *, since: datetime) -> dict[str, int]:
-    """Units by quota id with a time before `since` that reached Recurly only then, or still will."""
-    columns = usage_records.c
-    return await _units(
-        tx,
-        subscription_id,
-        columns.usage_timestamp < since,
-        sa.or_(columns.state == "recorded", columns.reported_at >= since),
-    )
-
-
-async def _units(tx: Tx, subscription_id: str, *conditions: sa.ColumnElement[bool]) -> dict[str, int]:
-    columns = usage_records.c
     statement = (
         sa.select(columns.quota_id, sa.func.sum(columns.units))
-        .where(columns.subscription_id == subscription_id, *conditions)
+        .where(
+            columns.subscription_id == subscription_id,
+            columns.state.in_(["reported", "recorded"]),
+            columns.usage_timestamp >= start,
+            columns.usage_timestamp < end,
+        )
         .group_by(columns.quota_id)
     )
     return {quota_id: int(units) for quota_id, units in await tx.execute(statement)}
+
+
+async def corrections(
+    tx: Tx, subscription_id: str, quota_ids: Iterable[str], *, since: datetime
+) -> list[Correction]:
+    """What reached Recurly only since a moment, or still will, with a time before that.
+
+    Late records, and what repairs posted beside records that were billed already.
+    """
+    columns = usage_records.c
+    late = (
+        sa.select(columns.quota_id, columns.usage_timestamp, columns.units)
+        .where(
+            columns.subscription_id == subscription_id,
+            columns.usage_timestamp < since,
+            sa.or_(columns.state == "recorded", columns.reported_at >= since),
+        )
+        .order_by(columns.usage_timestamp, columns.id)
+    )
+    found = [Correction(*row) for row in await tx.execute(late)]
+    for quota_id in quota_ids:
+        begins = usage_intent(f"{TAG_PREFIX}{pair_hash(subscription_id, quota_id)}:")
+        for entry in await history.beginning(tx, begins, history.CORRECTED, since=since):
+            tag = str(corrected_tag(entry.detail["tag"]))
+            at = (await usage.by_tags(tx, [tag]))[tag].record.usage_timestamp
+            if at < since:
+                found.append(Correction(quota_id, at, entry.detail["units"]))
+    return found
 
 
 async def action_of(tx: Tx, key: str) -> Mapping[str, Any] | None:

@@ -1,7 +1,9 @@
 """Which Amplify resource is which at Recurly."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -45,7 +47,8 @@ class SubscriptionLink:
     """A subscription and its Recurly subscription `uuid`.
 
     `created`: exists at Recurly; `active`: approved at Amplify; `ending`: usage counts until `usage_until`,
-    then it ends at Recurly; `ended`. `billed_state` is Recurly's own word as of `seen_at`.
+    then it ends at Recurly; `ended`. `billed_state` is Recurly's own word as of `seen_at`, and so is
+    `unit_amount`: what one of its periods costs without add-ons, in its plan's currency.
     """
 
     subscription_id: str
@@ -65,6 +68,7 @@ class SubscriptionLink:
     linked_at: datetime
     billed_state: str | None = None
     seen_at: datetime | None = None
+    unit_amount: Decimal | None = None
 
     @property
     def adopted(self) -> bool:
@@ -191,19 +195,31 @@ async def priced(tx: Tx, quota_id: str, prices: Prices) -> None:
 async def create_subscription(tx: Tx, link: SubscriptionLink) -> None:
     """Link a subscription."""
     row = {name: getattr(link, name) for name in SubscriptionLink.__slots__}
+    row["unit_amount"] = None if link.unit_amount is None else str(link.unit_amount)
     await tx.execute(sa.insert(subscription_links).values(**row))
+
+
+def _subscription(row: Sequence[Any]) -> SubscriptionLink:
+    link = SubscriptionLink(*row)  # an amount is kept as text
+    return link if link.unit_amount is None else replace(link, unit_amount=Decimal(link.unit_amount))
 
 
 async def find_subscription_by_uuid(tx: Tx, uuid: str) -> SubscriptionLink | None:
     """The link of a Recurly subscription."""
     row = (await tx.execute(_SUBSCRIPTION_BY_UUID, {"of_uuid": uuid})).one_or_none()
-    return None if row is None else SubscriptionLink(*row)
+    return None if row is None else _subscription(row)
+
+
+async def is_linked_name(tx: Tx, name: str) -> bool:
+    """Whether a subscription that has or had this name is or was linked."""
+    statement = sa.select(sa.literal(1)).where(subscription_links.c.name == name).limit(1)
+    return (await tx.execute(statement)).first() is not None
 
 
 async def find_subscription(tx: Tx, subscription_id: str) -> SubscriptionLink | None:
     """The link of a subscription."""
     row = (await tx.execute(_SUBSCRIPTION, {"of_id": subscription_id})).one_or_none()
-    return None if row is None else SubscriptionLink(*row)
+    return None if row is None else _subscription(row)
 
 
 async def subscriptions(
@@ -215,7 +231,7 @@ async def subscriptions(
         statement = statement.where(subscription_links.c.plan_id == plan_id)
     if states:
         statement = statement.where(subscription_links.c.state.in_(states))
-    return [SubscriptionLink(*row) for row in await tx.execute(statement)]
+    return [_subscription(row) for row in await tx.execute(statement)]
 
 
 async def approving(tx: Tx, subscription_id: str, *, now: datetime) -> None:
@@ -236,6 +252,17 @@ async def activate(tx: Tx, subscription_id: str, *, now: datetime) -> bool:
 async def begin_ending(tx: Tx, subscription_id: str, *, usage_until: datetime) -> bool:
     """The subscription is over at Amplify: its usage counts until then; False when known already."""
     return await _move(tx, subscription_id, ("created", "active"), state="ending", usage_until=usage_until)
+
+
+async def resume(tx: Tx, subscription_id: str, *, approved_at: datetime | None) -> bool:
+    """Amplify serves it again before it was ended (None: it has yet to be approved). False: not ending."""
+    values = {"state": "created" if approved_at is None else "active", "approved_at": approved_at}
+    return await _move(tx, subscription_id, ("ending",), usage_until=None, **values)
+
+
+async def end_again(tx: Tx, subscription_id: str) -> bool:
+    """Somebody took its end at Recurly back: it is to be ended once more. False when it is not ended."""
+    return await _move(tx, subscription_id, ("ended",), state="ending", ended_at=None)
 
 
 async def end(tx: Tx, subscription_id: str, *, billed_state: str, now: datetime) -> bool:
@@ -259,7 +286,7 @@ async def _move(tx: Tx, subscription_id: str, leaves: tuple[str, ...], **values:
 
 async def billing(tx: Tx) -> list[SubscriptionLink]:
     """Subscriptions that Recurly may still invoice: all but those it showed as over."""
-    return [SubscriptionLink(*row) for row in await tx.execute(_BILLING)]
+    return [_subscription(row) for row in await tx.execute(_BILLING)]
 
 
 async def next_period_end(tx: Tx, *, after: datetime) -> datetime | None:

@@ -17,6 +17,9 @@ RESYNCED: Final = "resynced"
 RESTORED: Final = "restored"
 """The store was put back from a copy made at `detail.copied_at`: what happened since is read back first."""
 
+RECOVERING: Final = "recovering"
+"""Recurly was read back since; Amplify is yet to be listed, or what that leads to is under way."""
+
 COPIED: Final = "copied"
 """Only in a safety copy: it was made at `at`, and held `detail.rows` rows of each table."""
 

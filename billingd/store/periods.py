@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -14,9 +15,18 @@ from billingd.store.schema import billing_periods, subscription_links
 
 
 async def seen(
-    tx: Tx, subscription_id: str, *, state: str, current: Period | None, now: datetime
+    tx: Tx,
+    subscription_id: str,
+    *,
+    state: str,
+    current: Period | None,
+    now: datetime,
+    unit_amount: Decimal | None = None,
 ) -> list[Period]:
-    """Recurly shows the subscription in this state and period; return the periods that this changed."""
+    """Recurly shows the subscription in this state and period; return the periods that this changed.
+
+    `unit_amount`, where Recurly says it, is what a period costs without add-ons.
+    """
     known = await of(tx, subscription_id)
     changed = [] if current is None else learn(known, current)
     for period in changed:
@@ -30,6 +40,8 @@ async def seen(
     shown: dict[str, Any] = {"billed_state": state, "seen_at": now}
     if current is not None:
         shown |= {"period_started_at": current.started_at, "period_ends_at": current.ends_at}
+    if unit_amount is not None:
+        shown["unit_amount"] = str(unit_amount)
     link = subscription_links.c.subscription_id == subscription_id
     await tx.execute(sa.update(subscription_links).where(link).values(**shown))
     return changed

@@ -6,8 +6,10 @@ from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
-from billingd.domain.usage import UsageRecord
+from billingd.domain.sending import idempotency_key
+from billingd.domain.usage import UsageRecord, usage_intent
 from billingd.domain.windows import floor
+from billingd.store import intents
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
 from billingd.store.schema import subscription_links, unlinked_traffic, usage_records, watermarks
@@ -55,6 +57,19 @@ async def insert(tx: Tx, records: Sequence[tuple[UsageRecord, str]], *, now: dat
         for record, usage_id in records
     ]
     return await insert_new(tx, usage_records, rows) if rows else 0
+
+
+async def learn_correction(tx: Tx, tag: str, usage_id: str, *, now: datetime) -> bool:
+    """Recurly has the correction with that tag: its intent is done, whoever sent it. False: known already."""
+    name = usage_intent(tag)
+    intent = await intents.find(tx, name)
+    if intent is not None and intent.state == "done":
+        return False
+    if intent is None:  # no body: it was not sent from here
+        key = idempotency_key(name, 1, "")
+        await intents.opened(tx, name, None, epoch=1, key=key, body_hash="", first_sent_at=now, now=now)
+    await intents.done(tx, name, result=usage_id)
+    return True
 
 
 async def begin_earlier(tx: Tx, subscription_id: str, usage_from: datetime) -> None:

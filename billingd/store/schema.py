@@ -63,11 +63,16 @@ events = sa.Table(
     sa.Column("subresource", sa.String(64)),
     sa.Column("correlation_id", sa.String(100)),
     sa.Column("via", sa.String(16), nullable=False, server_default="webhook"),
+    _time("happened_at", nullable=True),
     _time("received_at"),
     one_of("source", "amplify", "recurly"),
     one_of("via", "webhook", "feed", "both"),
 )
 sa.Index("ix_events_received_at", events.c.received_at)
+_deleted = sa.text("type = 'ResourceDeleted'")
+sa.Index(
+    "ix_events_deleted", events.c.kind, events.c.resource_id, sqlite_where=_deleted, postgresql_where=_deleted
+)
 
 outbox = sa.Table(
     "outbox",
@@ -181,10 +186,24 @@ subscription_links = sa.Table(
     _time("period_ends_at", nullable=True),
     sa.Column("billed_state", sa.String(16)),
     _time("seen_at", nullable=True),
+    sa.Column("unit_amount", sa.String(32)),
     one_of("state", "created", "active", "ending", "ended"),
     sa.CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)", name="ended_at"),
     sa.CheckConstraint("(state IN ('ending', 'ended')) = (usage_until IS NOT NULL)", name="usage_until"),
     sa.CheckConstraint("state <> 'active' OR approved_at IS NOT NULL", name="approved_at"),
+)
+
+absences = sa.Table(
+    "absences",
+    metadata,
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(100), nullable=False),
+    sa.Column("title", sa.String(400), nullable=False),
+    _time("since"),
+    sa.Column("held", sa.Boolean(), nullable=False),
+    _time("confirmed_at", nullable=True),
+    one_of("kind", "plan", "subscription"),
 )
 
 billing_periods = sa.Table(
@@ -346,7 +365,9 @@ reconciliations = sa.Table(
     sa.Column("records", sa.BigInteger(), nullable=False),
     sa.Column("held_units", sa.BigInteger(), nullable=False),
     sa.Column("repaired_units", sa.BigInteger(), nullable=False),
+    sa.Column("not_compared", sa.JSON(), nullable=False),
     _time("started_at"),
+    _time("stepped_at"),
     _time("finished_at", nullable=True),
     sa.Column("drifting", sa.Boolean()),
     sa.Column("error", sa.Text()),
@@ -368,7 +389,7 @@ drift = sa.Table(
     sa.Column("add_on_code", sa.String(50)),
     _time("window_start", nullable=True),
     sa.Column("units", sa.BigInteger(), nullable=False),
-    sa.Column("tag", sa.String(100)),
+    sa.Column("tag", sa.Text()),
     sa.Column("repairable", sa.Boolean(), nullable=False),
     sa.Column("cause", sa.Text(), nullable=False),
     sa.Column("fix", sa.Text(), nullable=False),

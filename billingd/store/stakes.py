@@ -1,12 +1,13 @@
 """Holding a usage record: with what it would have earned, so that a person knows what it is about."""
 
+from datetime import datetime
 from decimal import Decimal
 
 from billingd.domain.attempts import Action
 from billingd.domain.money import shown
 from billingd.domain.periods import period_of
 from billingd.domain.tiers import ZERO
-from billingd.store import periods, usage
+from billingd.store import held, outbox, periods, usage
 from billingd.store.engine import Tx
 from billingd.store.held import Hold
 from billingd.store.usage import Recorded
@@ -26,6 +27,24 @@ async def usage_hold(tx: Tx, recorded: Recorded, kind: str, reason: str, action:
         amount=None if amount is None else shown(amount),
         currency=None if amount is None else recorded.currency,
     )
+
+
+async def release_usage(
+    tx: Tx, subscription_id: str, kind: str, *, resolution: str, now: datetime, saying: str = ""
+) -> int:
+    """Try again what is held of a subscription's usage for a reason with these words; return how much."""
+    released = 0
+    for item in await held.standing(tx, kind=kind):
+        again = item["action"]
+        if item["subscription_id"] != subscription_id or saying not in item["reason"] or again is None:
+            continue
+        if not await usage.release(tx, again["args"]["record"]):
+            continue
+        await held.close_one(tx, item["id"], resolution=resolution, now=now)
+        key = f"{again['kind']}:released:{item['id']}"
+        await outbox.insert(tx, [Action(again["kind"], again["subject"], key, again["args"])], now=now)
+        released += 1
+    return released
 
 
 async def at_stake(tx: Tx, recorded: Recorded) -> Decimal | None:

@@ -34,6 +34,7 @@ class Recorded:
     link: SubscriptionLink
     add_on: AddOnLink
     currency: str
+    reported_at: datetime | None = None
 
 
 def _sums() -> sa.Select[Any]:
@@ -111,7 +112,15 @@ async def find(tx: Tx, record_id: int) -> Recorded:
     plan = await links.find_plan(tx, add_on.plan_id)
     assert plan is not None
     return Recorded(
-        row.id, _record(row), row.state, row.usage_id, row.recorded_at, link, add_on, plan.currency
+        row.id,
+        _record(row),
+        row.state,
+        row.usage_id,
+        row.recorded_at,
+        link,
+        add_on,
+        plan.currency,
+        row.reported_at,
     )
 
 

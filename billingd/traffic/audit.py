@@ -2,25 +2,28 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import structlog
 
-from billingd.domain.attempts import Leased
+from billingd.domain.attempts import UNFINISHED, Leased
 from billingd.domain.billing import BilledUsage
+from billingd.domain.delivery import CORRECTABLE
 from billingd.domain.errors import NotFound, Refused
-from billingd.domain.events import audit_action
+from billingd.domain.events import REPORT_USAGE, audit_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.periods import Period, period_of
 from billingd.domain.sending import idempotency_key
 from billingd.domain.usage import TAG_PREFIX, corrected_tag, usage_intent
 from billingd.loops import Clock
 from billingd.once import DOUBTED, IGNORED, KEYS, mistrust
-from billingd.store import held, intents, links, outbox, periods, usage
+from billingd.store import held, history, intents, links, outbox, periods, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
+from billingd.store.usage import Known
 
 log = structlog.get_logger()
 
@@ -134,21 +137,26 @@ class UsageAuditor:
             first, *extra = sorted(
                 by_tag[tag], key=lambda one: (one.billed_at is None, one.units != units, one.id)
             )
-            if known.state != "reported":
-                await self._there_after_all(tag, known.id, first)
+            if known.state == "recorded" and await self._reporting(known):
+                pass  # its report looks for it; what was removed may still be shown by a list that lags
+            elif known.state != "reported":
+                await self._there_after_all(tag, known, first)
             elif known.usage_id != first.id:
                 async with self._store.write() as tx:
                     await usage.renamed(tx, known.id, usage_id=first.id)
-            billed = sum(one.units for one in extra if one.billed_at is not None)
-            if tag in corrections and first.units + billed + corrections[tag] == units:
+                    name, now = usage_intent(tag), self._clock.now()
+                    await history.append(tx, name, "renamed", now=now, was=known.usage_id, usage_id=first.id)
+            there, under = first.units, tag
+            if tag in corrections:  # then all that is billed counts, and none of it is a double any more
+                there += corrections[tag] + sum(one.units for one in extra if one.billed_at is not None)
                 extra = [one for one in extra if one.billed_at is None]
-                right.add(f"audit:{tag}")
-            elif first.units == units:
+                under = f"{tag}, its corrections included"
+            if there == units:
                 right.add(f"audit:{tag}")
             else:
                 clean = False
-                reason = f"Recurly has {first.units} unit(s) under {tag}, where {units} were recorded"
-                await self._hold(link, add_on, WRONG, tag, reason, first.units - units)
+                reason = f"Recurly has {there} unit(s) under {under}, where {units} were recorded"
+                await self._hold(link, add_on, WRONG, tag, reason, there - units)
             for one in extra:
                 clean = False
                 await self._prove_doubt()
@@ -164,12 +172,20 @@ class UsageAuditor:
                     resolution = "Recurly agrees with the ledger"
                     await held.close_one(tx, item["id"], resolution=resolution, now=self._clock.now())
 
-    async def _there_after_all(self, tag: str, record_id: int, found: BilledUsage) -> None:
+    async def _reporting(self, known: Known) -> bool:
+        """Whether a record's report is still to come."""
+        subject = f"usage:{known.record.subscription_id}:{known.record.quota_id}"
+        async with self._store.read() as tx:
+            rows = await outbox.select(tx, states=UNFINISHED, kind=REPORT_USAGE, subject=subject)
+        return any(row["args"].get("record") == known.id for row in rows)
+
+    async def _there_after_all(self, tag: str, known: Known, found: BilledUsage) -> None:
         """Recurly has a record that was given up (held, written off) while its outcome was unknown."""
-        now = self._clock.now()
+        now, name = self._clock.now(), usage_intent(tag)
         async with self._store.write() as tx:
-            await intents.done(tx, usage_intent(tag), result=found.id)
-            await usage.reported(tx, record_id, usage_id=found.id, now=now)
+            await intents.done(tx, name, result=found.id)
+            await usage.reported(tx, known.id, usage_id=found.id, now=now)
+            await history.append(tx, name, "there_after_all", now=now, was=known.state, usage_id=found.id)
             await held.close(tx, subject=f"usage:{tag}", resolution="Recurly has it after all", now=now)
         log.info("usage.there_after_all", tag=tag, usage=found.id)
 
@@ -178,20 +194,30 @@ class UsageAuditor:
         if extra.billed_at is None:
             # removing by id cannot take effect twice, so each try has a key of its own
             key = idempotency_key(f"remove:{extra.id}:{self._clock.now().isoformat()}", 1, tag)
+            await self._tell(tag, "removing_double", usage_id=extra.id, units=extra.units, key=key)
             try:
                 await self._billing.remove_usage(extra.id, key=key)
             except NotFound:
                 log.info("usage.gone_already", usage=extra.id)
+                await self._tell(tag, "double_gone_already", usage_id=extra.id)
                 return
             except Refused as error:
                 log.warning("usage.double_not_removed", usage=extra.id, error=str(error))
+                await self._tell(tag, "double_not_removed", usage_id=extra.id, error=str(error))
             else:
                 log.error("usage.double_removed", tag=tag, usage=extra.id, units=extra.units)
+                await self._tell(tag, "double_removed", usage_id=extra.id)
                 return
-        reason = (
-            f"Recurly billed {extra.units} unit(s) twice under {tag} ({extra.id}): refund that line there"
-        )
+        mend = "refund that line there, then release this"
+        if add_on.tier_type in CORRECTABLE:
+            mend = f"`billingd reconcile --repair` corrects it; or {mend}, never both"
+        reason = f"Recurly billed {extra.units} unit(s) twice under {tag} ({extra.id}): {mend}"
         await self._hold(link, add_on, DOUBLE, f"{tag}:{extra.id}", reason, extra.units)
+
+    async def _tell(self, tag: str, kind: str, **detail: Any) -> None:
+        """What is removed at Recurly is told of before, with its key, and after, with its outcome."""
+        async with self._store.write() as tx:
+            await history.append(tx, usage_intent(tag), kind, now=self._clock.now(), **detail)
 
     async def _tell_foreign(
         self, link: SubscriptionLink, add_on: AddOnLink, foreign: Sequence[BilledUsage], begin: datetime
@@ -209,18 +235,33 @@ class UsageAuditor:
             f"add-on {add_on.add_on_code} of {link.title}. Remove them at Recurly before they are billed, or "
             "refund them; write them off here if they are meant."
         )
-        await self._hold(link, add_on, FOREIGN, subject.removeprefix("foreign:"), reason, units)
+        about = subject.removeprefix("foreign:")
+        await self._hold(
+            link, add_on, FOREIGN, about, reason, units, usages=sorted(one.id for one in foreign)
+        )
 
     async def _hold(
-        self, link: SubscriptionLink, add_on: AddOnLink, kind: str, about: str, reason: str, units: int
+        self,
+        link: SubscriptionLink,
+        add_on: AddOnLink,
+        kind: str,
+        about: str,
+        reason: str,
+        units: int,
+        *,
+        usages: Sequence[str] = (),
     ) -> None:
+        """Hold a difference; `usages` are the records at Recurly that make it, where it names no tag."""
         now = self._clock.now()
         prefix = "foreign" if kind == FOREIGN else "audit"
+        again = audit_action(link.subscription_id, because="released")
+        if usages:
+            again = replace(again, args={**again.args, "usages": list(usages)})
         item = Hold(
             kind,
             f"{prefix}:{about}",
             reason,
-            audit_action(link.subscription_id, because="released"),
+            again,
             subscription_id=link.subscription_id,
             add_on_code=add_on.add_on_code,
             units=units,

@@ -5,12 +5,15 @@ from typing import Final
 
 import structlog
 
-from billingd.domain.delivery import MISSING, OVER
+from billingd.domain.attempts import UNFINISHED
+from billingd.domain.delivery import AFTER_END, MISSING, NOT_THERE, OVER
 from billingd.domain.notices import provider_notice
-from billingd.store import held, links, outbox
+from billingd.store import absences, held, links, marks, outbox
 from billingd.store.engine import Tx
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
+from billingd.store.marks import RECOVERING, RESTORED
+from billingd.store.stakes import release_usage
 
 log = structlog.get_logger()
 
@@ -27,29 +30,68 @@ async def heed(
     """Recurly shows this `state` of a link as it was before; tell of an end that nobody here asked for.
 
     A first 404 may come from a read that lags, so that only a second one counts. What is seen live again is
-    held no longer.
+    held no longer, and its usage is sent.
     """
+    if link.billed_state == MISSING and state not in {MISSING, *OVER}:
+        shown = f"Recurly shows it as {state} again"
+        of = link.subscription_id
+        await release_usage(tx, of, AFTER_END, saying=NOT_THERE, resolution=shown, now=now)
     served = await links.find_subscription(tx, link.subscription_id)
     if served is None or served.state not in SERVED:
         return
     if state in OVER or (state == MISSING and link.billed_state == MISSING):
-        await _hold(tx, link, state, now)
+        if not await _recovering(tx):
+            await _hold(tx, link, state, now)
         return
     if state == MISSING:
         return
     if link.billed_state in {MISSING, CANCELED, *OVER}:
         subject = f"subscription:{link.subscription_id}:ended"
         await held.close(tx, subject=subject, resolution=f"Recurly shows it as {state} again", now=now)
-    if state == CANCELED and link.billed_state != CANCELED:
-        until = "its bill date" if ends_at is None else ends_at.isoformat()
-        body = (
-            f"Somebody canceled Recurly's subscription {link.uuid}; Amplify still serves {link.title} "
-            f"({link.name}). Its usage is billed until {until}, and nothing after that. Reactivate it at "
-            "Recurly before then, or cancel the subscription in the Marketplace."
-        )
-        key = f"canceled-at-recurly:{link.uuid}:{now.isoformat()}"
-        notice = provider_notice(key, f"{link.title} will end at Recurly", body)
-        await outbox.insert(tx, [notice], now=now)
+    if state == CANCELED and link.billed_state != CANCELED and not await _recovering(tx):
+        await _tell_of_cancellation(tx, link, ends_at, noticed_at=now, now=now)
+
+
+async def tell_again(tx: Tx, *, since: datetime, now: datetime) -> bool:
+    """After the restore at `since`, tell of what is over, or will be, and still served.
+
+    What is absent at Amplify, or is being brought in line with it, is waited for: what this store asked for
+    in the life that is forgotten is no news. True when nothing is waited for.
+    """
+    waits = False
+    for link in await links.subscriptions(tx):
+        if link.state not in SERVED:
+            continue
+        subject = f"subscription:{link.subscription_id}"
+        if link.billed_state == CANCELED or link.billed_state in OVER:
+            under_way = await outbox.select(tx, states=UNFINISHED, subject=subject, limit=1)
+            if under_way or await absences.find(tx, "subscription", link.subscription_id) is not None:
+                waits = True
+            elif link.billed_state in OVER:
+                await _hold(tx, link, link.billed_state, now)
+            else:
+                await _tell_of_cancellation(tx, link, link.period_ends_at, noticed_at=since, now=now)
+    return not waits
+
+
+async def _recovering(tx: Tx) -> bool:
+    """Whether this store was restored, and `tell_again` is still to come: it may have ended this itself."""
+    restored = await marks.find(tx, RESTORED) or await marks.find(tx, RECOVERING)
+    return restored is not None
+
+
+async def _tell_of_cancellation(
+    tx: Tx, link: SubscriptionLink, ends_at: datetime | None, *, noticed_at: datetime, now: datetime
+) -> None:
+    until = "its bill date" if ends_at is None else ends_at.isoformat()
+    body = (
+        f"Somebody canceled Recurly's subscription {link.uuid}; Amplify still serves {link.title} "
+        f"({link.name}). Its usage is billed until {until}, and nothing after that. Reactivate it at "
+        "Recurly before then, or cancel the subscription in the Marketplace."
+    )
+    key = f"canceled-at-recurly:{link.uuid}:{noticed_at.isoformat()}"
+    notice = provider_notice(key, f"{link.title} will end at Recurly", body)
+    await outbox.insert(tx, [notice], now=now)
 
 
 async def _hold(tx: Tx, link: SubscriptionLink, state: str, now: datetime) -> None:

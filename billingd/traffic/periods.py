@@ -118,7 +118,14 @@ class PeriodWatch:
         now = self._clock.now()
         async with self._store.write() as tx:
             for one in (*missed, current):
-                await periods.seen(tx, link.subscription_id, state=theirs.state, current=one, now=now)
+                await periods.seen(
+                    tx,
+                    link.subscription_id,
+                    state=theirs.state,
+                    current=one,
+                    now=now,
+                    unit_amount=theirs.unit_amount,
+                )
             ends_at = None if current is None else current.ends_at
             await far_ends.heed(tx, link, theirs.state, ends_at=ends_at, now=now)
         log.info(
@@ -183,6 +190,8 @@ class PeriodWatch:
 
 def _differs(link: SubscriptionLink, theirs: BilledSubscription) -> bool:
     known = (link.billed_state, link.period_started_at, link.period_ends_at)
+    if theirs.unit_amount is not None and theirs.unit_amount != link.unit_amount:
+        return True
     return known != (theirs.state, theirs.period_started_at, theirs.period_ends_at)
 
 

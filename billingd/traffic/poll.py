@@ -94,15 +94,18 @@ class TrafficPoller:
 
         Trailing windows reach back to `horizon` before the watermark, but never before the moment the
         current window length came into force. Subscriptions that are about to be billed are read up to the
-        present. Returns False: the schedule and `until_flush` say when to look again.
+        present; whether or not that succeeds, they are audited. Returns False: the schedule and `until_flush`
+        say when to look again.
         """
         async with self._reading:
             await self._begins()
             due = await self._ask_for_audits()
-            mark = await self._poll()
-            await self._flush(mark)
-            now = self._clock.now()
-            await self._ask({now: due}, now)
+            try:
+                mark = await self._poll()
+                await self._flush(mark)
+            finally:
+                now = self._clock.now()
+                await self._ask({now: due}, now)
         return False
 
     async def look_again(self, action: Leased) -> None:
@@ -304,7 +307,7 @@ class TrafficPoller:
         readings: tuple[Reading, ...] = ()
         if known.linked:
             readings = await self._source.read(
-                organizations={one.organization_id for one in known.linked.values() if one.organization_id},
+                organizations=_organizations(known.linked.values(), start),
                 units={one.unit for one in known.add_ons.values()},
                 subscriptions=set(known.linked),
                 quotas=set(known.add_ons),
@@ -324,7 +327,12 @@ class TrafficPoller:
             if any(known.cuts.get(name) != cuts.get(name) for name, _, _ in counted):
                 raise Retryable("a bill date became known while traffic was read; it is read again")
             keeper = Keeper(tx, known.linked, known.add_ons, now)
-            await keeper.keep(totals, counted, known.recorded, before=before or end)
+            recorded = {  # one whose organization could not be found was not counted: that is no zero
+                key: pieces
+                for key, pieces in known.recorded.items()
+                if key in totals or key[0] not in known.linked or known.linked[key[0]].organization_id
+            }
+            await keeper.keep(totals, counted, recorded, before=before or end)
         if keeper.records or advance_to > mark.at:
             log.info(
                 "traffic.read",
@@ -389,7 +397,7 @@ class TrafficPoller:
         subscriptions = {subscription_id for subscription_id, _ in pairs if subscription_id in known.linked}
         quotas = {quota_id for _, quota_id in pairs if quota_id in known.add_ons}
         readings = await self._source.read(
-            organizations={known.linked[one].organization_id for one in subscriptions} - {""},
+            organizations=_organizations([known.linked[one] for one in subscriptions], piece.start),
             units={known.add_ons[one].unit for one in quotas},
             subscriptions=subscriptions,
             quotas=quotas,
@@ -427,6 +435,18 @@ class Known:
     add_ons: dict[str, AddOnLink]
     cuts: dict[str, set[datetime]]
     recorded: dict[Key, dict[Window, Booked]]
+
+
+def _organizations(linked: Iterable[SubscriptionLink], start: datetime) -> set[str]:
+    """Whose traffic is asked for; "" while there is one of whom that is not known.
+
+    That takes more calls, so one that was over before `start` asks for nothing more.
+    """
+    return {
+        one.organization_id
+        for one in linked
+        if one.organization_id or one.usage_until is None or one.usage_until > start
+    }
 
 
 def _by_window(readings: Iterable[Reading], length: timedelta) -> dict[Key, int]:

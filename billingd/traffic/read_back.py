@@ -2,9 +2,14 @@
 
 After a restore the ledger is as old as the copy. Each tag that was used since must be known before any window
 is booked again, or a record would be made a second time; and so must those of a subscription that is linked
-again, because its first link came after the copy.
+again, because its first link came after the copy. A record that was corrected counts with its corrections:
+that is what the ledger had of it.
+
+Nothing is sent before Amplify is listed again, too; and what ended at Recurly is told of only when what that
+leads to is done: it may have been this store's own doing, in the life that is forgotten.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -20,6 +25,7 @@ from billingd.domain.usage import (
     RECURLY_SECOND,
     UNITS_MAX,
     UsageRecord,
+    corrected_tag,
     pair_hash,
     parse_tag,
     usage_intent,
@@ -28,7 +34,8 @@ from billingd.loops import Clock
 from billingd.store import held, history, intents, links, marks, outbox, read_back, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.links import PlanLink, SubscriptionLink
-from billingd.store.marks import RESTORED, Mark
+from billingd.store.marks import RECOVERING, RESTORED, RESYNCED, Mark
+from billingd.traffic import far_ends
 from billingd.traffic.periods import PeriodWatch
 from billingd.traffic.report import AROUND, staying
 
@@ -44,8 +51,13 @@ BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Before any usage of ours."""
 
 PAUSE: Final = timedelta(seconds=1)
+SLOWLY: Final = timedelta(minutes=1)
 NEVER: Final = timedelta(days=1)
 """How often to look when there is nothing to read back: only a restore makes it, with no daemon running."""
+
+READ_BACK: Final = "read_back"
+CORRECTION_READ_BACK: Final = history.CORRECTION_READ_BACK
+"""How the history calls a record, or its correction, that was learnt of from Recurly."""
 
 Found = Mapping[str, tuple[BilledUsage, ...]]
 """What Recurly holds of a subscription, by add-on code."""
@@ -86,6 +98,7 @@ class ReadBack:
         self._unsettled = unsettled
         self._horizon = horizon
         self._done: bool | None = None
+        self._may_send: bool | None = None
         self._began_at: datetime | None = None
         self._left: int | None = None
 
@@ -98,6 +111,15 @@ class ReadBack:
                 self._done = await marks.find(tx, RESTORED) is None
         return self._done
 
+    async def may_send(self) -> bool:
+        """Whether it is finished, and Amplify was listed since the restore: only then anything is sent."""
+        if not await self.finished():
+            return False
+        if not self._may_send:
+            async with self._store.read() as tx:
+                self._may_send = _sends(await marks.find(tx, RECOVERING))
+        return self._may_send
+
     async def require(self) -> None:
         """Raise Retryable until it is finished."""
         if not await self.finished():
@@ -106,34 +128,42 @@ class ReadBack:
     @property
     def reason(self) -> str | None:
         """Why the daemon is not ready, for people."""
-        if self._done is not False:
-            return None
-        left = "" if self._left is None else f" ({self._left} subscription(s) left)"
-        return f"reading back from Recurly after a restore{left}"
+        if self._done is False:
+            left = "" if self._left is None else f" ({self._left} subscription(s) left)"
+            return f"reading back from Recurly after a restore{left}"
+        if self._may_send is False:
+            return "listing Amplify after a restore"
+        return None
 
     async def idle(self) -> timedelta:
         """How long there is nothing to do."""
-        return NEVER if await self.finished() else PAUSE
+        if not await self.may_send():
+            return PAUSE
+        async with self._store.read() as tx:
+            return NEVER if await marks.find(tx, RECOVERING) is None else SLOWLY
 
     async def run_once(self) -> bool:
         """Read one subscription back, the next after the last; the mark is gone after the last of all.
 
         Whoever was billing until the restore may have sent something that is not there yet: that is waited
-        out first.
+        out first. After the last one, wait for Amplify to be listed, and for what that leads to.
         """
         async with self._store.read() as tx:
             mark = await marks.find(tx, RESTORED)
             billing = [] if mark is None else await links.billing(tx)
         self._done = mark is None
         if mark is None:
-            return False
+            return await self._recover()
         if self._began_at is None:
             self._began_at = self._clock.now()
             log.warning("read_back.began", copied_at=mark.detail.get("copied_at"), file=mark.detail["file"])
         if self._clock.now() < min(mark.at, self._began_at) + self._unsettled:
             return False
         after = mark.detail.get("read", "")
-        left = [link for link in billing if link.subscription_id > after]
+        # in this order, which decides where to go on: a database has its own
+        left = sorted(
+            (link for link in billing if link.subscription_id > after), key=lambda link: link.subscription_id
+        )
         self._left = len(left)
         if left:
             await self._next(mark, left[0])
@@ -164,6 +194,7 @@ class ReadBack:
         notice = provider_notice(f"restored:{mark.at.isoformat()}", "The store was restored", body)
         async with self._store.write() as tx:
             await marks.clear(tx, RESTORED)
+            await marks.note(tx, RECOVERING, at=mark.at)
             await history.append(
                 tx,
                 "store",
@@ -174,8 +205,27 @@ class ReadBack:
                 records=records,
             )
             await outbox.insert(tx, [notice], now=now)
-        self._done = True
+        self._done, self._may_send = True, False
         log.warning("read_back.finished", records=records)
+
+    async def _recover(self) -> bool:
+        """See whether Amplify is listed again, and tell of what ended at Recurly for no reason of ours."""
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            mark = await marks.find(tx, RECOVERING)
+            if mark is None:
+                self._may_send = True
+                return False
+            listed = _sends(mark) or await marks.find(tx, RESYNCED) is not None  # a restore takes it away
+            if listed:
+                if await far_ends.tell_again(tx, since=mark.at, now=now):
+                    await marks.clear(tx, RECOVERING)
+                elif not _sends(mark):
+                    await marks.note(tx, RECOVERING, at=mark.at, detail={"listed": True})
+        opened, self._may_send = listed and not self._may_send, listed
+        if opened:
+            log.warning("read_back.amplify_listed")
+        return opened
 
     async def subscription(self, link: SubscriptionLink, *, since: datetime) -> int:
         """Read one subscription back: its periods, what was recorded since, and what waits to be reported.
@@ -262,7 +312,7 @@ class ReadBack:
         for code, there in found.items():
             if code not in quotas:
                 continue
-            ours = _ours(link.subscription_id, quotas[code], there)
+            ours, corrections = _ours(link.subscription_id, quotas[code], there)
             known = await usage.by_tags(tx, list(ours))
             for tag, one in known.items():
                 record, usage_id = ours[tag]
@@ -273,9 +323,18 @@ class ReadBack:
                 if one.state != "reported":
                     await intents.done(tx, usage_intent(tag), result=usage_id)
                     await usage.reported(tx, one.id, usage_id=usage_id, now=now)
+                    name = usage_intent(tag)
+                    await history.append(tx, name, READ_BACK, now=now, was=one.state, usage_id=usage_id)
                     await held.close(tx, subject=f"usage:{tag}", resolution="Recurly has it", now=now)
             lacking = [each for tag, each in ours.items() if tag not in known]
             new += await read_back.insert(tx, lacking, now=now)
+            told = [(usage_intent(one.merchant_tag), READ_BACK, {"usage_id": id_}) for one, id_ in lacking]
+            await history.append_all(tx, told, now=now)
+            for one_tag, id_, units in corrections:
+                if await read_back.learn_correction(tx, one_tag, id_, now=now):
+                    name = usage_intent(corrected_tag(one_tag) or one_tag)
+                    said = {"tag": one_tag, "units": units, "usage_id": id_}
+                    await history.append(tx, name, CORRECTION_READ_BACK, now=now, **said)
             starts = [record.window.start for record, _ in ours.values()]
             earliest = min([*starts, earliest] if earliest is not None else starts, default=None)
         return new, earliest
@@ -296,25 +355,47 @@ def _stretches(times: Sequence[datetime]) -> list[tuple[datetime, datetime]]:
     return list(zip(starts, ends, strict=True))
 
 
+def _sends(mark: Mark | None) -> bool:
+    """Whether Amplify was listed since the restore that left this mark RECOVERING."""
+    return mark is None or bool(mark.detail.get("listed"))
+
+
 def _ours(
     subscription_id: str, quota_id: str, there: Iterable[BilledUsage]
-) -> dict[str, tuple[UsageRecord, str]]:
-    """What carries a tag of this pair, by tag, with its id: of doubles the one that the audit keeps."""
+) -> tuple[dict[str, tuple[UsageRecord, str]], list[tuple[str, str, int]]]:
+    """What carries a tag of this pair, by tag, with its id: of doubles the one that the audit keeps.
+
+    Then the corrections: tag, id, units. Where a tag has any, the record has what all that is billed under
+    it comes to with them: as many units as it had when it was corrected.
+    """
     pair = pair_hash(subscription_id, quota_id)
-    ours: dict[str, tuple[UsageRecord, str]] = {}
-    for one in sorted(there, key=staying):
+    by_tag: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
+    corrections: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
+    for one in there:
         tag = one.merchant_tag or ""
+        corrected = corrected_tag(tag)
+        said = parse_tag(corrected or tag)
+        if said is not None and said.pair_hash == pair:
+            (by_tag if corrected is None else corrections)[corrected or tag][one.id] = one
+    ours: dict[str, tuple[UsageRecord, str]] = {}
+    for tag, records in by_tag.items():
+        one, *extra = sorted(records.values(), key=staying)
+        units = one.units
+        if tag in corrections:
+            units += sum(double.units for double in extra if double.billed_at is not None)
+            units += sum(each.units for each in corrections[tag].values())
         said = parse_tag(tag)
-        if said is None or said.pair_hash != pair or tag in ours:
-            continue
-        if not 1 <= abs(one.units) <= UNITS_MAX:
-            log.error("read_back.units_impossible", tag=tag, usage=one.id, units=one.units)
+        if said is None or not 1 <= abs(units) <= UNITS_MAX:
+            log.error("read_back.units_impossible", tag=tag, usage=one.id, units=units)
             continue
         window = said.window
         at = one.usage_timestamp
         if not window.start <= at < window.end:  # somebody moved it; the audit and `reconcile` tell
             log.error("read_back.time_differs", tag=tag, usage=one.id, at=at.isoformat())
             at = window.end - RECURLY_SECOND
-        record = UsageRecord(subscription_id, quota_id, window, said.revision, one.units, at, tag)
+        record = UsageRecord(subscription_id, quota_id, window, said.revision, units, at, tag)
         ours[tag] = (record, one.id)
-    return ours
+    made = [
+        (each.merchant_tag or "", each.id, each.units) for of in corrections.values() for each in of.values()
+    ]
+    return ours, made

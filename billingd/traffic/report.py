@@ -7,7 +7,7 @@ import structlog
 
 from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription, BilledUsage, NewUsage
-from billingd.domain.delivery import AFTER_END, LATE, PAUSED, Obstacle, obstacle
+from billingd.domain.delivery import AFTER_END, LATE, MISSING, NOT_THERE, PAUSED, Obstacle, obstacle
 from billingd.domain.errors import NotFound, Permanent, Refused, Retryable
 from billingd.domain.events import attach_subject, report_action
 from billingd.domain.notices import provider_notice
@@ -27,6 +27,9 @@ AROUND: Final = timedelta(seconds=1)
 """A look-up spans a second on each side: whether Recurly's `end_time` is inclusive is not certain."""
 
 SECOND: Final = timedelta(seconds=1)
+
+AGAIN_SOON: Final = timedelta(minutes=2)
+"""How long a report waits after its subscription was not found for the first time."""
 
 ATTACHED_SOON: Final = timedelta(minutes=1)
 """How long a report waits for its add-on to be put on the subscription, each time."""
@@ -79,7 +82,7 @@ class UsageReporter:
             return Wait(ahead, "by Recurly's clock its time is still to come")
         released = bool(action.args.get("released"))
         if (stop := await self._obstacle(recorded)) is not None and not (released and stop.kind == LATE):
-            return await self._stopped(recorded, new, stop)
+            return _lagging(recorded, stop) or await self._stopped(recorded, new, stop)
 
         async def send(key: str, *, retried: bool) -> str:
             return await self._billing.create_usage(new, key=key, retried=retried)
@@ -163,6 +166,8 @@ class UsageReporter:
     async def _refused(self, recorded: Recorded, new: NewUsage, why: str) -> Wait | None:
         """Recurly will not take this record: later, if that is only for now; else hold it."""
         stop = await self._obstacle(recorded, state=await self._watch.look_at(recorded.link))
+        if stop is not None and (wait := _lagging(recorded, stop)) is not None:
+            return wait
         if stop is not None and stop.kind == PAUSED:
             return Wait(self._look_again, stop.reason)
         if stop is None and await self._to_be_attached(recorded):
@@ -172,7 +177,8 @@ class UsageReporter:
         if stop is None:
             await self._hold(recorded, new, REFUSED, await self._refusal(recorded, why))
         else:
-            await self._hold(recorded, new, stop.kind, why)
+            gone = stop.reason == NOT_THERE
+            await self._hold(recorded, new, stop.kind, f"{stop.reason} ({why})" if gone else why)
         return None
 
     async def _to_be_attached(self, recorded: Recorded) -> bool:
@@ -220,6 +226,13 @@ class UsageReporter:
                 notice = provider_notice(key, "Usage is held, not billed", body)
                 await outbox.insert(tx, [notice], now=now)
         log.warning("usage.held", held_kind=kind, tag=record.merchant_tag, units=record.units, reason=why)
+
+
+def _lagging(recorded: Recorded, stop: Obstacle) -> Wait | None:
+    """A first 404 of the subscription may come from a read that lags: only a second one counts."""
+    if stop.reason != NOT_THERE or recorded.link.billed_state == MISSING:
+        return None
+    return Wait(AGAIN_SOON, f"{NOT_THERE}, for the first time: its read may lag")
 
 
 def staying(one: BilledUsage) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""The feed's position, marks, history of what was tried and decided, reconciliations and their drift.
+"""The feed's position, absences, marks, history of what was tried and decided, reconciliations, drift.
 
 Revision ID: 0003
 Revises: 0002
@@ -17,9 +17,31 @@ TIME = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
+    op.add_column("subscription_links", sa.Column("unit_amount", sa.String(32)))
     with op.batch_alter_table("events") as events:
         events.add_column(sa.Column("via", sa.String(16), nullable=False, server_default="webhook"))
+        events.add_column(sa.Column("happened_at", TIME))
         events.create_check_constraint(op.f("ck_events_via"), "via IN ('webhook', 'feed', 'both')")
+    deleted = sa.text("type = 'ResourceDeleted'")
+    op.create_index(
+        "ix_events_deleted",
+        "events",
+        ["kind", "resource_id"],
+        sqlite_where=deleted,
+        postgresql_where=deleted,
+    )
+    op.create_table(
+        "absences",
+        sa.Column("kind", sa.String(16), nullable=False),
+        sa.Column("id", sa.String(64), nullable=False),
+        sa.Column("name", sa.String(100), nullable=False),
+        sa.Column("title", sa.String(400), nullable=False),
+        sa.Column("since", TIME, nullable=False),
+        sa.Column("held", sa.Boolean(), nullable=False),
+        sa.Column("confirmed_at", TIME),
+        sa.CheckConstraint("kind IN ('plan', 'subscription')", name=op.f("ck_absences_kind")),
+        sa.PrimaryKeyConstraint("kind", "id", name=op.f("pk_absences")),
+    )
     op.create_table(
         "feed_positions",
         sa.Column("topic", sa.String(100), nullable=False),
@@ -70,7 +92,9 @@ def upgrade() -> None:
         sa.Column("records", sa.BigInteger(), nullable=False),
         sa.Column("held_units", sa.BigInteger(), nullable=False),
         sa.Column("repaired_units", sa.BigInteger(), nullable=False),
+        sa.Column("not_compared", sa.JSON(), nullable=False),
         sa.Column("started_at", TIME, nullable=False),
+        sa.Column("stepped_at", TIME, nullable=False),
         sa.Column("finished_at", TIME),
         sa.Column("drifting", sa.Boolean()),
         sa.Column("error", sa.Text()),
@@ -93,7 +117,7 @@ def upgrade() -> None:
         sa.Column("add_on_code", sa.String(50)),
         sa.Column("window_start", TIME),
         sa.Column("units", sa.BigInteger(), nullable=False),
-        sa.Column("tag", sa.String(100)),
+        sa.Column("tag", sa.Text()),
         sa.Column("repairable", sa.Boolean(), nullable=False),
         sa.Column("cause", sa.Text(), nullable=False),
         sa.Column("fix", sa.Text(), nullable=False),

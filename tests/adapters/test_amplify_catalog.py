@@ -13,7 +13,16 @@ from structlog.testing import capture_logs
 
 from billingd.adapters.amplify.catalog import Catalog
 from billingd.domain.catalog import Marketplace, Subscription, Unreadable
-from billingd.domain.errors import Conflict, Misconfigured, NotFound, Permanent, Refused, Retryable, Unknown
+from billingd.domain.errors import (
+    Conflict,
+    Misconfigured,
+    NotFound,
+    Permanent,
+    Refused,
+    Replaced,
+    Retryable,
+    Unknown,
+)
 
 V1 = f"{CENTRAL}/apis/catalog/v1"
 ALPHA = f"{CENTRAL}/apis/catalog/v1alpha1"
@@ -345,6 +354,37 @@ async def test_attributes_that_are_there_are_not_written() -> None:
         bench.answer("GET", PLAN, a_plan({**WANTED, "more": "x"}))
         assert await bench.amplify.set_attributes("productplans", "p", WANTED) == "3"
         assert len(bench.paths()) == 1
+
+
+async def test_one_that_was_made_anew_under_its_name_is_not_written_to() -> None:
+    """Neither attributes nor a decision: another id means another resource."""
+    mine = json.loads(a_plan({}))["metadata"]["id"]
+    async with a_bench() as bench:
+        bench.token()
+        bench.answer("GET", PLAN, a_plan({}), times=2)
+        bench.answer("PATCH", PLAN, a_plan(WANTED, "4"))
+        with pytest.raises(Replaced, match=f"another one by now: {mine}, where old was meant"):
+            await bench.amplify.set_attributes("productplans", "p", WANTED, resource_id="old")
+        assert await bench.amplify.set_attributes("productplans", "p", WANTED, resource_id=mine) == "4"
+        bench.answer("GET", f"{V1}/subscriptions/s", sample("subscription_pending.json"), times=2)
+        bench.answer("PUT", f"{V1}/subscriptions/s/approval", sample("subscription_pending.json"))
+        with pytest.raises(Replaced):
+            await bench.amplify.decide("s", "approved", "", resource_id="old")
+        theirs = json.loads(sample("subscription_pending.json"))["metadata"]["id"]
+        await bench.amplify.decide("s", "approved", "", resource_id=theirs)
+        assert (len(bench.sent("PATCH")), len(bench.sent("PUT"))) == (1, 1)
+
+
+async def test_one_that_is_made_anew_between_patch_and_put_is_not_written_to() -> None:
+    async with a_bench() as bench:
+        bench.token()
+        mine = json.loads(a_plan({}))["metadata"]["id"]
+        bench.answer("GET", PLAN, a_plan({}))
+        bench.answer("PATCH", PLAN, "{}", status=405)
+        bench.answer("GET", PLAN, a_plan({}).replace(mine, "another"))
+        with pytest.raises(Replaced):
+            await bench.amplify.set_attributes("productplans", "p", WANTED, resource_id=mine)
+        assert bench.sent("PUT") == []
 
 
 async def test_only_what_differs_is_patched() -> None:

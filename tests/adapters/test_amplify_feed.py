@@ -62,7 +62,7 @@ def the_query(bench: Bench, number: int = 0) -> dict[str, list[str]]:
 
 
 async def test_a_page_is_asked_for_as_the_sdk_does_and_read_whole() -> None:
-    """Behind a position, the lowest first; fewer items than a page are the last."""
+    """Behind a position, the lowest first; how many items a page has at most is Amplify's to say."""
     async with a_bench() as bench:
         bench.token()
         bench.answer("GET", f"{V1}?*", json.dumps([item(41209), item(41207)]))
@@ -75,7 +75,7 @@ async def test_a_page_is_asked_for_as_the_sdk_does_and_read_whole() -> None:
         }
         assert [one.sequence for one in page.events] == [41207, 41209]
         assert (page.events[0].event.kind, page.events[0].event.subresource) == ("Subscription", "approval")
-        assert (page.highest, page.last, page.unread) == (41209, True, ())
+        assert (page.highest, page.last, page.unread) == (41209, False, ())
         assert page.topic_ids == {"8ac9ff00"}
 
 
@@ -87,6 +87,24 @@ async def test_a_full_page_is_not_the_last() -> None:
         page = await bench.amplify.read_feed("billingd", 0)
         assert (len(page.events), page.highest, page.last) == (99, 99, False)
         assert "query" not in the_query(bench), "everything that is kept: no position can be too old"
+
+
+@pytest.mark.parametrize(
+    ("items", "last"),
+    [
+        ([], True),
+        ([item(41199), item(41200)], True),  # a feed that does not heed the query
+        ([item(None)], True),
+        ([item(41201)], False),
+        ([item(number) for number in range(41101, 41201)], False),
+    ],
+)
+async def test_the_last_page_brings_nothing_higher(items: list[Any], last: bool) -> None:
+    """A full one that brings nothing higher is none: then the feed is not read as it should be."""
+    async with a_bench() as bench:
+        bench.token()
+        bench.answer("GET", f"{V1}?*", json.dumps(items))
+        assert (await bench.amplify.read_feed("billingd", 41200)).last is last
 
 
 async def test_what_cannot_be_read_is_named_and_its_number_counts() -> None:

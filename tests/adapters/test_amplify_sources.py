@@ -101,6 +101,53 @@ async def test_metrics_ask_once_per_organization_and_unit() -> None:
     ]
 
 
+async def test_metrics_of_an_unknown_organization() -> None:
+    """The summary, which needs to name none, tells in which of them the subscriptions were served."""
+
+    def where(body: dict[str, Any]) -> Any:
+        if not body:
+            return [
+                {"subscriptionId": "8ac9dd00", "consumerOrgId": 300000000000003, "totalCount": 2},
+                {"subscriptionId": "another", "consumerOrgId": "4", "totalCount": 2},
+                {"subscriptionId": "unknown", "consumerOrgId": "unknown", "totalCount": 2},
+            ]
+        usage = [{"time": 1772438400000, "total": 2 if body["tenantId"] == "300000000000003" else 1}]
+        of = "8ac9dd00" if body["tenantId"] == "300000000000003" else "8ac9dd01"
+        return [{"subscriptionId": of, "quotaId": "8ac9cc00", "usage": usage}]
+
+    far = Far(where)
+    with capture_logs() as logs:
+        found = await read(traffic_source("metrics", far, "total"), hours=2, organizations=["1", ""])
+    assert found == [("8ac9dd00", "8ac9cc00", 0, 2), ("8ac9dd01", "8ac9cc00", 0, 1)]
+    assert far.asked[0][:2] == (
+        "summary",
+        [
+            ("from", "1772438400000"),
+            ("to", "1772445600000"),
+            ("groupBy", "subscriptionId"),
+            ("groupBy", "consumerOrgId"),
+        ],
+    )
+    assert sorted(body["tenantId"] for _, _, body in far.asked[1:]) == ["1", "300000000000003"]
+    assert logs == []
+
+
+@pytest.mark.parametrize(
+    "answer", [Refused("groupBy: no such grouping"), [{"subscriptionId": "8ac9dd00", "totalCount": 2}]]
+)
+async def test_metrics_of_an_organization_that_cannot_be_found(answer: Any) -> None:
+    """The others are read all the same; the log says it once, and what to do."""
+    usage = [{"time": 1772438400000, "total": 1}]
+    rows = [{"subscriptionId": "8ac9dd01", "quotaId": "8ac9cc00", "usage": usage}]
+    source = traffic_source("metrics", Far(answer, rows, answer, rows), "total")
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert await read(source, organizations=["1", ""]) == [("8ac9dd01", "8ac9cc00", 0, 1)]
+    assert [(entry["event"], entry["fix"]) for entry in logs] == [
+        ("traffic.organization_not_found", "traffic.source=summary")
+    ]
+
+
 async def test_metrics_cut_very_long_ranges() -> None:
     """A year of hours is asked for in parts that meet exactly."""
     far = Far([])

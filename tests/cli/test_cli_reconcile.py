@@ -1,6 +1,7 @@
 """`reconcile`: a table for people, the contract's document for programs, 3 while anything is left."""
 
-from datetime import UTC, datetime
+import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,41 @@ async def test_a_run_that_failed_says_why(tmp_path: Path, sqlite_template: Path)
         result = await bench.ask("reconcile")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "Quota is unreadable" in result.stderr
+
+
+async def test_what_is_not_compared_is_said_and_exits_with_3_when_it_was_asked_for(
+    tmp_path: Path, sqlite_template: Path
+) -> None:
+    """Not every day for what nobody asked about; but always where one could not be read."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    bench.reconciler.found = []
+    told = {"since": "2026-11-22T00:00:00Z", "until": "2026-11-22T12:00:00Z", "reason": "too old"}
+    bench.reconciler.not_compared = [told | {"subscription": None}]
+    async with bench.reached("unix"):
+        by_itself = await bench.ask("reconcile")
+        asked = await bench.ask("reconcile", *RANGE)
+        bench.reconciler.not_compared = [told | {"subscription": "s1"}]
+        unread = await bench.ask("reconcile")
+    assert (by_itself.exit_code, asked.exit_code, unread.exit_code) == (0, 3, 3)
+    assert "not compared: 2026-11-22T00:00:00Z to 2026-11-22T12:00:00Z: too old" in by_itself.stdout
+    assert "not compared of s1" in unread.stdout
+
+
+async def test_a_run_that_stands_still_is_left_to_the_daemon(
+    tmp_path: Path, sqlite_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what holds it up."""
+    module = sys.modules["billingd.cli.reconcile"]  # the package has the command under that name
+    monkeypatch.setattr(module, "PATIENCE", timedelta(0))
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    bench.reconciler.held_up = "Recurly is away"
+    async with bench.reached("unix"):
+        result = await bench.ask("reconcile")
+    assert result.exit_code == 4, result.stderr
+    assert "Recurly is away" in result.stderr
+    assert "goes on" in result.stderr
 
 
 async def test_a_subscription_that_is_not_linked_is_no_success(tmp_path: Path, sqlite_template: Path) -> None:

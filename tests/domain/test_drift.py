@@ -33,7 +33,12 @@ def entry(units: int = 7, state: str = "reported", *, under_way: bool = False, r
 
 
 def usage(
-    id_: str, units: int = 7, *, at: datetime = AT, billed: bool = False, tag: str | None = None
+    id_: str,
+    units: int = 7,
+    *,
+    at: datetime = AT,
+    billed: bool = False,
+    tag: str | None = merchant_tag("s1", "q1", WINDOW, 1),
 ) -> BilledUsage:
     return BilledUsage(id_, units, tag, at, TEN + DAY if billed else None)
 

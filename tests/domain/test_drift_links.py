@@ -131,6 +131,10 @@ def test_plans(changes: dict[str, Any], expected: list[tuple[str, str]]) -> None
     assert told(**changes) == expected
 
 
+ENDED = replace(LINKED, state="ended")
+OVER: dict[str, Any] = {"subscriptions": {"s1": replace(SUBSCRIPTION, state="archived")}}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -147,9 +151,13 @@ def test_plans(changes: dict[str, Any], expected: list[tuple[str, str]]) -> None
         ({"subscriptions": {"s1": replace(SUBSCRIPTION, state="archived")}}, [("link_orphaned", S1)]),
         ({"subscriptions": {"s1": replace(SUBSCRIPTION, approval="rejected")}}, [("link_orphaned", S1)]),
         ({"subscriptions": {}, "busy": {"end:s1"}}, []),
-        ({"linked": [replace(LINKED, state="ended")]}, [("link_orphaned", S1)]),
+        ({"linked": [ENDED]}, [("link_missing", S1)]),
+        ({"linked": [ENDED], "billed": {}}, [("link_missing", S1)]),
+        ({"linked": [ENDED], **OVER}, [("link_orphaned", S1)]),
+        ({"linked": [ENDED], "subscriptions": {}}, [("link_orphaned", S1)]),
+        ({"linked": [ENDED], **OVER, "billed": {"u1": replace(BILLED, state="canceled")}}, []),
         ({"linked": [replace(LINKED, state="ending")], "busy": {"end:s1"}}, []),
-        ({"linked": [replace(LINKED, state="ended")], "billed": {}, "subscriptions": {}}, []),
+        ({"linked": [ENDED], "billed": {}, "subscriptions": {}}, []),
         (
             {"billed": {"u1": BILLED, "u2": replace(BILLED, uuid="u2")}},
             [("link_orphaned", "subscription:u2")],

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -62,6 +63,7 @@ def test_what_is_taken_from_an_event() -> None:
         state=None,
         deleting=False,
         correlation_id="6f6f",
+        happened_at=datetime(2026, 3, 2, 11, 0, 2, 417_000, tzinfo=UTC),
     )
 
 
@@ -83,6 +85,10 @@ def test_what_is_taken_from_an_event() -> None:
         (amplify(metadata={"subresource": None}), "subresource", None),
         (amplify(correlationId=["x"]), "correlation_id", None),
         (amplify(id="x" * 100), "id", "x" * 100),
+        (amplify(time=None), "happened_at", None),
+        (amplify(time="yesterday"), "happened_at", None),
+        (amplify(time="0001-01-01T00:00:00+1400"), "happened_at", None),
+        (amplify(time="2026-03-02T12:00:02+01:00"), "happened_at", datetime(2026, 3, 2, 11, 0, 2, 0, UTC)),
         (payload(name="💶" * 100), "name", "💶" * 100),
         (b"\xef\xbb\xbf" + amplify(), "kind", "Subscription"),
         (amplify().decode().encode("utf-16"), "kind", "Subscription"),
@@ -335,6 +341,7 @@ def test_a_feed_item_is_the_webhook_s_event() -> None:
     assert sequence == 41207
     webhook = parse_amplify(amplify())
     assert event.id == webhook.id
+    assert event.happened_at == datetime(2026, 3, 2, 11, 0, 2, 417_551, UTC)
     assert event.resource_version is None
     assert actions_for(event) == actions_for(webhook)
 

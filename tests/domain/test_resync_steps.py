@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -200,6 +201,17 @@ DEAR = replace(BILLED_PLAN, unit_amounts={"USD": Decimal(11)})
 DEAR_REASON = 'Plan "amplify-plan-p1" costs 11 USD per period at Recurly; Amplify says 10.'
 OTHER_QUOTA = Quota("q2", "maps", "Maps", "transactions", PerUnit(Decimal(1)))
 
+ID = "8ac9dd00aa000001aa000001aa000001"
+ORPHAN: dict[str, Any] = {"links": (), "billed": (replace(BILLED, marker=ID),)}
+OVER = subscription(state="archived")
+ENDED = Link(state="ended")
+CANCELED = replace(BILLED, state="canceled")
+SERVED = ("subscription:s1:served", "ended_but_served", "So.")
+MOVED: dict[str, Any] = {
+    "products": (UNLABELLED,),
+    "subscriptions": (*subscription(state="migrated"), replace(SUBSCRIPTION, id="s2", migrated_from="acme")),
+}
+
 CASES: list[tuple[str, dict[str, Any], str]] = [
     # (what is so, how the world differs, the steps in short)
     ("all agrees", {}, ""),
@@ -364,6 +376,13 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("to a plan of nobody's", {**NEW_PLAN, "subscriptions": (SUBSCRIPTION,), "plans": plan(type="free")}, ""),
     ("to a plan that is not there", {**NEW_PLAN, "subscriptions": (SUBSCRIPTION,), "plans": ()}, ""),
     ("of an unlabelled product", NEW | {"products": (UNLABELLED,)}, "~product"),
+    ("moved within an unlabelled product", MOVED, "~product -sub +sub"),
+    ("moved there from elsewhere", {**MOVED, "links": (Link(name="other"),)}, "~product -sub"),
+    (
+        "moved there to a plan that was removed",
+        {**MOVED, "plans": (), "linked_plans": (Plan(state="removed"),)},
+        "-sub",
+    ),
     ("that names no plan", NEW | {"subscriptions": subscription(plan_id=None)}, "+sub"),
     ("not approved yet", {"links": (Link(state="created"),)}, "~sub"),
     ("cancelled", {"subscriptions": subscription(state="archived")}, "-sub"),
@@ -380,7 +399,22 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("missing, linked since the listing", {"subscriptions": (), "before": frozenset({"p1"})}, ""),
     ("missing, for it cannot be read", {"subscriptions": (), "unread": frozenset({"s1"})}, ""),
     ("ending", {"subscriptions": (), "links": (Link(state="ending"),)}, ""),
-    ("ended", {"subscriptions": subscription(state="archived"), "links": (Link(state="ended"),)}, ""),
+    ("ended", {"subscriptions": OVER, "links": (ENDED,), "billed": ()}, ""),
+    ("ended, and runs out", {"subscriptions": OVER, "links": (ENDED,), "billed": (CANCELED,)}, ""),
+    ("ended, and reactivated at Recurly", {"subscriptions": OVER, "links": (ENDED,)}, "-sub"),
+    ("ended, gone, and reactivated at Recurly", {"subscriptions": (), "links": (ENDED,)}, "-sub"),
+    ("ended, and served again", {"links": (ENDED,), "billed": ()}, "~sub"),
+    ("ended, served again, and held for it", {"links": (ENDED,), "billed": (), "held": (SERVED,)}, ""),
+    (
+        "ended, held for being served, and over",
+        {"subscriptions": OVER, "links": (ENDED,), "billed": (), "held": (SERVED,)},
+        "~sub",
+    ),
+    (
+        "ended, and waits for approval again",
+        {"subscriptions": subscription(approval="pending"), "links": (ENDED,), "billed": ()},
+        "",
+    ),
     ("not live at Recurly", {"billed": ()}, "~sub"),
     ("not live, known", {"billed": (), "links": (Link(billed_state="expired"),)}, ""),
     ("paused", {"billed": (), "links": (Link(billed_state="paused"),)}, ""),
@@ -400,13 +434,19 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     # Orphans.
-    ("billed, marked, absent", {"subscriptions": (), "links": ()}, "-sub absent"),
-    ("billed, marked, over", {"subscriptions": subscription(state="archived"), "links": ()}, "-sub"),
-    ("billed, marked, served", {"links": ()}, "+sub"),
+    ("billed, marked, absent", {**ORPHAN, "subscriptions": ()}, "-sub absent"),
+    ("billed, marked, over", {**ORPHAN, "subscriptions": subscription(id=ID, state="archived")}, "-sub"),
+    ("billed, marked, served", {**ORPHAN, "subscriptions": subscription(id=ID)}, "+sub"),
+    ("billed, marked, unreadable", {**ORPHAN, "subscriptions": (), "unread": frozenset({ID})}, ""),
     (
-        "billed, marked, unreadable",
-        {"subscriptions": (), "links": (), "unread": frozenset({"s1"})},
-        "",
+        "billed, marked with a UUID, absent",
+        {**ORPHAN, "subscriptions": (), "billed": (replace(BILLED, marker=str(UUID(ID))),)},
+        "-sub absent",
+    ),
+    (
+        "billed, marked, on somebody else's account",
+        {**ORPHAN, "subscriptions": (), "billed": (replace(BILLED, marker=ID, account_code="acme"),)},
+        "note",
     ),
     (
         "billed, unmarked",
@@ -414,9 +454,19 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     (
-        "billed, with somebody else's PO number",
-        {"subscriptions": (), "links": (), "billed": (replace(BILLED, marker="PO 4711 / x"),)},
-        "",
+        "billed, with a PO number of another shape",
+        {**ORPHAN, "subscriptions": (), "billed": (replace(BILLED, marker="PO 4711 / x"),)},
+        "note",
+    ),
+    (
+        "billed, with the customer's own PO number",
+        {**ORPHAN, "subscriptions": (), "billed": (replace(BILLED, marker="PO-4711"),)},
+        "note",
+    ),
+    (
+        "billed, with 33 hexadecimal digits",
+        {**ORPHAN, "subscriptions": (), "billed": (replace(BILLED, marker=ID + "0"),)},
+        "note",
     ),
     (
         "billed, to somebody else's plan",
@@ -457,8 +507,8 @@ def test_a_dead_letter_is_named_with_its_number() -> None:
 
 def test_an_orphan_is_told_to_its_handler() -> None:
     """By its Recurly id: no store knows of it."""
-    [step] = World(subscriptions=(), links=()).compared().steps
-    assert step.action.args == {"name": "s1", "id": "s1", "uuid": "u1"}
+    [step] = World(**ORPHAN, subscriptions=()).compared().steps
+    assert step.action.args == {"name": ID, "id": ID, "uuid": "u1"}
 
 
 def test_a_reason_names_all_that_changed() -> None:
@@ -470,7 +520,12 @@ def test_a_reason_names_all_that_changed() -> None:
 @pytest.mark.parametrize(
     ("linked", "absent", "mass"),
     [
-        (3, 3, False),
+        (1, 1, False),
+        (2, 1, False),
+        (2, 2, True),
+        (3, 2, False),
+        (3, 3, True),
+        (4, 3, False),
         (4, 4, True),
         (30, 3, False),
         (30, 4, True),
@@ -480,7 +535,7 @@ def test_a_reason_names_all_that_changed() -> None:
     ],
 )
 def test_how_many_absences_are_too_many(linked: int, absent: int, mass: bool) -> None:
-    """More than three, and more than one in ten; whichever of plans or subscriptions it is."""
+    """More than three, and more than one in ten, or all; whichever of plans or subscriptions it is."""
     [step] = World(subscriptions=()).compared().steps
     assert resync.is_mass([step] * absent, plans=1, subscriptions=linked) is mass
     [other] = World(plans=()).compared().steps
@@ -489,7 +544,7 @@ def test_how_many_absences_are_too_many(linked: int, absent: int, mass: bool) ->
 
 def test_a_mass_absence_names_a_few_of_them() -> None:
     [step] = World(subscriptions=()).compared().steps
-    reason = resync.mass_reason([replace(step, id=f"s{number}") for number in range(7)])
-    assert reason.startswith("7 subscription(s) that are linked are not listed at Amplify any more: ")
-    assert reason.count("Acme (s") == 5
+    reason = resync.mass_reason([replace(step, id=f"s{number}") for number in range(23)])
+    assert reason.startswith("23 subscription(s) that are linked are not found at Amplify any more, and no ")
+    assert reason.count("Acme (s") == 20
     assert "and others" in reason

@@ -24,7 +24,7 @@ from billingd.domain.catalog import (
     Subscription,
     Unreadable,
 )
-from billingd.domain.errors import Conflict, Misconfigured, NotFound, Permanent, Refused
+from billingd.domain.errors import Conflict, Misconfigured, NotFound, Permanent, Refused, Replaced
 from billingd.domain.feed import PAGE_SIZE, FeedPage
 
 log = structlog.get_logger(__name__)
@@ -157,6 +157,12 @@ class Amplify:
         rows = await self._catalog.rows("subscriptions", "", "Subscription", where)
         return any(resources.identity("Subscription", row) == subscription_id for row in rows)
 
+    async def has_product_plan(self, plan_id: str) -> bool:
+        """Whether there is a product plan with this id, whatever its name is."""
+        where = [equals("metadata.id", plan_id)]
+        rows = await self._catalog.rows("productplans", "", "ProductPlan", where)
+        return any(resources.identity("ProductPlan", row) == plan_id for row in rows)
+
     async def list_marketplaces(self) -> tuple[Marketplace, ...]:
         """All Marketplaces; Misconfigured or NotFound when we may not see them."""
         return await self._catalog.read_rows("marketplaces", "", "Marketplace", resources.marketplace)
@@ -181,21 +187,25 @@ class Amplify:
         """
         return await self._feed.read(topic, after)
 
-    async def set_attributes(self, kind: Linked, name: str, attributes: Mapping[str, str]) -> str | None:
+    async def set_attributes(
+        self, kind: Linked, name: str, attributes: Mapping[str, str], *, resource_id: str | None = None
+    ) -> str | None:
         """Make a resource carry these attributes too; its resourceVersion then (amplify.md 2.6).
 
         1. Read it: nothing is written when it carries them already, for every write comes back as an event.
         2. PATCH only what differs. 3. Where PATCH is refused, or taken without effect: read, PUT the whole
         with the resourceVersion that was read, and begin again when that is stale.
+
+        `resource_id` is which one is meant: Replaced, and nothing is written, when the name is another's.
         """
-        raw = await self._catalog.read(kind, name)
+        raw = await self._read(kind, name, resource_id)
         if _carries(raw, attributes):
             return resources.resource_version(raw)
         patched = await self._patch(kind, name, raw, attributes)
         if _carries(patched, attributes):
             return resources.resource_version(patched)
         for _ in range(PUTS_MAX):
-            raw = await self._catalog.read(kind, name)
+            raw = await self._read(kind, name, resource_id)
             if _carries(raw, attributes):
                 return resources.resource_version(raw)
             whole = {**raw, "attributes": {**resources.attributes(raw), **attributes}}
@@ -218,9 +228,19 @@ class Amplify:
         )
 
     async def decide(
-        self, subscription_name: str, state: Literal["approved", "rejected"], reason: str
+        self,
+        subscription_name: str,
+        state: Literal["approved", "rejected"],
+        reason: str,
+        *,
+        resource_id: str | None = None,
     ) -> None:
-        """Approve or reject a subscription (amplify.md 5). Does not read first: that is the flow's to do."""
+        """Approve or reject a subscription (amplify.md 5). Whether it is to be decided is the flow's to know.
+
+        `resource_id` is which one is meant: Replaced, and nothing is decided, when the name is another's.
+        """
+        if resource_id is not None:
+            await self._read("subscriptions", subscription_name, resource_id)
         body = encode({"approval": {"state": state, "reason": reason}})
         path = f"/{segment(subscription_name)}/approval"
         what = f"making subscription {subscription_name} {state}"
@@ -269,6 +289,13 @@ class Amplify:
             return await self._http.send_for_json(call)
         except NotFound as error:  # an endpoint, not a resource: something for an operator to mend
             raise Misconfigured(f"{error}: check amplify.central_url and traffic.source") from None
+
+    async def _read(self, kind: Linked, name: str, resource_id: str | None) -> dict[str, Json]:
+        """The resource of that name. Raises Replaced when it is not the one that is meant."""
+        raw = await self._catalog.read(kind, name)
+        if resource_id is not None and (found := resources.identity(kind, raw)) != resource_id:
+            raise Replaced(f"{kind}/{name} is another one by now: {found}, where {resource_id} was meant")
+        return raw
 
     async def _patch(self, kind: Linked, name: str, raw: Json, attributes: Mapping[str, str]) -> Json:
         """The patched resource, or None when Amplify does not take the PATCH."""

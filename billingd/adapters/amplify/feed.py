@@ -54,12 +54,14 @@ class Feed:
             except Rejected as error:
                 unread.append((sequence_of(row), str(error)))
         numbers = [number for row in rows if (number := sequence_of(row)) is not None]
+        highest = max(numbers, default=None)
         named = (dig(row, "metadata.watchTopicID") for row in rows)
         return FeedPage(
             events=tuple(sorted(events, key=lambda one: one.sequence)),
             unread=tuple(unread),
-            highest=max(numbers, default=None),
-            last=len(rows) < PAGE_SIZE,
+            highest=highest,
+            # how many items a page has at most is not known, so that a short one says nothing
+            last=len(rows) < PAGE_SIZE and (highest is None or highest <= after),
             topic_ids=frozenset(one for one in named if isinstance(one, str)),
         )
 

@@ -22,6 +22,8 @@ class SearchTraffic:
     """Lexus counts of transaction documents. Gateways keep a sample, normally none: for tests only."""
 
     name = "search"
+    keeps: timedelta | None = timedelta(days=7)
+    """Older documents are dropped (amplify.md 6.1): what is not found was counted all the same."""
 
     def __init__(self, amplify: Traceability, billable: Billable) -> None:
         self._amplify = amplify

@@ -33,6 +33,8 @@ class SummaryTraffic:
     """`summary`: complete and able to tell success, but one call per window, and blind to custom units."""
 
     name = "summary"
+    keeps: timedelta | None = None
+    """Two years (amplify.md 6.1): longer than anything is open here."""
 
     def __init__(self, amplify: Traceability, billable: Billable) -> None:
         self._amplify = amplify

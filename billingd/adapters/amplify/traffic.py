@@ -16,12 +16,17 @@ SourceName = Literal["metrics", "summary", "search"]
 class TrafficSource(Protocol):
     """Counts of one range. `organizations` are those that own subscriptions, `units` the quotas' units.
 
+    "" among the organizations: nobody knows whose some of the subscriptions are, and they are counted all the
+    same.
+
     A source may return readings for subscriptions and quotas nobody asked about; traffic Amplify could not
     attribute has "" for an id. Windows without traffic are left out. Asking again gives the numbers as they
     are then: they only grow (amplify.md 6.4).
     """
 
     name: str
+    keeps: timedelta | None
+    """How long what was counted can be asked for; None: for longer than anything is open here."""
 
     async def read(
         self,

@@ -226,6 +226,12 @@ class Recurly:
             reading.usage,
         )
 
+    async def find_usage(self, usage_id: str) -> BilledUsage | None:
+        """The usage record with this id, whatever was changed of it."""
+        return await self._calls.find(
+            f"find usage {usage_id}", lambda c: reading.usage(c.get_usage(usage_id))
+        )
+
     async def list_recorded_usage(
         self, subscription_uuid: str, add_on_code: str, *, since: datetime
     ) -> tuple[BilledUsage, ...]:
@@ -432,6 +438,25 @@ class Recurly:
             if answer.replayed:
                 raise Unknown(f"{operation}: Recurly returned the stored answer of another", replayed=True)
         return made.id
+
+    async def update_usage(
+        self,
+        usage_id: str,
+        *,
+        units: int,
+        usage_timestamp: datetime,
+        merchant_tag: str,
+        key: str,
+        retried: bool = False,
+    ) -> str:
+        """Set what an unbilled usage record says, absolutely; its id. Raises Refused for a billed one."""
+        body = bodies.usage_change(units, usage_timestamp, merchant_tag)
+        await self._calls.write(
+            f"update usage {usage_id} to {units} units under {merchant_tag}",
+            lambda c: reading.usage(c.update_usage(usage_id, body, headers=_headers(key))),
+            retried,
+        )
+        return usage_id
 
     async def remove_usage(self, usage_id: str, *, key: str, retried: bool = False) -> None:
         """Remove a usage record that is not billed yet; raises NotFound when there is none."""

@@ -157,6 +157,13 @@ def usage(new: NewUsage) -> Body:
     }
 
 
+def usage_change(units: int, usage_timestamp: datetime, merchant_tag: str) -> Body:
+    """UsageCreate, as a change of an unbilled record takes it; when it was recorded stays as it is."""
+    if not 1 <= abs(units) <= UNITS_MAX:
+        refuse(f"usage {merchant_tag}: {units} units do not fit into one record")
+    return {"amount": units, "merchant_tag": merchant_tag, "usage_timestamp": instant(usage_timestamp)}
+
+
 def number(amount: Decimal) -> float:
     """An amount of at most two decimals as the JSON number that reads exactly like it.
 

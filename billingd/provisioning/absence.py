@@ -1,0 +1,239 @@
+"""What is not found at Amplify any more: whether it was deleted, or only cannot be seen.
+
+A service account that lost a role is told 404, and shown empty lists, of whatever it may see no more
+(amplify.md 1.1), just as if all of that had been deleted. So nothing ends for its absence alone.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final, Protocol
+
+import structlog
+
+from billingd.domain import resync
+from billingd.domain.attempts import Action, Wait
+from billingd.domain.catalog import ProductPlan, Subscription
+from billingd.domain.events import RESYNC
+from billingd.domain.notices import provider_notice
+from billingd.domain.resync import ABSENCE, MASS_ABSENCE
+from billingd.loops import Clock
+from billingd.provisioning.holding import hold
+from billingd.store import absences, held, links, outbox
+from billingd.store.absences import Absence, Kind
+from billingd.store.engine import Store, Tx
+from billingd.store.held import Hold
+from billingd.store.links import PlanLink, SubscriptionLink
+
+log = structlog.get_logger()
+
+ABSENT_FOR: Final = timedelta(minutes=10)
+"""How long one is absent at least before that may count: a second look comes then."""
+
+CONTROLS: Final = 10
+"""How many others of its kind are asked for at most, to see whether any is still shown to us."""
+
+LIVE: Final = ("created", "active")
+"""States of the links of subscriptions that go on."""
+
+
+class Marketplace(Protocol):
+    """What is read at Amplify."""
+
+    async def find_subscription(self, name: str) -> Subscription | None: ...
+    async def find_product_plan(self, name: str) -> ProductPlan | None: ...
+    async def has_subscription(self, subscription_id: str) -> bool: ...
+    async def has_product_plan(self, plan_id: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A plan or subscription that Amplify answered 404 for."""
+
+    kind: Kind
+    id: str
+    name: str
+    title: str
+    plan_id: str | None = None
+    """The plan of a subscription: it is deleted with it."""
+
+
+class Absences:
+    """Judges one absence at a time; a person is asked about all that nothing else can settle, at once."""
+
+    def __init__(
+        self, store: Store, clock: Clock, marketplace: Marketplace, *, look_again: timedelta
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._marketplace = marketplace
+        self._look_again = look_again
+
+    async def judge(self, missing: Missing) -> datetime | Wait:
+        """When it was over at the latest; or that this is not known yet, and why.
+
+        1. Amplify has said that it was deleted, or its plan, or its product: it is believed.
+        2. A person has said so: too.
+        3. It is missing in the list too, now and ten minutes ago, while others of its kind are shown to us,
+           and not too many are missing with it: it was deleted.
+        4. Otherwise a person is asked.
+        """
+        now = self._clock.now()
+        async with self._store.read() as tx:
+            at = await deleted_at(tx, missing)
+            noted = await absences.find(tx, missing.kind, missing.id)
+        if at is not None:
+            return min(at, now)
+        if noted is not None and noted.confirmed_at is not None:
+            return await self._over_since(noted, now)
+        if await self._is_listed(missing):
+            await self.seen(missing.kind, missing.id)
+            log.warning("absence.contradicted", kind=missing.kind, id=missing.id)
+            return Wait(ABSENT_FOR, f"Amplify lists {missing.title}, and does not find it by its name")
+        shown = await self._sees_another(missing)
+        async with self._store.write() as tx:
+            new = Absence(missing.kind, missing.id, missing.name, missing.title, now)
+            await absences.note(tx, new)
+            noted = await absences.find(tx, missing.kind, missing.id)
+            assert noted is not None
+            left = noted.since + ABSENT_FOR - now
+            if left > timedelta(0) and not noted.held:
+                return Wait(min(left, ABSENT_FOR), f"{missing.title} is not found at Amplify; a second look")
+            open_ = [
+                one
+                for one in await absences.everything(tx)
+                if one.kind == missing.kind and one.confirmed_at is None
+            ]
+            many = resync.too_many(len(open_), await _linked(tx, missing.kind))
+            if shown and not many and not noted.held:
+                return await self._over_since(noted, now, tx)
+            await absences.hold(tx, missing.kind, [one.id for one in open_] if many else [missing.id])
+            await tell(tx, now)
+        return Wait(self._look_again, f"{missing.title} is not found at Amplify: see {MASS_ABSENCE}")
+
+    async def seen(self, kind: Kind, id_: str) -> None:
+        """It is there (again): nothing is asked about it any more."""
+        async with self._store.read() as tx:
+            noted = await absences.find(tx, kind, id_)
+        if noted is not None:
+            async with self._store.write() as tx:
+                await settled(tx, kind, [id_], self._clock.now())
+
+    async def _is_listed(self, missing: Missing) -> bool:
+        if missing.kind == "plan":
+            return await self._marketplace.has_product_plan(missing.id)
+        return await self._marketplace.has_subscription(missing.id)
+
+    async def _sees_another(self, missing: Missing) -> bool:
+        """Whether Amplify shows us another one of its kind that is linked."""
+        async with self._store.read() as tx:
+            absent = {one.id for one in await absences.everything(tx) if one.kind == missing.kind}
+            others = await _others(tx, missing.kind)
+        absent.add(missing.id)
+        for id_, name in [one for one in others if one[0] not in absent][:CONTROLS]:
+            there: ProductPlan | Subscription | None
+            if missing.kind == "plan":
+                there = await self._marketplace.find_product_plan(name)
+            else:
+                there = await self._marketplace.find_subscription(name)
+            if there is not None and there.id == id_:
+                return True
+        return False
+
+    async def _over_since(self, noted: Absence, now: datetime, tx: Tx | None = None) -> datetime:
+        """Since it was first missed, unless it was served later, which is counted in any case."""
+        if noted.kind != "subscription":
+            return now
+        if tx is None:
+            async with self._store.read() as reading:
+                served = await absences.served_until(reading, noted.id)
+        else:
+            served = await absences.served_until(tx, noted.id)
+        return min(max(noted.since, served or noted.since), now)
+
+
+def of_plan(link: PlanLink) -> Missing:
+    """A linked plan."""
+    return Missing("plan", link.plan_id, link.name, link.title)
+
+
+def of_subscription(subscription_id: str, name: str, link: SubscriptionLink | None) -> Missing:
+    """A subscription, linked or not."""
+    if link is None:
+        return Missing("subscription", subscription_id, name, name)
+    return Missing("subscription", subscription_id, link.name, link.title, link.plan_id)
+
+
+async def deleted_at(tx: Tx, missing: Missing) -> datetime | None:
+    """When Amplify said that it was deleted: it, or what it is deleted with (amplify.md 2.5)."""
+    return (await deletions(tx, {missing.id: missing.plan_id}, missing.kind)).get(missing.id)
+
+
+async def deletions(tx: Tx, asked: Mapping[str, str | None], kind: Kind) -> dict[str, datetime]:
+    """The same of many: ids, each with the plan's where it is a subscription's."""
+    own = await absences.deleted(tx, kind, list(asked))
+    plan_ids = {one: one for one in asked} if kind == "plan" else dict(asked)
+    wanted = {plan_id for one, plan_id in plan_ids.items() if plan_id is not None and one not in own}
+    with_product = await absences.deleted_with_product(tx, wanted)
+    with_plan = with_product | await absences.deleted(tx, "plan", wanted)
+    inherited = {
+        one: with_plan[plan_id]
+        for one, plan_id in plan_ids.items()
+        if plan_id is not None and plan_id in with_plan
+    }
+    return inherited | own
+
+
+async def settled(tx: Tx, kind: Kind, ids: Collection[str], now: datetime) -> None:
+    """These were seen again, or have ended: nothing is asked about them any more."""
+    if await absences.clear(tx, kind, ids):
+        await tell(tx, now)
+
+
+async def tell(tx: Tx, now: datetime) -> None:
+    """Hold all that a person is asked about as one item, which confirms just what it names."""
+    asked = [one for one in await absences.everything(tx) if one.held and one.confirmed_at is None]
+    standing = await held.standing(tx, subject=ABSENCE)
+    if not asked:
+        if standing:
+            await held.close(tx, subject=ABSENCE, resolution="none of it is missing any more", now=now)
+        return
+    named = {kind: [one.id for one in asked if one.kind == kind] for kind in ("plan", "subscription")}
+    for item in standing:
+        before: Mapping[str, Collection[str]] = item["action"]["args"]
+        if any(set(ids) - set(before.get(kind, ())) for kind, ids in named.items()):
+            # who was shown the shorter list cannot release the longer one
+            await held.close_one(tx, item["id"], resolution="more is missing by now", now=now)
+    reason = resync.mass_reason(asked)
+    again = Action(RESYNC, RESYNC, "", named)
+    one_item = Hold(MASS_ABSENCE, ABSENCE, reason, again)
+    if standing:
+        await held.add(tx, one_item, now=now)
+        return
+    title = (
+        "Much is missing at Amplify at once" if len(asked) > 1 else f"{asked[0].title} is missing at Amplify"
+    )
+    notice = provider_notice(f"held:{MASS_ABSENCE}:{now.isoformat()}", title, reason)
+    await hold(tx, one_item, notice, now=now)
+
+
+async def confirmed(tx: Tx, named: Mapping[str, Collection[str]], now: datetime) -> None:
+    """A person has released what `tell` held: what it named is gone, and whoever waits for that goes on."""
+    await absences.confirm(tx, "plan", named.get("plan", ()), now=now)
+    await absences.confirm(tx, "subscription", named.get("subscription", ()), now=now)
+    ids = {*named.get("plan", ()), *named.get("subscription", ())}
+    for kind in resync.ASKING:
+        rows = await outbox.select(tx, states=["pending"], kind=kind)
+        if waiting := [row["id"] for row in rows if row["args"].get("id") in ids]:
+            await outbox.retry(tx, waiting, now=now)
+
+
+async def _others(tx: Tx, kind: Kind) -> list[tuple[str, str]]:
+    """Ids and names of what is linked and live, the latest last."""
+    if kind == "plan":
+        return [(one.plan_id, one.name) for one in await links.plans(tx) if one.state != "removed"]
+    return [(one.subscription_id, one.name) for one in await links.subscriptions(tx, states=LIVE)]
+
+
+async def _linked(tx: Tx, kind: Kind) -> int:
+    return len(await _others(tx, kind))
