@@ -49,7 +49,10 @@ LEASE = timedelta(minutes=2)
 LOOK_AGAIN = timedelta(minutes=10)
 SETTLING = timedelta(seconds=60)
 PER_UNIT = {"type": "perunit", "cost": 0.5}
-WRITES = ("create_", "update_", "remove_", "cancel_", "terminate_", "rename_", "add_", "mark_", "set_", "decide")
+WRITES = (
+    *("create_", "update_", "remove_", "cancel_", "terminate_"),
+    *("rename_", "add_", "mark_", "set_", "decide"),
+)
 Json = dict[str, Any]
 
 

@@ -1,8 +1,10 @@
 """A store put back from an old copy, in the middle of traffic: nothing is billed twice, nothing is missed."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import HOUR, Crash, Rig, a_rig
@@ -376,6 +378,67 @@ async def test_what_the_lost_life_ended_is_no_surprise(rig: Rig, tmp_path: Path,
         items = [row["subject"] for row in await held.standing(tx, kind="ended_at_recurly")]
     ended = [f"subscription:{acme['subscription_id']}:ended"]
     assert items == (ended if on_cancel == "terminate" else [])
+
+
+@ONE_DATABASE
+async def test_the_loops_open_the_gates_one_after_the_other(rig: Rig, tmp_path: Path) -> None:
+    """Recurly is read back, Amplify is listed, and only then is what waited sent."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await rig.traffic("acme", 4)
+    await put_back(rig, copy)
+    rig.pass_(2 * HOUR)
+    told: list[str] = []
+    daemon, send = rig.daemon, rig.recurly._adapter.create_usage
+
+    async def sent(*args: Any, **kwargs: Any) -> str:
+        told.append(args[0].merchant_tag)
+        usage_id: str = await send(*args, **kwargs)
+        return usage_id
+
+    rig.recurly._adapter.create_usage = sent
+
+    async def waits() -> bool:
+        return "recorded" in await rig.totals()
+
+    async def waited() -> bool:
+        """The loops had time to send it, on a clock that moves as they rest."""
+        return rig.far.now() > then + 2 * HOUR
+
+    async def all_is_over() -> bool:
+        return bool(told) and not await stands(rig, marks.RECOVERING)
+
+    tasks = []
+    for name, loop in root.loops(daemon).items():
+        if name in {"read_back", "outbox", "traffic"}:
+            tasks.append(asyncio.create_task(loop))
+        else:
+            loop.close()
+    try:
+        await until(lambda: stands(rig, marks.RECOVERING))
+        await until(waits)
+        then = rig.far.now()
+        await until(waited)
+        assert told == [], "Amplify is not listed yet"
+        await daemon.resync.run_once()
+        await until(all_is_over)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(true: Callable[[], Awaitable[bool]]) -> None:
+    """Lets the loops turn until something is so, a minute at most."""
+    for _ in range(6000):
+        if await true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never was so")
+
+
+async def stands(rig: Rig, name: str) -> bool:
+    async with rig.store.read() as tx:
+        return await marks.find(tx, name) is not None
 
 
 def told_of_ends(rig: Rig) -> list[str]:

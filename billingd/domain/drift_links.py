@@ -203,7 +203,7 @@ def _ended(
         yield _drift(
             LINK_MISSING,
             subject,
-            f"{link.title} was over at Amplify, so its subscription {link.uuid} was ended at Recurly; Amplify "
+            f"{link.title} was over at Amplify, so subscription {link.uuid} was ended at Recurly; Amplify "
             "serves it again: its rejection was taken back",
             "cancel it at Amplify and subscribe anew: what is served now reaches no invoice",
             subscription_id=link.subscription_id,
@@ -212,7 +212,7 @@ def _ended(
         yield _drift(
             LINK_ORPHANED,
             subject,
-            f"{link.title} is over at Amplify and was ended here, and its subscription {link.uuid} goes on at "
+            f"{link.title} is over at Amplify and was ended here, and subscription {link.uuid} goes on at "
             "Recurly: reactivated there",
             "`billingd resync` ends it again",
             subscription_id=link.subscription_id,

@@ -92,7 +92,7 @@ async def end_again(tx: Tx, link: SubscriptionLink, *, now: datetime) -> None:
     await intents.reopen(tx, name, key=idempotency_key(name, 1, body_hash({"ends": EXPIRED})), now=now)
     body = (
         f"Somebody reactivated Recurly's subscription {link.uuid}, which was ended there because "
-        f"{link.title} ({link.name}) is over at Amplify: nobody is served, and each renewal would be charged. "
+        f"{link.title} ({link.name}) is over at Amplify: nobody is served, but each renewal is charged. "
         "It is ended again. Whoever wants to go on subscribes anew in the Marketplace."
     )
     notice = provider_notice(
@@ -271,13 +271,13 @@ class SubscriptionEnder:
             if dead:
                 named = ", ".join(str(row["id"]) for row in dead[:NAMED])
                 why = (
-                    f"Their reports are dead letters, action {named}: {dead[0]['error']}. Mend the cause, then "
+                    f"Their reports are dead letters, action {named}: {dead[0]['error']}. Mend that, then "
                     f"`billingd outbox retry {dead[0]['id']}`, or discard it."
                 )
             reason = (
                 f"Subscription {link.title} ({link.name}) is over at Amplify, and Recurly's {link.uuid} does "
-                f"not end before {unreported} usage record(s) are reported: it renews until then. {why} Then it "
-                "ends by itself, and this closes."
+                f"not end before {unreported} usage records are reported: it renews until then. {why} Then "
+                "it ends by itself, and this closes."
             )
             subject = _blocked(link)
             notice = provider_notice(
