@@ -28,7 +28,7 @@ AROUND: Final = timedelta(seconds=1)
 
 SECOND: Final = timedelta(seconds=1)
 
-AGAIN_SOON: Final = timedelta(minutes=2)
+AGAIN_SOON: Final = timedelta(seconds=30)
 """How long a report waits after its subscription was not found for the first time."""
 
 ATTACHED_SOON: Final = timedelta(minutes=1)

@@ -35,6 +35,7 @@ WORDS: dict[str, list[Row]] = {
         {"state": "reported", "units": 999_999_999},
     ],
     "reconciliations": [{"state": "running"}, {"state": "failed"}],
+    "absences": [{"kind": "plan"}, {"kind": "subscription"}],
     "drift": [{"kind": "missing_record"}, {"kind": "price_differs"}],
     "marks": [{"name": marks.RESYNCED}, {"name": "other"}],
     "feed_positions": [
