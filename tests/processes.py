@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 150
+PATIENCE_SECONDS = 60
 """Far more than anything here takes: a condition that is never true must fail, not hang."""
 
 FAST = """
