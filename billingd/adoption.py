@@ -473,7 +473,6 @@ class Adoption:
             send=send,
             find=find,
             look_first=True,
-            about=link.subscription_id,
         )
         now = self._clock.now()
         async with self._store.write() as tx:

@@ -59,7 +59,7 @@ from billingd.reconcile.runs import Reconciler
 from billingd.reconcile.served import ServedSurvey
 from billingd.resync import Resync
 from billingd.settings import Settings, host_port, parse_duration
-from billingd.store import copies, events, migrate, outbox
+from billingd.store import copies, events, intents, migrate, outbox
 from billingd.store.engine import Store
 from billingd.traffic.audit import UsageAuditor
 from billingd.traffic.periods import REFRESH_EVERY, PeriodWatch
@@ -110,12 +110,18 @@ async def run(settings: Settings) -> None:
     async with Store(settings.store.url) as store:
         store.lock()
         await _migrate(store, clock.now())
-        if store.sqlite:
-            async with store.write() as tx:
-                await outbox.take_back_leases(tx, now=clock.now())
+        await take_over(store, clock.now())
         async with build(settings, store, clock) as daemon:
             await _serve(daemon, stop)
     log.info("daemon.stopped")
+
+
+async def take_over(store: Store, now: datetime) -> None:
+    """End what a dead process had under way. Only a SQLite store's lock tells that nobody else is left."""
+    if store.sqlite:
+        async with store.write() as tx:
+            await outbox.take_back_leases(tx, now=now)
+            await intents.end_sendings(tx, now=now)
 
 
 async def _migrate(store: Store, now: datetime) -> None:

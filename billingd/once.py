@@ -88,7 +88,8 @@ class Once:
     ) -> str:
         """Make the write take effect once and return the far side's id for it.
 
-        `about` is the Amplify subscription it concerns, for people.
+        `about` is the Amplify subscription that would be charged twice if the write took effect twice. None
+        where Recurly itself does it once: a code that is taken, a state that is reached, a value that is set.
 
         1. Done before: return its id.
         2. Sent before with no clear outcome, or `look_first`: look whether it is there already.
@@ -230,19 +231,20 @@ class Once:
             raise
         doubt = self._doubt()  # before anything else runs: it is this answer's
         async with self._store.write() as tx:
-            if doubt is not None:
+            if doubt is not None and about is not None:
                 await self._heed_doubt(tx, doubt, about)
             return await self._done(tx, name, result, keep)
 
-    async def _heed_doubt(self, tx: Tx, operation: str, about: str | None) -> None:
+    async def _heed_doubt(self, tx: Tx, operation: str, about: str) -> None:
         """Rely on look-ups only from now on, when a key was sent again and Recurly did not know it.
 
         Most likely its first request never arrived. But a site that ignores keys looks the same, and there
         the next key sent again would bill twice. Each subscription has an item of its own, for the audit of
-        one says nothing of another; a later doubt of the same one takes the place of the earlier.
+        one says nothing of another; a later doubt of the same one takes the place of the earlier. Of a write
+        that cannot take effect twice there is no doubt, and no audit that could end it.
         """
         now = self._clock.now()
-        subject = KEYS if about is None else f"{KEYS}:{about}"
+        subject = f"{KEYS}:{about}"
         reason = (
             f"Recurly answered a repeated Idempotency-Key without Idempotency-Prior ({operation}): either "
             "the first request never arrived, or the site ignores keys. Until an audit has found each record "
@@ -259,9 +261,8 @@ class Once:
                 f"{DOUBTED}:{now.isoformat()}", "Recurly may ignore idempotency keys", reason
             )
             await outbox.insert(tx, [notice], now=now)
-        if about is not None:
-            audit = audit_action(about, because=f"doubt:{now.isoformat()}")
-            await outbox.insert(tx, [audit], now=now, due_at=now + self._trust.settling + SECOND_LOOK)
+        audit = audit_action(about, because=f"doubt:{now.isoformat()}")
+        await outbox.insert(tx, [audit], now=now, due_at=now + self._trust.settling + SECOND_LOOK)
 
     async def _found(
         self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any], sent: bool

@@ -22,7 +22,7 @@ from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
 from billingd.admin import operations
 from billingd.admin.metrics import Metrics
-from billingd.daemon import Outside, assemble
+from billingd.daemon import Outside, assemble, take_over
 from billingd.domain.attempts import Action
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import parse_amplify
@@ -316,9 +316,7 @@ class Rig:
         self.amplify, self.recurly = Dying(amplify, self.steps), Dying(recurly, self.steps)
         self.start()
         self.steps.arm(die_at)
-        if self.store.sqlite:
-            async with self.store.write() as tx:
-                await outbox.take_back_leases(tx, now=self.clock.now())
+        await take_over(self.store, self.clock.now())
 
     async def close(self) -> None:
         """Ends the daemon's part of it."""

@@ -8,7 +8,7 @@ import pytest
 from rig import HOUR, SETTLING, Json, Rig, a_rig
 
 from billingd.admin import operations
-from billingd.domain.billing import NewUsage
+from billingd.domain.billing import NewSubscription, NewUsage
 from billingd.domain.events import audit_action
 from billingd.domain.sending import SECOND_LOOK
 from billingd.once import Once
@@ -239,6 +239,26 @@ async def test_a_doubt_stays_while_a_request_may_still_take_effect(rig: Rig) -> 
     await rig.ask(audit_action(item["subscription_id"], because="too soon"))
     await rig.drain()
     assert len(await doubt(rig)) == 1
+
+
+async def test_a_subscription_made_twice_is_found_while_its_key_is_doubted(rig: Rig) -> None:
+    """Clean usage alone proves nothing of it: the doubt may be of its own creation."""
+    one = await reported(rig, 7)
+    first = one.subscription
+    acme = str(first.given["po_number"])
+    rig.world.site.configure(allow_multiple_subscriptions_per_plan=True)
+    rig.pass_(timedelta(minutes=2))
+    new = NewSubscription(first.plan.code, first.account.code, "USD", "manual", acme, ())
+    second = await rig.recurly._adapter.create_subscription(new, key="the same, unheeded")
+    await doubted_about(rig, acme)
+    rig.pass_(SETTLING + SECOND_LOOK)
+    await rig.work()
+    assert set(await rig.held()) == {"idempotency_ignored", "orphan_subscription"}
+    async with rig.store.read() as tx:
+        [item] = await held.standing(tx, kind="orphan_subscription")
+    assert second.uuid in item["reason"]
+    assert first.uuid in item["reason"]
+    assert sum("was made twice" in told for told in rig.channels.provider) == 1
 
 
 async def doubted_about(rig: Rig, *subscription_ids: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 from manual_clock import ManualClock
 
+from billingd.daemon import take_over
 from billingd.domain.errors import Misconfigured, NotDone, NotFound, Permanent, Refused, Retryable, Unknown
 from billingd.domain.sending import KEY_WINDOW, SECOND_LOOK
 from billingd.once import KEYS, Once
@@ -416,6 +417,46 @@ async def test_each_doubted_subscription_has_a_doubt_of_its_own(bench: Bench) ->
     assert await bench.once._keys_heeded()
 
 
+async def test_what_cannot_be_made_twice_casts_no_doubt(bench: Bench) -> None:
+    """Its code is taken once it is there: a retry that is no replay only says that the first never came."""
+    bench.far.plan = ["never arrives"]
+
+    async def write() -> str:
+        return await bench.once.write("plan:p", {}, send=bench.far.send, find=bench.far.find)
+
+    with pytest.raises(Unknown):
+        await write()
+    assert await write() == "id-1"
+    assert bench.far.doubt is None, "it was taken, so that no later write is thought to be the doubted one"
+    async with bench.store.read() as tx:
+        assert await held.standing(tx) == []
+        assert await outbox.select(tx, states=["pending"]) == []
+
+
+async def test_a_new_start_waits_only_for_what_may_be_on_its_way(bench: Bench) -> None:
+    """On SQLite nobody else is left to send it; elsewhere another worker may, for as long as one may take."""
+    bench.far.plan = ["never arrives"]
+    await bench.fails(Unknown)
+    await bench.write()  # keys are doubted from now on
+    bench.far.plan = ["bug"]
+
+    async def write() -> str:
+        return await bench.once.write("v", {}, send=bench.far.send, find=bench.far.find, about="s2")
+
+    with pytest.raises(KeyError):  # the end of the process: nothing is written down of it
+        await write()
+    bench.far.made.clear()
+    await take_over(bench.store, bench.clock.now())
+    bench.restart()
+    bench.clock.advance(SETTLING - SECOND if bench.store.sqlite else ATTEMPT + SETTLING - SECOND)
+    for left in (SECOND, SECOND_LOOK):
+        with pytest.raises(Unknown) as caught:
+            await write()
+        assert caught.value.retry_after == left
+        bench.clock.advance(left)
+    assert await write() == "id-1"
+
+
 class Lagging:
     """A site that ignores keys, whose list shows what was made only at the second look after it."""
 
@@ -440,7 +481,7 @@ async def test_a_site_that_ignores_keys_bills_twice_only_until_it_shows(bench: B
         far = Lagging()
         for _ in range(4):
             try:
-                await bench.once.write(name, {}, send=far.send, find=far.find)
+                await bench.once.write(name, {}, send=far.send, find=far.find, about=name)
                 break
             except Unknown:
                 bench.far.doubt = "create" if len(far.made) == 1 else None

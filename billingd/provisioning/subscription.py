@@ -345,7 +345,12 @@ class SubscriptionProvisioner:
 
         try:
             uuid = await self._once.write(
-                f"subscription:{subscription.id}", asdict(new), send=send, find=find, look_first=True
+                f"subscription:{subscription.id}",
+                asdict(new),
+                send=send,
+                find=find,
+                look_first=True,
+                about=subscription.id,
             )
         except Refused as error:
             reason = f"Subscription {subscription.title}: Recurly refused to create it: {error}"

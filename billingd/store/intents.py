@@ -107,6 +107,12 @@ async def gave_up(tx: Tx, name: str, *, sends: int, burnt: bool, now: datetime) 
         await tx.execute(_OF_NAME.where(intents.c.state == "open"), {"of_name": name, "burnt": True})
 
 
+async def end_sendings(tx: Tx, *, now: datetime) -> None:
+    """Every sending that seemed to run has ended: a new start on SQLite knows that no sender is left."""
+    running = sa.and_(sa.text("intents.state = 'open'"), intents.c.gave_up_at.is_(None))  # by its index
+    await tx.execute(sa.update(intents).where(running).values(gave_up_at=now))
+
+
 async def missed(tx: Tx, name: str, *, sends: int, now: datetime) -> None:
     """A look-up after the settling time found nothing of it."""
     await tx.execute(_SENT, {"of_name": name, "at_sends": sends, "missed_at": now})

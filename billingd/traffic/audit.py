@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, Protocol
 import structlog
 
 from billingd.domain.attempts import UNFINISHED, Leased
-from billingd.domain.billing import BilledUsage
+from billingd.domain.billing import BilledSubscription, BilledUsage
 from billingd.domain.delivery import CORRECTABLE
 from billingd.domain.errors import NotFound, Refused
 from billingd.domain.events import REPORT_USAGE, audit_action
@@ -45,6 +45,7 @@ class Billing(Protocol):
         end: datetime,
         status: Literal["all", "unbilled"] = "all",
     ) -> tuple[BilledUsage, ...]: ...
+    async def list_subscriptions(self, account_code: str) -> tuple[BilledSubscription, ...]: ...
     async def remove_usage(self, usage_id: str, *, key: str, retried: bool = False) -> None: ...
     def far_now(self) -> datetime: ...
 
@@ -81,7 +82,8 @@ class UsageAuditor:
             except NotFound:
                 continue  # a quota that came after this subscription: it has no such add-on
             verdicts.append(await self._add_on(link, add_on, there, begin))
-        if verdicts and all(verdicts):
+        looked = bool(verdicts) or not add_ons
+        if looked and all(verdicts) and await self._alone(link):
             await self._clear_doubt(link, began)
 
     async def _listed(
@@ -273,6 +275,42 @@ class UsageAuditor:
             if await held.add(tx, item, now=now):
                 log.error("audit.differs", held_kind=kind, about=about, units=units)
                 await outbox.insert(tx, [notice], now=now)
+
+    async def _alone(self, link: SubscriptionLink) -> bool:
+        """Whether it was made once; asked only while a key is doubted that may have been its own."""
+        async with self._store.read() as tx:
+            doubts = await held.standing(tx, kind=DOUBTED)
+        if not any(item["subscription_id"] == link.subscription_id for item in doubts):
+            return True
+        there = await self._billing.list_subscriptions(link.account_code)
+        others = [
+            one.uuid
+            for one in there
+            if one.marker == link.subscription_id and one.live and one.uuid != link.uuid
+        ]
+        if not others:
+            return True
+        await self._prove_doubt()
+        reason = (
+            f"Account {link.account_code} has {', '.join(others)} besides {link.uuid}, marked for the same "
+            f"subscription {link.title}: end what is too much at Recurly, refund it, then release this."
+        )
+        now = self._clock.now()
+        item = Hold(
+            "orphan_subscription",
+            f"audit:twice:{link.subscription_id}",
+            reason,
+            audit_action(link.subscription_id, because="released"),
+            subscription_id=link.subscription_id,
+        )
+        notice = provider_notice(
+            f"held:{item.kind}:{item.subject}:{now.isoformat()}", "A subscription was made twice", reason
+        )
+        async with self._store.write() as tx:
+            if await held.add(tx, item, now=now):
+                log.error("audit.subscription_twice", subscription=link.subscription_id, others=others)
+                await outbox.insert(tx, [notice], now=now)
+        return False
 
     async def _prove_doubt(self) -> None:
         """A double while keys are doubted: this site ignores them, until a person says otherwise."""

@@ -17,12 +17,11 @@ from sim_wire import SimConnection, SimSession, Wire
 from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
 from billingd.admin.metrics import Metrics
-from billingd.daemon import Daemon, Outside, assemble, loops
+from billingd.daemon import Daemon, Outside, assemble, loops, take_over
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import parse_amplify
 from billingd.sandbox import server
 from billingd.settings import Settings
-from billingd.store import outbox
 from billingd.store.engine import Store
 
 BASE: Final = "http://127.0.0.1:8010"
@@ -195,8 +194,7 @@ class Process:
         """What `billingd run` does, without listeners and signals."""
         store = Store(f"sqlite+aiosqlite:///{self._path}")
         settings = self._settings()
-        async with store.write() as tx:
-            await outbox.take_back_leases(tx, now=self._clock.now())
+        await take_over(store, self._clock.now())
         amplify, recurly = self._amplify(settings), self._recurly(settings)
         channels: Any = Channels(self._chance(f"people{self.number}"))
         outside = Outside(amplify, recurly, channels, Metrics())
