@@ -50,6 +50,7 @@ from billingd.provisioning.attach import AddOnAttacher
 from billingd.provisioning.ending import SubscriptionEnder
 from billingd.provisioning.linking import Linker
 from billingd.provisioning.plan import PlanProvisioner
+from billingd.provisioning.pricecheck import PriceCheck
 from billingd.provisioning.product import ProductProvisioner
 from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
 from billingd.reconcile.billed import BilledSurvey
@@ -234,6 +235,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         once,
         linker,
         absences,
+        PriceCheck(amplify, recurly),
         Policy(
             accounts_missing=settings.accounts.missing,
             collection_method=settings.recurly.collection_method,

@@ -167,6 +167,9 @@ class Resync:
                 enqueued = await outbox.insert(tx, [step.action for step in found.steps], now=now)
                 await self._tell_of_absence(tx, found, now)
                 await self._tell_of_charging(tx, found, now)
+                last = await marks.find(tx, marks.LISTED)
+                before = {} if last is None else {"before": min(last.at, found.began_at).isoformat()}
+                await marks.note(tx, marks.LISTED, at=found.began_at, detail=before)
                 if asked == self._asked:  # else of what may have been listed already: another is due
                     await marks.note(tx, marks.RESYNCED, at=found.began_at, detail=dict(found.counts))
             if asked != self._asked:  # also by whom did not see the mark yet, while it was being committed

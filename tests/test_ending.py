@@ -331,3 +331,52 @@ async def test_what_was_charged_is_told_once_the_invoices_can_be_read(rig: Rig, 
     [row] = await rig.rows(schema.subscription_links)
     assert row["state"] == "ended"
     assert (await rig.dead(), sum("renewed too late" in told for told in rig.channels.provider)) == ([], 1)
+
+
+@pytest.mark.parametrize("steps", [("reject",), ("cancel", "delete")], ids=["rejected", "archived, deleted"])
+async def test_a_renewal_before_its_end_was_heard_is_told(rig: Rig, steps: tuple[str, ...]) -> None:
+    """Two days away: the event says since when it is over, and what was charged since wants a refund."""
+    rig.watch()
+    await rig.catch_up()
+    rig.pass_(HOUR)
+    over_at = rig.far.now()
+    await rig.move("acme", steps[0])
+    rig.pass_(HOUR)
+    await rig.renew()
+    rig.pass_(HOUR)
+    for step in steps[1:]:
+        await rig.move("acme", step)
+    rig.pass_(timedelta(days=2))
+    for _ in range(6):
+        await rig.catch_up()
+        await rig.poll()
+        await rig.work(HOUR)
+    assert billed(rig)["state"] == "expired"
+    reason = (await rig.held())["renewed_after_end"]
+    assert "between" in reason
+    assert over_at.strftime("%Y-%m-%dT%H:%M") in reason
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("renewed", ["before the listing", "after it"])
+async def test_a_rejection_that_nobody_told_of_is_dated_by_the_last_listing(rig: Rig, renewed: str) -> None:
+    """No webhook, no feed: what renewed since everything was listed may be charged for nothing."""
+    if renewed == "before the listing":
+        rig.pass_(HOUR)
+        await rig.renew()
+        await rig.work()
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.drain()
+    rig.pass_(HOUR)
+    await rig.move("acme", "reject")
+    if renewed == "after it":
+        await rig.renew()
+    rig.pass_(7 * HOUR)
+    for _ in range(6):
+        rig.unheard.clear()
+        await rig.daemon.resync.run_once()
+        await rig.drain()
+        await rig.poll()
+        rig.pass_(HOUR)
+    assert billed(rig)["state"] == "expired"
+    assert list(await rig.held()) == ([] if renewed == "before the listing" else ["renewed_after_end"])

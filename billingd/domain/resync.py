@@ -370,9 +370,13 @@ class _Comparison:
     def _active(self, plan: ProductPlan, link: LinkedPlan) -> Iterator[str]:
         item = self._known.held.get(f"plan:{plan.name}")
         spec = self._specs.get(plan.id)
-        if plan.product_name not in self._labelled or isinstance(spec, NotOurs):
+        if plan.product_name not in self._labelled:
             if item is not None:
                 yield CLOSABLE
+            return
+        if isinstance(spec, NotOurs):
+            if item is None or spec.reason not in item.reason:
+                yield f"is linked, and will be held: {spec.reason}"
             return
         if spec is None:
             return

@@ -49,17 +49,23 @@ SERVED: Final = "ended_but_served"
 """Kinds of held items: an end that cannot come, and one that came although Amplify goes on serving."""
 
 
-def end_action(subscription_id: str, *, since: datetime | None = None) -> Action:
+def end_action(
+    subscription_id: str, *, since: datetime | None = None, served_until: datetime | None = None
+) -> Action:
     """End a subscription at Recurly, once its last usage has been reported.
 
     `since` is when that was asked for: a subscription that was served again may end a second time.
+    `served_until` is when it was certainly served the last time, if nobody knows since when it is over.
     """
+    args = {"id": subscription_id}
+    if served_until is not None:
+        args["served_until"] = served_until.isoformat()
     key = f"{END_SUBSCRIPTION}:{subscription_id}"
     return Action(
         END_SUBSCRIPTION,
         f"end:{subscription_id}",
         key if since is None else f"{key}:{since.isoformat()}",
-        {"id": subscription_id},
+        args,
     )
 
 
@@ -206,10 +212,11 @@ class SubscriptionEnder:
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
             + _told(link, how),
         )
-        charged = [] if theirs is None else await self._charged_since(link, link.usage_until)
+        served_until = min(link.usage_until, _served_until(action) or link.usage_until)
+        charged = [] if theirs is None else await self._charged_since(link, served_until)
         async with self._store.write() as tx:
             if charged:
-                await hold(tx, *_renewed(link, charged, now), now=now)
+                await hold(tx, *_renewed(link, charged, served_until, now), now=now)
             if not await links.end(tx, link.subscription_id, billed_state=how, now=now):
                 return None
             await held.close(tx, subject=_blocked(link), resolution="it has ended", now=now)
@@ -358,13 +365,27 @@ class SubscriptionEnder:
         return link.uuid if state in OVER or state == how else None
 
 
-def _renewed(link: SubscriptionLink, renewals: Sequence[datetime], now: datetime) -> tuple[Hold, Action]:
-    """It was over at Amplify, and renewed at Recurly before all its usage could be reported."""
+def _served_until(action: Leased) -> datetime | None:
+    said = action.args.get("served_until")
+    return None if said is None else datetime.fromisoformat(said)
+
+
+def _renewed(
+    link: SubscriptionLink, renewals: Sequence[datetime], served_until: datetime, now: datetime
+) -> tuple[Hold, Action]:
+    """It was over at Amplify, and renewed at Recurly before that was heard, or its usage reported."""
+    assert link.usage_until is not None
     times = ", ".join(one.isoformat() for one in renewals)
+    over, which = f"was over at {link.usage_until.isoformat()}", "that"
+    if served_until < link.usage_until:
+        over = (
+            f"was over at some time between {served_until.isoformat()}, when it was still served, and "
+            f"{link.usage_until.isoformat()}"
+        )
+        which = "what was charged after it was over"
     reason = (
-        f"Subscription {link.title} was over at {link.usage_until}, but Recurly renewed {link.uuid} "
-        f"({times}) before its last usage was reported, and charged the base price each time. Refund that "
-        "there, then release this."
+        f"Subscription {link.title} {over}, but Recurly renewed {link.uuid} ({times}) and charged the base "
+        f"price each time. Refund {which} there, then release this."
     )
     subject = f"subscription:{link.subscription_id}:renewed"
     item = Hold("renewed_after_end", subject, reason, None, link.subscription_id)

@@ -1,7 +1,7 @@
 """Provision plan: a product plan's measured units, plan and add-ons at Recurly, as Amplify prices them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final, Literal, Protocol
 
@@ -11,7 +11,7 @@ from billingd.domain.agreement import add_on_differences, differences
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledUsage
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota
-from billingd.domain.errors import NotFound, Permanent, Refused
+from billingd.domain.errors import NotFound, Permanent, Refused, Retryable
 from billingd.domain.events import PROVISION_PLAN, attach_action, subscription_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.pricing import AddOnSpec, Inexpressible, MeasuredUnitSpec, NotOurs, PlanSpec, translate
@@ -126,7 +126,8 @@ class PlanProvisioner:
         2. A deprecated plan only takes no new subscriptions; it is made for nobody any more, but linked
            where it is at Recurly already.
         3. One of a product labelled for us is translated; what cannot be is held.
-        4. Unit, plan and add-ons are ensured at Recurly; what is there and differs in price is held.
+        4. Unit, plan and add-ons are ensured at Recurly; what is there and differs in price is held, as is a
+           linked plan that Amplify does not charge for any more.
         5. What Amplify calls otherwise now is renamed.
         6. The link is written, then the attributes at Amplify; a new add-on goes to every subscription.
         """
@@ -141,13 +142,21 @@ class PlanProvisioner:
         if deprecated:
             await self._deprecate(plan)
         product = await self._catalog.find_product(plan.product_name)
-        if product is None or product.billing_system != BILLING_SYSTEM:
+        if product is None:  # hidden, or deleted: then its plans go with it, and each is judged on its own
+            log.info("plan.product_not_found", plan=name, product=plan.product_name)
+            return None
+        if product.billing_system != BILLING_SYSTEM:
             await self._release(name, "its product is not labelled billingSystem=recurly")
             return None
-        quotas = await self._catalog.list_quotas(name)
+        try:
+            quotas = await self._catalog.list_quotas(name)
+        except NotFound as error:  # of a plan that was found a moment ago
+            raise Retryable(f"Amplify does not show the quotas of plan {name}: {error}") from error
         await self._tell_of_gone(plan, quotas)
         translated = translate(plan, quotas)
         match translated:
+            case NotOurs(reason) if not deprecated and await self._is_linked(plan):
+                await self._hold(plan, "plan_differs", (reason, await self._meaning(plan)))
             case NotOurs(reason):
                 log.info("plan.not_ours", plan=name, reason=reason)
                 await self._release(name, reason)
@@ -181,7 +190,9 @@ class PlanProvisioner:
             return
         if ensured.wrong and plan.state == "active":
             await self._hold(plan, "plan_differs", (*ensured.wrong, await self._meaning(plan)))
-            await self._link(plan, product, spec, ensured.add_ons, resolution=None)
+            # subscriptions that exist go on in the currency they were made in
+            kept = replace(spec, currency=linked.currency) if linked is not None else spec
+            await self._link(plan, product, kept, ensured.add_ons, resolution=None)
             return
         await self._link(plan, product, spec, ensured.add_ons, resolution="provisioned")
         code = {"billingSystem": BILLING_SYSTEM, "recurlyPlanCode": spec.code}
@@ -199,6 +210,11 @@ class PlanProvisioner:
             "the price they were made at, until they end. New ones wait. Make both sides agree, at Recurly "
             "or at Amplify, then run `billingd resync` (it also runs by itself): this is released then."
         )
+
+    async def _is_linked(self, plan: ProductPlan) -> bool:
+        async with self._store.read() as tx:
+            linked = await links.find_plan(tx, plan.id)
+        return linked is not None and linked.state != "removed"
 
     async def _ensure_unit(self, unit: MeasuredUnitSpec) -> None:
         async def send(key: str, *, retried: bool) -> str:
@@ -300,6 +316,8 @@ class PlanProvisioner:
 
     async def _tell_of_gone(self, plan: ProductPlan, quotas: tuple[Quota, ...]) -> None:
         """A quota that an active plan lost: nothing is removed, for what was counted is billed still."""
+        if not quotas:
+            return  # no list at all is no evidence; then the plan itself is held
         there = {quota.id for quota in quotas}
         async with self._store.read() as tx:
             gone = [one for one in await links.add_ons_of(tx, plan.id) if one.quota_id not in there]

@@ -51,7 +51,8 @@ class ProductProvisioner:
 
         1. Gone: its plans go with it, in events that may come in any order, or never; each is asked for, and
            judged on its own, for a product may only be hidden from us.
-        2. Labelled: whatever of its plans and subscriptions is not linked yet is asked for.
+        2. Labelled: whatever of its plans and subscriptions is not linked yet is asked for; after a time
+           without its label the linked plans too, for they may have changed meanwhile.
         3. Not labelled while plans of it are linked: nothing is ended, for what was agreed is billed on. A
            person is told, until it is labelled again.
         """
@@ -90,19 +91,21 @@ class ProductProvisioner:
             if one.plan_id in ours and one.approval in WANTED and one.state not in OVER and not one.deleting
         ]
         async with self._store.write() as tx:
+            again = await held.standing(tx, subject=f"product:{product.name}", kind=UNLABELLED)
+            wanted = [*fresh, *(plan for plan in plans if again and plan.id in there)]
             await self._close(tx, product.name, "the product is labelled again")
             waiting = {
                 row["subject"]
                 for row in await outbox.select(tx, states=[State.PENDING], kind=PROVISION_SUBSCRIPTION)
             }
-            asked = [plan_action(plan.name, plan.id, because=because) for plan in fresh]
+            asked = [plan_action(plan.name, plan.id, because=because) for plan in wanted]
             for one in subscriptions:
                 ask = subscription_action(one.name, one.id, because=because)
                 if ask.subject not in waiting and await links.find_subscription(tx, one.id) is None:
                     asked.append(ask)
             added = await outbox.insert(tx, asked, now=self._clock.now())
         if added:
-            log.info("product.asked", product=product.name, plans=len(fresh), actions=added)
+            log.info("product.asked", product=product.name, plans=len(wanted), actions=added)
 
     async def _hold(self, product: Product, linked: list[PlanLink]) -> None:
         now = self._clock.now()

@@ -10,9 +10,10 @@ import structlog
 from billingd.domain.attempts import UNFINISHED, Action, Leased, State, Wait
 from billingd.domain.billing import Account, BilledSubscription, NewSubscription
 from billingd.domain.catalog import BILLING_SYSTEM, Person, Product, ProductPlan, Subscription
-from billingd.domain.errors import NotDone, NotFound, Permanent, Refused
+from billingd.domain.errors import NotDone, NotFound, Permanent, Refused, Retryable
 from billingd.domain.events import plan_action, subscription_action
 from billingd.domain.notices import provider_notice, subscriber_notice
+from billingd.domain.sending import SECOND_LOOK
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.provisioning import absence
@@ -22,8 +23,9 @@ from billingd.provisioning.ending import end_action, end_again, hold_served
 from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
-from billingd.store import held, intents, links, outbox
-from billingd.store.engine import Store
+from billingd.provisioning.pricecheck import PriceCheck
+from billingd.store import events, held, intents, links, marks, outbox
+from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import PlanLink, SubscriptionLink
 
@@ -33,6 +35,14 @@ OVER: Final = frozenset({"archived", "migrated"})
 """States of a subscription that Amplify no longer serves."""
 
 REFUSED: Final = "subscription_refused"
+
+_LAGS: Final = "Amplify showed it a moment ago and does not find it now: deleted since, or a read that lags"
+
+APPROVAL_LAGS: Final = timedelta(minutes=1)
+"""How much later than billingd's own approval its event may be dated: no later change is that one."""
+
+IN_LINE: Final = timedelta(minutes=1)
+"""How long a plan may take to be brought in line with Amplify before it is held against a subscription."""
 
 SOON: Final = timedelta(seconds=2)
 """How long to wait for another action that this one has asked for."""
@@ -99,6 +109,7 @@ class SubscriptionProvisioner:
         once: Once,
         linker: Linker,
         absences: Absences,
+        prices: PriceCheck,
         policy: Policy,
     ) -> None:
         self._store = store
@@ -108,6 +119,7 @@ class SubscriptionProvisioner:
         self._once = once
         self._linker = linker
         self._absences = absences
+        self._prices = prices
         self._policy = policy
         create = policy.accounts_missing == "create"
         self._accounts = Accounts(marketplace, billing, once, create_missing=create)
@@ -117,7 +129,8 @@ class SubscriptionProvisioner:
 
         1. Over (deleted, archived, migrated, rejected): begin its end.
         2. Pending or approved, and not linked: find its plan and its account, or hold it.
-        3. Create the Recurly subscription, once; write the link, then the attributes.
+        3. Create the Recurly subscription, once, if the prices at both sides agree; write the link, then the
+           attributes.
         4. Approve what is still pending, then tell provider and subscriber.
         """
         name, subscription_id = action.args["name"], action.args["id"]
@@ -130,7 +143,7 @@ class SubscriptionProvisioner:
             await self._absences.seen("subscription", subscription_id)
         else:
             replaced = subscription is not None  # the name is used again; ours was deleted
-            gone = await self._gone(action.args, link, replaced=replaced)
+            gone = await self._gone(action.args, link, replaced=replaced, first=action.attempt <= 1)
             if isinstance(gone, Wait):
                 return gone
             subscription, until = None, gone
@@ -158,7 +171,7 @@ class SubscriptionProvisioner:
         return None
 
     async def _gone(
-        self, args: Mapping[str, Any], link: SubscriptionLink | None, *, replaced: bool
+        self, args: Mapping[str, Any], link: SubscriptionLink | None, *, replaced: bool, first: bool = False
     ) -> datetime | Wait | None:
         """When what is not found was over at the latest (None: not known), or that it may only be hidden."""
         if link is not None and link.state in {"ending", "ended"}:
@@ -170,6 +183,10 @@ class SubscriptionProvisioner:
         if at is not None or replaced:
             return at
         if link is None and "uuid" not in args and (made is None or made.state == "refused"):
+            if first:
+                raise Retryable(
+                    f"{args['name']} is not found at Amplify: a read may lag", retry_after=SECOND_LOOK
+                )
             return None  # there is nothing at Recurly to end
         return await self._absences.judge(missing)
 
@@ -210,8 +227,7 @@ class SubscriptionProvisioner:
         product = await self._marketplace.find_product(subscription.product_name)
         ours = product is not None and product.billing_system == BILLING_SYSTEM
         if not ours and not await self._moved_here(subscription):
-            log.info("subscription.not_ours", subscription=subscription.id)
-            return None
+            return await self._not_ours(subscription, "its product is not labelled", hidden=product is None)
         plan = await self._plan(subscription)
         if not isinstance(plan, PlanLink):
             return plan
@@ -267,7 +283,22 @@ class SubscriptionProvisioner:
                 "it was ever linked. Reject it in the Marketplace, or move it to another plan."
             )
             return await self._hold(subscription, "plan_not_offered", reason)
-        log.info("subscription.plan_not_ours", subscription=subscription.id, plan=subscription.plan_name)
+        why = f"its plan {subscription.plan_name} is none that is billed"
+        return await self._not_ours(subscription, why, hidden=there is None)
+
+    async def _not_ours(self, subscription: Subscription, why: str, *, hidden: bool) -> Wait | None:
+        """Let go of it, and of what is held of it. What is only not shown may be ours still, if it ever was.
+
+        Whatever is ours again is asked for again, by its product or by the next resync.
+        """
+        subject = f"subscription:{subscription.id}"
+        async with self._store.write() as tx:
+            if not hidden:
+                await held.close(tx, subject=subject, resolution=why, now=self._clock.now())
+            standing = await held.standing(tx, subject=subject)
+        if standing:
+            return Wait(self._policy.look_again, f"{subscription.title}: {why}, or Amplify does not show it")
+        log.info("subscription.not_ours", subscription=subscription.id, why=why)
         return None
 
     async def _account(self, subscription: Subscription) -> str | Wait | None:
@@ -293,7 +324,10 @@ class SubscriptionProvisioner:
         self, subscription: Subscription, plan: PlanLink, account: str
     ) -> SubscriptionLink | Wait | None:
         """Create at Recurly, after looking for the marker: no crash or lost answer makes two."""
-        theirs = await self._billing.list_subscriptions(account)
+        try:
+            theirs = await self._billing.list_subscriptions(account)
+        except NotFound as error:  # of an account that was found a moment ago
+            raise Retryable(f"Recurly does not list account {account} yet: {error}") from error
         same = [one for one in theirs if one.plan_code == plan.plan_code and one.live]
         beside = [one for one in same if one.marker != subscription.id]
         if beside and beside == same and (why := await self._refused_before(subscription)):
@@ -316,6 +350,9 @@ class SubscriptionProvisioner:
                 f"{plan.plan_code} ({there.uuid}) {what}. {mend}"
             )
             return await self._hold(subscription, "subscription_unmarked", reason)
+        made_already = any(one.marker == subscription.id for one in theirs)
+        if not made_already and (faults := await self._prices.faults(plan)):
+            return await self._priced_otherwise(subscription, plan, faults)
         async with self._store.read() as tx:
             add_ons = await links.add_ons_of(tx, plan.plan_id)
         new = NewSubscription(
@@ -377,6 +414,21 @@ class SubscriptionProvisioner:
             return await self._hold(subscription, "subscription_expired", reason)
         return await self._linker.link(subscription, plan, made)
 
+    async def _priced_otherwise(
+        self, subscription: Subscription, plan: PlanLink, faults: tuple[str, ...]
+    ) -> Wait:
+        """Wait until the plan was brought in line, or hold it: nobody new is charged what was not agreed."""
+        asked = plan_action(plan.name, plan.plan_id, because=f"prices:{subscription.id}")
+        async with self._store.write() as tx:
+            first = await outbox.insert(tx, [asked], now=self._clock.now())
+        if first:  # a quota may just be on its way, or a list lag
+            return Wait(IN_LINE, f"plan {plan.title} is looked at again: {faults[0]}")
+        reason = (
+            f"Subscription {subscription.title} asks for plan {plan.title}, which would charge at Recurly "
+            f"what Amplify does not say: {' '.join(faults)}"
+        )
+        return await self._hold(subscription, "plan_held", reason)
+
     async def _refused_before(self, subscription: Subscription) -> str | None:
         """Why Recurly refused it, if that is still held: it is not asked again while nothing has changed."""
         async with self._store.read() as tx:
@@ -385,12 +437,15 @@ class SubscriptionProvisioner:
 
     async def _approve(self, subscription: Subscription, link: SubscriptionLink) -> Wait | None:
         """Write the attributes; approve only what is still pending; tell both sides once."""
-        await self._marketplace.set_attributes(
-            "subscriptions",
-            subscription.name,
-            {"recurlyAccountCode": link.account_code, "recurlySubscriptionUuid": link.uuid},
-            resource_id=subscription.id,
-        )
+        try:
+            await self._marketplace.set_attributes(
+                "subscriptions",
+                subscription.name,
+                {"recurlyAccountCode": link.account_code, "recurlySubscriptionUuid": link.uuid},
+                resource_id=subscription.id,
+            )
+        except NotFound as error:
+            raise Retryable(f"{_LAGS}: {error}") from error
         current = await self._marketplace.find_subscription(subscription.name)
         now = max(self._clock.now(), link.linked_at)  # the clock may have been set back
         if current is None or current.id != subscription.id:
@@ -407,12 +462,15 @@ class SubscriptionProvisioner:
         if pending:
             async with self._store.write() as tx:
                 await links.approving(tx, subscription.id, now=now)
-            await self._marketplace.decide(
-                subscription.name,
-                "approved",
-                f"Linked to Recurly subscription {link.uuid}",
-                resource_id=subscription.id,
-            )
+            try:
+                await self._marketplace.decide(
+                    subscription.name,
+                    "approved",
+                    f"Linked to Recurly subscription {link.uuid}",
+                    resource_id=subscription.id,
+                )
+            except NotFound as error:
+                raise Retryable(f"{_LAGS}: {error}") from error
         notices = [
             provider_notice(
                 f"subscription-linked:{subscription.id}",
@@ -471,9 +529,32 @@ class SubscriptionProvisioner:
             for what in ("ended", "add_ons", "served"):
                 over = "the subscription is over at Amplify"
                 await held.close(tx, subject=f"{subject}:{what}", resolution=over, now=now)
+            served = await self._served_last(tx, link, subscription, until)
             if await links.begin_ending(tx, subscription_id, usage_until=until):
-                await outbox.insert(tx, [end_action(subscription_id, since=now)], now=now)
+                asked = end_action(subscription_id, since=now, served_until=served)
+                await outbox.insert(tx, [asked], now=now)
                 log.info("subscription.ending", subscription=subscription_id, usage_until=until.isoformat())
+
+    async def _served_last(
+        self, tx: Tx, link: SubscriptionLink, subscription: Subscription | None, until: datetime
+    ) -> datetime:
+        """The last moment at which it was certainly served: what renewed later may be charged for nothing.
+
+        Amplify tells since when one is archived, and an event when one was changed or deleted. Else it was
+        served when everything was listed the last time before this.
+        """
+        if subscription is not None and subscription.state in OVER and subscription.state_at is not None:
+            return until
+        begun = link.approved_at or link.linked_at
+        changed = await events.first_change(tx, link.subscription_id, after=begun + APPROVAL_LAGS)
+        if changed is not None:
+            return min(changed, until)
+        missing = absence.of_subscription(link.subscription_id, link.name, link)
+        if subscription is None and await absence.deleted_at(tx, missing) is not None:
+            return until
+        listed = await marks.find(tx, marks.LISTED)
+        before = None if listed is None else listed.detail.get("before")
+        return min(until, begun if before is None else max(begun, datetime.fromisoformat(before)))
 
     async def _hold(self, subscription: Subscription, kind: str, reason: str) -> Wait:
         now = self._clock.now()

@@ -67,6 +67,18 @@ async def latest(tx: Tx, *, limit: int) -> list[dict[str, object]]:
     return [dict(row) for row in (await tx.execute(statement)).mappings()]
 
 
+async def first_change(tx: Tx, subscription_id: str, *, after: datetime) -> datetime | None:
+    """When the state or approval of a subscription first changed after a moment, as far as events tell."""
+    statement = (
+        sa.select(sa.func.min(events.c.happened_at))
+        .where(events.c.source == "amplify", events.c.kind == "Subscription")
+        .where(events.c.resource_id == subscription_id, events.c.subresource.in_(["approval", "state"]))
+        .where(events.c.happened_at > after)
+    )
+    changed: datetime | None = (await tx.execute(statement)).scalar_one()
+    return changed
+
+
 async def forget(tx: Tx, *, before: datetime) -> int:
     """Drop deliveries received before a moment; their ids may then be accepted anew."""
     return (await tx.execute(sa.delete(events).where(events.c.received_at < before))).rowcount

@@ -1,0 +1,67 @@
+"""Price check: a linked plan as both sides have it now, right before somebody is charged by it."""
+
+from typing import Protocol
+
+from billingd.domain.agreement import add_on_differences, differences
+from billingd.domain.billing import BilledAddOn, BilledPlan
+from billingd.domain.catalog import ProductPlan, Quota
+from billingd.domain.errors import NotFound, Retryable
+from billingd.domain.pricing import Inexpressible, NotOurs, translate
+from billingd.store.links import PlanLink
+
+
+class Catalog(Protocol):
+    """What is read at Amplify."""
+
+    async def find_product_plan(self, name: str) -> ProductPlan | None: ...
+    async def list_quotas(self, plan_name: str) -> tuple[Quota, ...]: ...
+
+
+class Billing(Protocol):
+    """What is read at Recurly."""
+
+    async def find_plan(self, code: str) -> BilledPlan | None: ...
+    async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]: ...
+
+
+class PriceCheck:
+    """Compares what Amplify charges with what Recurly would charge a new subscription.
+
+    A link says what was so when the plan was last looked at. Its prices may have changed since at either
+    side, and Recurly never changes those of a subscription that exists (recurly.md 4.6).
+    """
+
+    def __init__(self, catalog: Catalog, billing: Billing) -> None:
+        self._catalog = catalog
+        self._billing = billing
+
+    async def faults(self, plan: PlanLink) -> tuple[str, ...]:
+        """How a new subscription would be charged otherwise than Amplify says: sentences, none if it agrees.
+
+        Raises Retryable while Amplify does not show what is linked: that says nothing of its prices.
+        """
+        there = await self._catalog.find_product_plan(plan.name)
+        if there is None or there.id != plan.plan_id:
+            raise Retryable(f"Amplify does not show plan {plan.title} ({plan.name})")
+        try:
+            quotas = await self._catalog.list_quotas(plan.name)
+        except NotFound as error:
+            raise Retryable(f"Amplify does not show the quotas of plan {plan.title}: {error}") from error
+        spec = translate(there, quotas)
+        if isinstance(spec, NotOurs):
+            return (spec.reason,)
+        if isinstance(spec, Inexpressible):
+            return spec.reasons
+        billed = await self._billing.find_plan(plan.plan_code)
+        if billed is None:
+            return (f"Recurly does not show plan {plan.plan_code}.",)
+        faults = list(differences(spec, billed))
+        if billed.state != "active":
+            return tuple(faults)
+        add_ons = {one.code: one for one in await self._billing.list_add_ons(plan.plan_code, spec.currency)}
+        for one in spec.add_ons:
+            if one.code not in add_ons:
+                faults.append(f'Recurly does not show add-on "{one.code}".')
+            else:
+                faults += add_on_differences(one, add_ons[one.code])
+        return tuple(faults)

@@ -1,0 +1,179 @@
+"""Nobody new is charged by prices that Amplify does not say, however and wherever they came to differ."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from rig import HOUR, LOOK_AGAIN, PER_UNIT, Rig, a_rig
+
+from billingd.domain.events import plan_action
+from billingd.sandbox import control_amplify
+from billingd.store import schema
+
+MINUTE = timedelta(minutes=1)
+pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+"""The check asks the two far sides, not the store."""
+
+
+@pytest.fixture
+async def rig(store_url: str) -> AsyncIterator[Rig]:
+    async with a_rig(store_url) as made:
+        await made.product()
+        await made.plan()
+        await made.work()
+        await made.subscribe("acme")
+        await made.work()
+        made.channels.provider.clear()
+        yield made
+
+
+def spec(rig: Rig, kind: str, name: str) -> Any:
+    """What Amplify has of it, to be changed without a word to anybody."""
+    return next(each.body["spec"] for each in rig.world.tenant.resources.of_kind(kind) if each.name == name)
+
+
+async def looked_at(rig: Rig, because: str = "an event") -> None:
+    await rig.ask(plan_action("metered", None, because=because))
+    await rig.drain()
+
+
+async def costs_more_at_amplify(rig: Rig) -> None:
+    spec(rig, "ProductPlan", "metered")["billing"]["price"] = 20
+
+
+async def costs_more_at_recurly(rig: Rig) -> None:
+    [plan] = rig.world.site.plans.values()
+    plan.prices["USD"] += 5
+
+
+async def became_free(rig: Rig) -> None:
+    spec(rig, "ProductPlan", "metered")["type"] = "free"
+    await looked_at(rig)
+
+
+async def became_unlimited(rig: Rig) -> None:
+    spec(rig, "Quota", "calls")["pricing"] = {"type": "unlimited"}
+    await looked_at(rig)
+
+
+async def changed_without_its_label(rig: Rig) -> None:
+    await label(rig, None)
+    await rig.work()
+    spec(rig, "ProductPlan", "metered")["billing"]["price"] = 20
+    await looked_at(rig)
+    await label(rig, "recurly")
+
+
+async def label(rig: Rig, value: str | None) -> None:
+    asked = {"attributes": {"billingSystem": value}}
+    await rig.play(control_amplify.mark_product, asked, name="weather")
+
+
+@pytest.mark.parametrize(
+    "differ",
+    [
+        costs_more_at_amplify,
+        costs_more_at_recurly,
+        became_free,
+        became_unlimited,
+        changed_without_its_label,
+    ],
+)
+async def test_a_subscriber_waits_while_prices_differ(
+    rig: Rig, differ: Callable[[Rig], Awaitable[None]]
+) -> None:
+    """Whatever the link says, both sides are asked before somebody is charged; a person is told."""
+    await differ(rig)
+    late = await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    assert rig.billed(late) == []
+    assert rig.approval("late") == "pending"
+    assert set(await rig.held()) == {"plan_differs", "plan_held"}
+
+
+async def test_a_price_changed_back_lets_the_waiting_in(rig: Rig) -> None:
+    await costs_more_at_amplify(rig)
+    late = await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    spec(rig, "ProductPlan", "metered")["billing"]["price"] = 10
+    await looked_at(rig, "changed back")
+    await rig.work(2 * LOOK_AGAIN)
+    assert rig.approval("late") == "approved"
+    [billed] = rig.billed(late)
+    assert billed["state"] == "active"
+    assert await rig.held() == {}
+
+
+async def test_one_resync_that_finds_both_charges_nobody_wrongly(rig: Rig) -> None:
+    """A plan's action and its subscriber's run side by side: the one that is first changes nothing."""
+    for number in range(5):
+        name = f"plan-{number}"
+        await rig.plan(name)
+        await rig.work()
+        spec(rig, "ProductPlan", name)["billing"]["price"] = 20
+        late = await rig.subscribe(f"late-{number}", plan=name)
+        rig.unheard.clear()
+        rig.pass_(2 * MINUTE)
+        await rig.daemon.resync.run(dry_run=False)
+        await rig.drain()
+        assert rig.billed(late) == []
+
+
+async def hidden_quotas(rig: Rig) -> None:
+    rig.blind("Quota")
+
+
+async def hidden_product(rig: Rig) -> None:
+    rig.blind("Product")
+
+
+@pytest.mark.parametrize("hide", [hidden_quotas, hidden_product])
+async def test_what_is_not_shown_lifts_nothing(rig: Rig, hide: Callable[[Rig], Awaitable[None]]) -> None:
+    """No quota, or no product, in one answer: what was held of differing prices is held on."""
+    await costs_more_at_amplify(rig)
+    await looked_at(rig)
+    late = await rig.subscribe("late")
+    await rig.work()
+    assert set(await rig.held()) == {"plan_differs", "plan_held"}
+    await hide(rig)
+    await looked_at(rig, "while it is hidden")
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.drain()
+    rig.sighted()
+    await rig.work(2 * LOOK_AGAIN)
+    assert rig.billed(late) == []
+    assert not [told for told in rig.channels.provider if "is gone" in told]
+
+
+async def test_one_approved_by_hand_waits_on_a_deprecated_plan_too(rig: Rig) -> None:
+    await costs_more_at_amplify(rig)
+    await looked_at(rig)
+    late = await rig.subscribe("late")
+    await rig.work()
+    await rig.move("late", "approve")
+    await rig.work()
+    await rig.move_plan("metered", "deprecate")
+    await rig.work(2 * LOOK_AGAIN)
+    assert rig.billed(late) == []
+    assert "plan_held" in await rig.held()
+
+
+async def test_a_quota_added_without_its_label_is_attached_with_it(rig: Rig) -> None:
+    acme = (await rig.rows(schema.subscription_links))[0]["subscription_id"]
+    await label(rig, None)
+    await rig.work()
+    await rig.play(control_amplify.add_quota, {"name": "more", "pricing": PER_UNIT}, name="metered")
+    await rig.work()
+    await label(rig, "recurly")
+    await rig.work(HOUR)
+    [billed] = rig.billed(acme)
+    assert len(billed["add_ons"]) == 2
+
+
+async def test_a_changed_currency_leaves_the_amounts_of_those_there_alone(rig: Rig) -> None:
+    spec(rig, "ProductPlan", "metered")["billing"]["currency"] = "EUR"
+    await looked_at(rig)
+    [link] = await rig.rows(schema.plan_links)
+    assert link["currency"] == "USD"
+    assert set(await rig.held()) == {"plan_differs"}
