@@ -1,4 +1,4 @@
-"""A page to look at: an admin listener in a thread, over a store that is empty, busy, in trouble, or hostile."""
+"""A page to look at: an admin listener over a store that is empty, busy, in trouble, or hostile."""
 
 import asyncio
 import threading
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from aiohttp import web
 from linked import add_on, link, subscription
 from manual_clock import ManualClock
@@ -20,13 +20,12 @@ from billingd.domain.attempts import Action, State, Verdict
 from billingd.domain.drift import MISSING_RECORD, Drift
 from billingd.domain.events import Event
 from billingd.domain.periods import Period
-from billingd.domain.usage import UsageRecord
-from billingd.domain.windows import Window
 from billingd.loops import Progress
-from billingd.store import drift, events, held, outbox, periods, usage, watermarks
+from billingd.store import drift, events, held, outbox, periods, watermarks
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import PlanLink
+from billingd.store.schema import usage_records
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -117,23 +116,17 @@ async def records(
 ) -> None:
     """A record an hour, the newest `back` hours ago, each reported three minutes after it was recorded."""
     top = NOW.replace(minute=0, second=0) - back * HOUR
-    made = []
+    rows = []
     for number in range(hours):
-        window = Window(top - (number + 1) * HOUR, top - number * HOUR)
-        if (amount := units(number)) > 0:
-            tag = f"bd1:{name[:20]}:{number}:{state[:3]}"
-            made.append(UsageRecord(name, "q1", window, 1, amount, window.start, tag))
+        start = top - (number + 1) * HOUR
+        at = start + 3 * HOUR
+        row = {"subscription_id": name, "quota_id": "q1", "window_start": start, "window_end": start + HOUR}
+        row |= {"revision": 1, "units": units(number), "usage_timestamp": start, "state": state}
+        row |= {"merchant_tag": f"bd1:{name[:20]}:{start:%Y%m%d%H}", "recorded_at": at}
+        reported = {"reported_at": at, "usage_id": f"u{number}"} if state == "reported" else {}
+        rows.append(row | {"reported_at": None, "usage_id": None} | reported)
     async with store.write() as tx:
-        for record in made:
-            at = record.window.end + 2 * HOUR
-            placed = await usage.insert(
-                tx, [record], now=at, state="recorded" if state == "reported" else state
-            )
-            if state == "reported":
-                for record_id, _ in placed:
-                    await usage.reported(
-                        tx, record_id, usage_id=f"u{record_id}", now=at + timedelta(minutes=3)
-                    )
+        await tx.execute(sa.insert(usage_records), [row for row in rows if row["units"]])
 
 
 async def period(store: Store, name: str, began: timedelta = 12 * DAY) -> None:
@@ -312,10 +305,3 @@ def in_thread(url: str, fill: Callable[[Behind], Any]) -> Iterator[tuple[str, Be
         if "stop" in box:
             loop.call_soon_threadsafe(box["stop"].set)
         thread.join(60)
-
-
-def shots() -> Path:
-    """Where screenshots are kept: ignored by git, kept by CI as artefacts."""
-    folder = Path(__file__).parent.parent / "build" / "screenshots"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

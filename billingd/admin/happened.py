@@ -1,5 +1,6 @@
 """The last events as the page tells them: what came in, what was done, what a person did; newest first."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -9,6 +10,8 @@ SETTLED_READ: Final = 60
 """Rows of each sort that are looked at."""
 
 TOLD: Final = 20
+
+_CAPITAL: Final = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ def happened(
 
 
 def _event(row: Mapping[str, Any]) -> Happened:
-    what = f"{row['kind']} {row['type'].removeprefix('Resource').lower()}".strip()
+    happened_to_it = _CAPITAL.sub(" ", row["type"].removeprefix("Resource")).lower()
+    what = f"{row['kind']} {happened_to_it}".strip()
     came = {"webhook": "by webhook", "feed": "by the feed", "both": "by feed and webhook"}[row["via"]]
     return Happened(row["received_at"], "event", what, row["name"], came)
 

@@ -99,6 +99,8 @@ def _span(length: timedelta) -> str:
 
 def _ago(moment: datetime, now: datetime) -> str:
     """How long ago that was, or will be."""
+    if abs(now - moment) < timedelta(seconds=2):
+        return "just now"
     return f"{_span(now - moment)} ago" if moment <= now else f"in {_span(moment - now)}"
 
 

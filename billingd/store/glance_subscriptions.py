@@ -12,9 +12,9 @@ import sqlalchemy as sa
 
 from billingd.domain.delivery import OVER
 from billingd.domain.drift import WRONG_AMOUNT
-from billingd.store import links
+from billingd.store import glance, links
 from billingd.store.engine import Tx
-from billingd.store.glance import COUNT_MAX, UNREPORTED, Sum, count
+from billingd.store.glance import UNREPORTED, Sum, count
 from billingd.store.links import SubscriptionLink
 from billingd.store.schema import add_on_links, drift, plan_links, subscription_links, usage_records
 
@@ -59,7 +59,7 @@ async def waiting_subscriptions(tx: Tx, *, limit: int) -> list[Linked]:
         sa.select(columns.subscription_id)
         .where(UNREPORTED, columns.state.in_(["recorded", "held"]))
         .order_by(columns.subscription_id)
-        .limit(COUNT_MAX)
+        .limit(glance.COUNT_MAX)
         .subquery()
     )
     ids = list((await tx.execute(sa.select(some.c.subscription_id).distinct().limit(limit))).scalars())
@@ -151,7 +151,7 @@ async def waiting(tx: Tx, shown: Sequence[Linked], *, now: datetime) -> dict[str
             columns.state.in_(["recorded", "held"]),
             columns.subscription_id.in_([one.link.subscription_id for one in shown]),
         )
-        .limit(COUNT_MAX)
+        .limit(glance.COUNT_MAX)
         .subquery()
     )
     statement = sa.select(
@@ -172,7 +172,7 @@ async def served_beyond(tx: Tx, run_id: int, shown: Sequence[Linked], *, since: 
         sa.select(drift)
         .where(drift.c.reconciliation_id == run_id)
         .order_by(drift.c.id)
-        .limit(COUNT_MAX)
+        .limit(glance.COUNT_MAX)
         .subquery()
     )
     signed = sa.case((some.c.kind == WRONG_AMOUNT, -some.c.units), else_=some.c.units)

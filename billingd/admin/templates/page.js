@@ -3,10 +3,10 @@
 (() => {
   const root = document.documentElement;
   const find = (id) => document.getElementById(id);
-  const said = find("said"), away = find("away"), ask = find("ask"), pause = find("pause");
+  const said = find("said"), away = find("away"), ask = find("ask"), pauser = find("pause");
   const every = Number(root.dataset.every) * 1000;
   const busy = new Set();
-  let paused = false, asking = null, timer = 0, turn = 0;
+  let paused = false, asking = null, timer = 0, turn = 0, soon = 0;
   root.classList.add("live");
 
   // What the server sent is parsed and compared, never run: the policy allows no other script.
@@ -77,7 +77,9 @@
       if (away.hidden) away.textContent = `billingd does not answer (${error.message}); what you see is old. It is asked again by itself.`;
       away.hidden = false;
     }
-    if (!paused) timer = setTimeout(update, document.hidden ? every * 12 : every);
+    const pause = soon > 0 ? 1000 : document.hidden ? every * 12 : every;
+    soon = Math.max(soon - 1, 0);
+    if (!paused) timer = setTimeout(update, pause);
   }
 
   function say(text, bad) {
@@ -103,6 +105,7 @@
       say(`${label}: ${about}, no answer (${error.message}); look before you try again`, true);
     }
     busy.delete(post);
+    soon = 3; // what was begun is over in a moment
     await update();
   }
 
@@ -143,10 +146,10 @@
     send(post, wanted ? { reason } : {}, label, about);
   });
   find("ask-cancel").addEventListener("click", () => ask.close());
-  pause.addEventListener("click", () => {
+  pauser.addEventListener("click", () => {
     paused = !paused;
-    pause.setAttribute("aria-pressed", String(paused));
-    pause.textContent = paused ? "Go on updating" : "Pause updates";
+    pauser.setAttribute("aria-pressed", String(paused));
+    pauser.textContent = paused ? "Go on updating" : "Pause updates";
     clearTimeout(timer);
     if (!paused) update();
   });
