@@ -165,9 +165,8 @@ async def busy(store: Store) -> None:
     await link(store, *subs, now=NOW - 40 * DAY)
     for place, name in enumerate(names):
         await period(store, name)
-        await records(
-            store, name, hours=330 - 60 * place, units=lambda n, p=place: (n * (p + 3)) % 97 * (n % 24 > 8)
-        )
+        units = [(n * (place + 3)) % 97 * (n % 24 > 8) for n in range(330 - 60 * place)]
+        await records(store, name, hours=len(units), units=units.__getitem__)
     async with store.write() as tx:
         at = NOW.replace(minute=0, second=0) - 2 * HOUR
         await watermarks.begin(tx, "metrics", at, HOUR, now=NOW - timedelta(minutes=30))
@@ -273,7 +272,8 @@ async def hostile(store: Store) -> None:
 @contextmanager
 def in_thread(url: str, fill: Callable[[Behind], Any]) -> Iterator[tuple[str, Behind]]:
     """The listener's address, while a thread of its own serves it; what fills its store is awaited there."""
-    ready, box, loop = threading.Event(), {}, asyncio.new_event_loop()
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+    box: dict[str, Any] = {}
 
     async def serve() -> None:
         async with Store(url) as store:

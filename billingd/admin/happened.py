@@ -54,7 +54,7 @@ def _event(row: Mapping[str, Any]) -> Happened:
 
 
 def _settled(row: Mapping[str, Any]) -> Happened:
-    outcome = row["state"] if row["state"] == "done" else f"{row['state']}: {row['error']}"
+    outcome = {"done": "done", "dead": f"dead: {row['error']}"}.get(row["state"], str(row["error"]))
     return Happened(row["settled_at"], "action", row["kind"], row["subject"], outcome)
 
 

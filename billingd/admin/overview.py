@@ -1,5 +1,6 @@
 """What the page says, read in one view of the store and within bounds (`store.glance`)."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from billingd.store import glance_subscriptions as subscribed
 from billingd.store.engine import Store, Tx
 from billingd.store.glance import Sum
 from billingd.store.glance_subscriptions import Linked, Waiting
+
+_OF_SUBSCRIPTION: Final = re.compile(r"(?:subscription|usage|window):(?!bd1:)([^:]+)")
 
 LISTED: Final = 20
 """Dead letters, held items and subscriptions on one page."""
@@ -130,8 +133,27 @@ async def read(store: Store, seen: Seen, where: Where) -> dict[str, Any]:
             settled,
             await glance.last_history(tx, limit=SETTLED_READ),
         )
+        document["names"] = await _named(tx, document)
     document["verdict"] = verdict(document, seen)
     return document
+
+
+async def _named(tx: Tx, document: Mapping[str, Any]) -> dict[str, str]:
+    """What people call what is listed, by its subject, where that is known; rows are given it as `named`."""
+    rows = [row for part in ("dead", "held", "waiting") for row in document[part]["listed"]] + document[
+        "drift"
+    ]["listed"]
+    subjects = {row["subject"]: row.get("subscription_id") for row in rows}
+    subjects |= {one.about: None for one in document["happened"] if one.about not in subjects}
+    ids = {}
+    for subject, known in subjects.items():
+        found = _OF_SUBSCRIPTION.match(subject)
+        ids[subject] = known or (found[1] if found else "")
+    titles = await subscribed.titles(tx, {one for one in ids.values() if one})
+    names = {subject: titles.get(one, "") for subject, one in ids.items()}
+    for row in rows:
+        row["named"] = names[row["subject"]] or ((row.get("args") or {}).get("name") or "")
+    return names
 
 
 def _latest(*moments: datetime | None) -> datetime | None:
@@ -240,7 +262,7 @@ def _subscription(
         "recorded": recorded,
         "reported": by_state["reported"],
         "billed": billed,
-        "held": by_state["held"],
+        "written_off": by_state["written_off"],
         "waiting": waiting,
         "ends_at": ends_at if is_open else None,
         "chart": chart(units, over),

@@ -104,9 +104,9 @@ def _ago(moment: datetime, now: datetime) -> str:
     return f"{_span(now - moment)} ago" if moment <= now else f"in {_span(moment - now)}"
 
 
-def _short(text: str) -> str:
+def _short(text: str, at_most: int = TEXT_MAX) -> str:
     """The beginning of a text that may be endless; the commands show all of it."""
-    return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}…"
+    return text if len(text) <= at_most else f"{text[:at_most]}…"
 
 
 def _plus(number: int, more: bool) -> str:

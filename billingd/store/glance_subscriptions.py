@@ -3,7 +3,7 @@
 As everything in `store.glance`, each read ends at a limit or within an index range.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -64,6 +64,14 @@ async def waiting_subscriptions(tx: Tx, *, limit: int) -> list[Linked]:
     )
     ids = list((await tx.execute(sa.select(some.c.subscription_id).distinct().limit(limit))).scalars())
     return await _linked(tx, subscription_links.c.subscription_id.in_(ids), limit) if ids else []
+
+
+async def titles(tx: Tx, ids: Collection[str]) -> dict[str, str]:
+    """What people call these subscriptions, those that are linked."""
+    columns = subscription_links.c
+    named = sa.func.coalesce(sa.func.nullif(columns.title, ""), columns.name)
+    statement = sa.select(columns.subscription_id, named).where(columns.subscription_id.in_(sorted(ids)))
+    return {name: str(title) for name, title in await tx.execute(statement)}
 
 
 @dataclass(frozen=True, slots=True)
