@@ -40,8 +40,6 @@ def opened(
     browser: Browser,
     address: str,
     *,
-    width: int = 1200,
-    scheme: str = "light",
     script: bool = True,
     may_fail: tuple[str, ...] = (),
 ) -> Iterator[Page]:
@@ -50,8 +48,7 @@ def opened(
     `may_fail` are words of console messages that a test provokes.
     """
     context: BrowserContext = browser.new_context(
-        viewport={"width": width, "height": 900},
-        color_scheme="dark" if scheme == "dark" else "light",
+        viewport={"width": 1200, "height": 900},
         java_script_enabled=script,
         reduced_motion="reduce",
     )

@@ -51,6 +51,7 @@ async def page(store: Store) -> AsyncIterator[Page]:
         yield Page(behind, client)
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 async def test_nothing_from_outside_is_markup_and_the_policy_allows_two_hashes(page: Page) -> None:
     """No handler, no style attribute, no other script; what the hashes are of is just what is there."""
     await bench.hostile(page.store)
@@ -75,6 +76,7 @@ async def test_nothing_from_outside_is_markup_and_the_policy_allows_two_hashes(p
         assert directive in page.policy
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 async def test_endless_texts_are_cut(page: Page) -> None:
     """What a far side says may be a megabyte."""
     await bench.dead(page.store, Action("report_usage", "s", "d"), error="x" * 1_000_000, at=NOW)
@@ -83,6 +85,7 @@ async def test_endless_texts_are_cut(page: Page) -> None:
     assert len(text) < 60_000
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("query", ["?dead_after=x", "?held_after=-1", "?dead_after=99999999999999999999"])
 async def test_a_place_that_is_none_is_refused(page: Page, query: str) -> None:
     """By its name; an empty one is the beginning."""
@@ -340,6 +343,7 @@ async def test_what_came_alike_in_a_row_is_one_line() -> None:
     ]
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 async def test_only_what_may_be_written_off_has_the_button(page: Page) -> None:
     """The others can be mended, and are only released."""
     record = Action("report_usage", "u", "", {"record": 1})

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect
 from billingd.domain.attempts import Action
 from billingd.domain.errors import Retryable
 
-PHONE = 360
+WIDE, PHONE = 1200, 360
 
 
 async def empty(_: Behind) -> None:
@@ -82,20 +82,19 @@ NAMELESS = """
 @pytest.mark.parametrize("state", FILLS)
 def test_it_is_readable_on_a_phone_and_in_the_dark(browser: Browser, url: str, state: str) -> None:
     """Nothing sticks out at 360 px, all text has contrast, everything has a name; with pictures of it."""
-    with bench.in_thread(url, FILLS[state]) as (address, _):
+    with bench.in_thread(url, FILLS[state]) as (address, _), opened(browser, address) as page:
         grounds = set()
+        tables = page.get_by_role("table")
+        assert tables.count() == page.locator("table:has([role=columnheader])").count()
         for scheme in ("light", "dark"):
-            with opened(browser, address, scheme=scheme) as page:
-                grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-                assert page.evaluate("document.documentElement.scrollWidth") == 1200
-                page.screenshot(path=shots() / f"{state}-{scheme}.png", full_page=True)
-                page.set_viewport_size({"width": PHONE, "height": 780})
-                assert page.evaluate("document.documentElement.scrollWidth") == PHONE
-                page.screenshot(path=shots() / f"{state}-{scheme}-phone.png", full_page=True)
-                assert page.evaluate(CONTRAST) == []
-                assert page.evaluate(NAMELESS) == []
-                tables = page.get_by_role("table")
-                assert tables.count() == page.locator("table:has([role=columnheader])").count()
+            page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+            grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            for width, name in ((WIDE, ""), (PHONE, "-phone")):
+                page.set_viewport_size({"width": width, "height": 800})
+                assert page.evaluate("document.documentElement.scrollWidth") == width
+                page.screenshot(path=shots() / f"{state}-{scheme}{name}.png", full_page=True)
+            assert page.evaluate(CONTRAST) == []
+            assert page.evaluate(NAMELESS) == []
         assert len(grounds) == 2
 
 
