@@ -12,7 +12,7 @@ DAYS ?=
 KILLS ?=
 PAIRS ?=
 
-.PHONY: help demo test chaos lint format bench wheel clean
+.PHONY: help demo browser test chaos lint format bench wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +27,13 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## the whole job against a local sandbox, with outages and kills (STORE=URL for PostgreSQL)
 	$(BIN)/billingd demo $(if $(STORE),--store $(STORE))
 
-test: $(READY) ## every test, on SQLite and on a real PostgreSQL
+browser: ## install Chromium for the tests of the page, where that is allowed; else say how
+	@command -v chromium >/dev/null 2>&1 || test -x "$$BILLINGD_CHROMIUM" || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null 2>&1 && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	  echo "no Chromium: the tests of the page in a browser are skipped; get it with: apt-get install chromium fonts-dejavu-core" >&2
+
+test: $(READY) browser ## every test, on SQLite and on a real PostgreSQL
 	$(BIN)/python -m pytest
 
 CHAOS_TESTS := $(if $(PART),$(sort $(wildcard tests/chaos/test_$(PART).py tests/chaos/test_$(PART)_*.py)),tests/chaos)

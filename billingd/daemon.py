@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice, pairwise
 from random import Random, SystemRandom
 from typing import Any, Final
 
@@ -350,6 +351,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
             reconciler=reconciler,
             adoption=adoption,
             watched=lambda: Watched(topic, settings.catch_up.every, missing=catch_up.missing),
+            usual_lag=_usual_lag(settings, clock.now()),
         )
     )
     return Daemon(
@@ -491,6 +493,14 @@ def _soon_until_open(
         return await idle() if await gate() else await read_back.idle()
 
     return gated
+
+
+def _usual_lag(settings: Settings, now: datetime) -> timedelta:
+    """How far behind the watermark is right before a poll that works; of uneven schedules, nearly."""
+    traffic = settings.traffic
+    firings = list(islice(CronSim(traffic.schedule, now), 50)) if " " in traffic.schedule else []
+    gaps = [after - before for before, after in pairwise(firings)] or [parse_duration(traffic.schedule)]
+    return traffic.settle + traffic.window + max(gaps)
 
 
 def _until_next(schedule: str, clock: Clock, poller: TrafficPoller) -> Callable[[], Awaitable[timedelta]]:

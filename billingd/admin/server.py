@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
-import jinja2
 import structlog
 from aiohttp import web
 
 from billingd.admin import operations, status
 from billingd.admin.explain import RECORDS_SHOWN, explain
+from billingd.admin.guard import guard, protect
 from billingd.admin.metrics import Metrics
 from billingd.admin.operations import NotForWritingOff, Selection
+from billingd.admin.overview import Seen, Where
+from billingd.admin.page import Page
 from billingd.domain.attempts import State
 from billingd.domain.errors import BillingdError, NotFound, Retryable
 from billingd.loops import Clock, Progress
@@ -23,8 +25,6 @@ log = structlog.get_logger()
 
 REACHED_LATELY: Final = timedelta(minutes=3)
 LIST_MAX: Final = 1_000
-SHOWN_MAX: Final = 100
-"""Subscriptions on the page."""
 
 
 class FarSide(Protocol):
@@ -89,6 +89,8 @@ class Parts:
     adoption: Adoption
     watched: Callable[[], status.Watched] = status.Watched
     reading_back: Callable[[], str | None] = lambda: None
+    usual_lag: timedelta = timedelta(hours=4)
+    """How far behind the watermark is right before a poll that works."""
 
 
 class AdminListener:
@@ -96,16 +98,16 @@ class AdminListener:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._page = jinja2.Environment(
-            loader=jinja2.PackageLoader("billingd.admin"), autoescape=True, undefined=jinja2.StrictUndefined
-        ).get_template("status.html")
+        self._page = Page()
 
     def application(self) -> web.Application:
         """The routes."""
-        application = web.Application(client_max_size=65_536, middlewares=[_answer, _only_from_commands])
+        application = web.Application(client_max_size=65_536, middlewares=[guard, _answer])
+        application.on_response_prepare.append(protect)
         application.router.add_routes(
             [
                 web.get("/", self._show),
+                web.get("/icon.svg", self._icon),
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
@@ -179,25 +181,28 @@ class AdminListener:
         text = self._parts.metrics.render(document, actions)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def _show(self, _request: web.Request) -> web.Response:
-        rows = await operations.selected(self._parts.store, Selection(), limit=50)
-        html = self._page.render(
-            status=await self._document(),
-            dead=[status.action_item(row) for row in rows],
-            subscriptions=await self._waiting_first(),
+    async def _show(self, request: web.Request) -> web.Response:
+        parts, query = self._parts, request.query
+        now = parts.clock.now()
+        seen = Seen(
+            now=now,
+            source=parts.source,
+            reasons=self._reasons(),
+            stuck=parts.progress.stuck(now),
+            watched=parts.watched(),
+            usual_lag=parts.usual_lag,
         )
-        headers = {
-            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-            "frame-ancestors 'none'",
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-store",
-        }
-        return web.Response(text=html, content_type="text/html", headers=headers)
+        where = Where(
+            dead_after=_number(query.get("dead_after") or "0", "dead_after", at_most=2**62),
+            held_after=_number(query.get("held_after") or "0", "held_after", at_most=2**62),
+            after=query.get("after", ""),
+        )
+        html = await self._page.render(parts.store, seen, where)
+        policy = {"Content-Security-Policy": self._page.policy}
+        return web.Response(text=html, content_type="text/html", headers=policy)
 
-    async def _waiting_first(self) -> list[dict[str, Any]]:
-        """Subscriptions for the page: those whose billing period is not complete come first."""
-        rows = await status.subscriptions(self._parts.store, now=self._parts.clock.now())
-        return sorted(rows, key=lambda row: row["period"] is None or row["period"]["complete"])[:SHOWN_MAX]
+    async def _icon(self, _request: web.Request) -> web.Response:
+        return web.Response(text=self._page.icon, content_type="image/svg+xml")
 
     async def _list(self, request: web.Request) -> web.Response:
         query = request.query
@@ -364,18 +369,6 @@ async def _answer(
     except Exception:  # a bug: said here, for aiohttp's own log also has every broken request of anybody
         log.exception("admin.failed", path=request.path)
         return _error(500, "failed", "a fault of billingd's own; its log has it")
-
-
-@web.middleware
-async def _only_from_commands(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """A web page can send neither a JSON content type nor our header to another origin without asking."""
-    if request.method == "POST" and (
-        request.content_type != "application/json" or "X-Billingd" not in request.headers
-    ):
-        return _error(403, "forbidden", "POST needs Content-Type: application/json and an X-Billingd header")
-    return await handler(request)
 
 
 def _error(status_: int, code: str, message: str) -> web.Response:

@@ -78,7 +78,7 @@ async def read(
             "position": None if place is None else place.position,
             "read_at": None if place is None else timestamp(place.read_at),
             "events": caught_up,
-            "state": _feed_state(watched, place, now),
+            "state": feed_state(watched, place, now),
         },
         "outbox": {
             "pending": by_state[State.PENDING],
@@ -112,7 +112,7 @@ async def read(
     }
 
 
-def _feed_state(watched: Watched, place: Place | None, now: datetime) -> str:
+def feed_state(watched: Watched, place: Place | None, now: datetime) -> str:
     """off | missing | never | behind | ok"""
     if not watched.topic:
         return "off"

@@ -1,7 +1,7 @@
 """The configuration of billingd (contract: TOML, environment, secret files)."""
 
 from billingd.settings.load import ConfigurationError, Fault, Loaded, Settings, load, missing_for_run, shown
-from billingd.settings.values import format_duration, host_port, parse_duration
+from billingd.settings.values import format_duration, host_port, is_loopback, parse_duration
 
 __all__ = [
     "ConfigurationError",
@@ -10,6 +10,7 @@ __all__ = [
     "Settings",
     "format_duration",
     "host_port",
+    "is_loopback",
     "load",
     "missing_for_run",
     "parse_duration",

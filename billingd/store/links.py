@@ -199,7 +199,8 @@ async def create_subscription(tx: Tx, link: SubscriptionLink) -> None:
     await tx.execute(sa.insert(subscription_links).values(**row))
 
 
-def _subscription(row: Sequence[Any]) -> SubscriptionLink:
+def subscription_of(row: Sequence[Any]) -> SubscriptionLink:
+    """The link in a row of its columns, in their order."""
     link = SubscriptionLink(*row)  # an amount is kept as text
     return link if link.unit_amount is None else replace(link, unit_amount=Decimal(link.unit_amount))
 
@@ -207,7 +208,7 @@ def _subscription(row: Sequence[Any]) -> SubscriptionLink:
 async def find_subscription_by_uuid(tx: Tx, uuid: str) -> SubscriptionLink | None:
     """The link of a Recurly subscription."""
     row = (await tx.execute(_SUBSCRIPTION_BY_UUID, {"of_uuid": uuid})).one_or_none()
-    return None if row is None else _subscription(row)
+    return None if row is None else subscription_of(row)
 
 
 async def is_linked_name(tx: Tx, name: str) -> bool:
@@ -219,7 +220,7 @@ async def is_linked_name(tx: Tx, name: str) -> bool:
 async def find_subscription(tx: Tx, subscription_id: str) -> SubscriptionLink | None:
     """The link of a subscription."""
     row = (await tx.execute(_SUBSCRIPTION, {"of_id": subscription_id})).one_or_none()
-    return None if row is None else _subscription(row)
+    return None if row is None else subscription_of(row)
 
 
 async def subscriptions(
@@ -231,7 +232,7 @@ async def subscriptions(
         statement = statement.where(subscription_links.c.plan_id == plan_id)
     if states:
         statement = statement.where(subscription_links.c.state.in_(states))
-    return [_subscription(row) for row in await tx.execute(statement)]
+    return [subscription_of(row) for row in await tx.execute(statement)]
 
 
 async def approving(tx: Tx, subscription_id: str, *, now: datetime) -> None:
@@ -286,7 +287,7 @@ async def _move(tx: Tx, subscription_id: str, leaves: tuple[str, ...], **values:
 
 async def billing(tx: Tx) -> list[SubscriptionLink]:
     """Subscriptions that Recurly may still invoice: all but those it showed as over."""
-    return [_subscription(row) for row in await tx.execute(_BILLING)]
+    return [subscription_of(row) for row in await tx.execute(_BILLING)]
 
 
 async def next_period_end(tx: Tx, *, after: datetime) -> datetime | None:
