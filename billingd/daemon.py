@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, Final
 
@@ -66,11 +67,14 @@ from billingd.traffic.periods import REFRESH_EVERY, PeriodWatch
 from billingd.traffic.poll import TrafficPoller
 from billingd.traffic.read_back import ReadBack
 from billingd.traffic.report import UsageReporter
+from billingd.troubles import TroubleWatch
 from billingd.webhooks import Authenticator, Tally, WebhookListener
+from billingd.wording import Wording
 
 log = structlog.get_logger()
 
 PROBE_EVERY: Final = timedelta(seconds=30)
+TROUBLES_EVERY: Final = timedelta(seconds=15)
 RETENTION_EVERY: Final = timedelta(hours=1)
 POLL_PATIENCE: Final = timedelta(hours=1)
 """A catch-up over weeks of windows may take this long before the process counts as stuck."""
@@ -97,6 +101,7 @@ class Daemon:
     webhooks: WebhookListener
     admin: AdminListener
     progress: Progress
+    troubles: TroubleWatch
 
 
 async def run(settings: Settings) -> None:
@@ -254,7 +259,8 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     )
     reporter = UsageReporter(store, clock, recurly, once, watch, look_again=look_again)
     auditor = UsageAuditor(store, clock, recurly, settling=settling)
-    notifier = Notifier(outside.announcer, amplify)
+    own_words = Path(settings.notifications.templates) if settings.notifications.templates else None
+    notifier = Notifier(store, clock, outside.announcer, amplify, Wording(own_words))
     handlers: dict[str, Handler] = {
         PROVISION_PRODUCT: products.provision,
         PROVISION_PLAN: plans.provision,
@@ -332,6 +338,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     topic = settings.catch_up.watch_topic
     catch_up = CatchUp(store, clock, amplify, intake, topic, resync)
     sides: dict[str, FarSide] = {"Amplify": amplify, "Recurly": recurly}
+    troubles = TroubleWatch(store, clock, sides, progress, notifier, engine.wake.set)
     admin = AdminListener(
         Parts(
             store=store,
@@ -366,6 +373,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         listener,
         admin,
         progress,
+        troubles,
     )
 
 
@@ -457,6 +465,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
             every(RETENTION_EVERY),
         ),
         "probe": loop("probe", lambda: _probe(daemon, away), every(PROBE_EVERY)),
+        "troubles": loop("troubles", daemon.troubles.run_once, every(TROUBLES_EVERY)),
     }
     if settings.catch_up.watch_topic:
         steps["feed"] = loop(

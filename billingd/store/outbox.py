@@ -201,6 +201,16 @@ async def discard(tx: Tx, action_id: int, *, reason: str, now: datetime) -> bool
     return moved.rowcount == 1
 
 
+async def finish(tx: Tx, ids: Sequence[int], *, now: datetime) -> int:
+    """What waits was done along with another action; return how many were still waiting."""
+    moved = await tx.execute(
+        sa.update(outbox)
+        .where(outbox.c.id.in_(ids), outbox.c.state == State.PENDING)
+        .values(state=State.DONE, settled_at=now, error=None)
+    )
+    return moved.rowcount
+
+
 async def find(tx: Tx, action_id: int) -> dict[str, Any] | None:
     """One action with everything that is known of it."""
     row = (await tx.execute(sa.select(outbox).where(outbox.c.id == action_id))).mappings().one_or_none()
@@ -255,6 +265,25 @@ async def oldest_pending(tx: Tx) -> datetime | None:
 async def newest(tx: Tx) -> int:
     """The id of the newest action, 0 when there is none: it grows with every action that is made."""
     return int((await tx.execute(sa.select(sa.func.max(outbox.c.id)))).scalar_one() or 0)
+
+
+_DEAD: Final = sa.select(sa.func.count(), sa.func.max(outbox.c.id), sa.func.min(outbox.c.settled_at)).where(
+    _in(outbox, [State.DEAD])
+)
+
+
+async def dead(tx: Tx) -> tuple[int, int, datetime | None]:
+    """How many dead letters there are, the newest one's id (0: there is none), when the first gave up."""
+    number, newest_id, first = (await tx.execute(_DEAD)).one()
+    return int(number), int(newest_id or 0), first
+
+
+async def dead_causes(tx: Tx, *, limit: int) -> list[tuple[str, str | None]]:
+    """Kind and error of dead letters, the newest first."""
+    statement = sa.select(outbox.c.kind, outbox.c.error).where(_in(outbox, [State.DEAD]))
+    return [
+        (row.kind, row.error) for row in await tx.execute(statement.order_by(outbox.c.id.desc()).limit(limit))
+    ]
 
 
 async def forget(tx: Tx, *, before: datetime) -> int:
