@@ -281,6 +281,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         patience=Patience(settings.outbox.attempts_max, settings.outbox.backoff, settings.outbox.backoff_max),
         rng=rng,
     )
+    progress.watch(engine.hung)
     poller = TrafficPoller(
         store,
         clock,
@@ -419,6 +420,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         *,
         gate: Callable[[], Awaitable[bool]] | None = None,
     ) -> Coroutine[Any, Any, None]:
+        progress.turned(name, clock.now(), patience=patience)  # one that never begins is overdue too
         return forever(
             name,
             step if gate is None else _once_open(gate, step),

@@ -247,12 +247,23 @@ async def subjects(tx: Tx, *, states: Sequence[str]) -> set[str]:
     return set((await tx.execute(statement)).scalars())
 
 
+_COUNT: Final = sa.select(outbox.c.state, outbox.c.kind, sa.func.count()).group_by(
+    outbox.c.state, outbox.c.kind
+)
+
+
 async def count(tx: Tx) -> dict[tuple[str, str], int]:
     """How many actions there are by (state, kind)."""
-    statement = sa.select(outbox.c.state, outbox.c.kind, sa.func.count()).group_by(
-        outbox.c.state, outbox.c.kind
-    )
-    return {(state, kind): number for state, kind, number in await tx.execute(statement)}
+    return {(state, kind): number for state, kind, number in await tx.execute(_COUNT)}
+
+
+async def count_waiting(tx: Tx) -> dict[tuple[str, str], int]:
+    """The same of those that are neither done nor discarded: their indexes alone are read."""
+    found: dict[tuple[str, str], int] = {}
+    for states in (UNFINISHED, [State.DEAD]):
+        for state, kind, number in await tx.execute(_COUNT.where(_in(outbox, states))):
+            found[state, kind] = number
+    return found
 
 
 async def oldest_pending(tx: Tx) -> datetime | None:

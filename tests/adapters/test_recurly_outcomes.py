@@ -434,7 +434,7 @@ async def test_many_calls_over_few_threads() -> None:
     async with world(threads=8) as w:
         await asyncio.gather(*(one(w, n) for n in range(400)))
         assert len(w.far.requests) == 400
-        assert [outcome for outcome, _ in w.observed] == ["done"] * 400
+        assert [outcome for outcome, _ in w.observed] == ["ok"] * 400
 
 
 async def test_many_calls_to_a_far_side_in_trouble() -> None:
@@ -457,7 +457,7 @@ async def test_outcomes_are_observed() -> None:
             with pytest.raises(BillingdError):
                 await w.recurly.create_usage(new_usage(), key="k1")
         await w.recurly.reach()
-        assert [outcome for outcome, _ in w.observed] == ["not_done", "not_found", "unknown", "done"]
+        assert [outcome for outcome, _ in w.observed] == ["not_done", "not_found", "unknown", "ok"]
 
 
 async def test_being_locked_out_is_not_being_reached() -> None:

@@ -170,5 +170,5 @@ def _reached(answer: Answer[Any]) -> bool:
 def _outcome(error: BillingdError | None) -> str:
     """NotDone -> not_done: the name of an outcome in metrics."""
     if error is None:
-        return "done"
+        return "ok"
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(error).__name__).lstrip("_")
