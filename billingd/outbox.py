@@ -139,12 +139,14 @@ class Outbox:
 
     async def _attempt(self, leased: Leased) -> None:
         handler = self._handlers.get(leased.kind)
+        outbox.CAUSE.set(leased.event_id)  # of this task alone
+        due_to = {"event_id": leased.event_id, "correlation": leased.correlation}
         with structlog.contextvars.bound_contextvars(
             action=leased.id,
             kind=leased.kind,
             subject=leased.subject,
             attempt=leased.attempt,
-            event_id=leased.event_id,
+            **{name: value for name, value in due_to.items() if value is not None},
         ):
             outcome: Wait | BaseException | None
             if handler is None:

@@ -4,6 +4,7 @@ Its hot statements are made once, here and in the other modules: building one ta
 """
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -13,7 +14,10 @@ from billingd.domain.attempts import UNFINISHED, Action, Leased, State, Verdict
 from billingd.domain.errors import Retryable
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
-from billingd.store.schema import UtcDateTime, outbox
+from billingd.store.schema import UtcDateTime, events, outbox
+
+CAUSE: Final[ContextVar[str | None]] = ContextVar("outbox_cause", default=None)
+"""The event whose action is attempted in this context: what is added meanwhile is due to it too."""
 
 
 class LeaseLost(Retryable):
@@ -49,7 +53,7 @@ async def insert(
             "due_at": due_at or now,
             "attempt": 0,
             "fence": 0,
-            "event_id": event_id,
+            "event_id": event_id or CAUSE.get(),
             "created_at": now,
         }
         for action in actions
@@ -66,7 +70,20 @@ async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[
     """
     given = {"now": now, "leased_until": now + lease, "at_most": limit}
     rows = (await tx.execute(_CLAIM, given)).mappings().all()
-    return sorted((_leased(row) for row in rows), key=lambda leased: leased.id)
+    event_ids = {row["event_id"] for row in rows} - {None}
+    known = {}
+    if event_ids:
+        found = await tx.execute(_CORRELATIONS, {"ids": sorted(event_ids)})
+        known = {row.id: row.correlation_id or row.id for row in found}
+    return sorted(
+        (_leased(row, known.get(row["event_id"], row["event_id"])) for row in rows),
+        key=lambda leased: leased.id,
+    )
+
+
+_CORRELATIONS: Final = sa.select(events.c.id, events.c.correlation_id).where(
+    events.c.source.in_(["amplify", "recurly"]), events.c.id.in_(sa.bindparam("ids", expanding=True))
+)
 
 
 def _claiming() -> sa.sql.dml.ReturningUpdate[Any]:
@@ -101,7 +118,7 @@ def _claiming() -> sa.sql.dml.ReturningUpdate[Any]:
 _CLAIM: Final = _claiming()
 
 
-def _leased(row: Mapping[Any, Any]) -> Leased:
+def _leased(row: Mapping[Any, Any], correlation: str | None) -> Leased:
     return Leased(
         row["id"],
         row["kind"],
@@ -111,6 +128,7 @@ def _leased(row: Mapping[Any, Any]) -> Leased:
         row["attempt"],
         row["fence"],
         row["event_id"],
+        correlation,
     )
 
 
