@@ -134,8 +134,8 @@ async def _migrate(store: Store, now: datetime) -> None:
     try:
         await migrate.check(store)
     except migrate.SchemaBehind:
-        if await migrate.current(store) is not None:
-            copy = copies.backup_file(store, None, now=now)
+        empty = await migrate.current(store) is None
+        if not empty and (copy := copies.before_upgrade(store, now=now)) is not None:
             log.info("store.backed_up", to=str(copy))
         before, after = await migrate.upgrade(store)
         log.info("store.upgraded", before=before, after=after)
