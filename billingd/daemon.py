@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice, pairwise
+from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, Final
 
@@ -68,11 +69,14 @@ from billingd.traffic.periods import REFRESH_EVERY, PeriodWatch
 from billingd.traffic.poll import TrafficPoller
 from billingd.traffic.read_back import ReadBack
 from billingd.traffic.report import UsageReporter
+from billingd.troubles import TroubleWatch
 from billingd.webhooks import Authenticator, Tally, WebhookListener
+from billingd.wording import Wording
 
 log = structlog.get_logger()
 
 PROBE_EVERY: Final = timedelta(seconds=30)
+TROUBLES_EVERY: Final = timedelta(seconds=15)
 RETENTION_EVERY: Final = timedelta(hours=1)
 POLL_PATIENCE: Final = timedelta(hours=1)
 """A catch-up over weeks of windows may take this long before the process counts as stuck."""
@@ -99,6 +103,7 @@ class Daemon:
     webhooks: WebhookListener
     admin: AdminListener
     progress: Progress
+    troubles: TroubleWatch
 
 
 async def run(settings: Settings) -> None:
@@ -131,8 +136,8 @@ async def _migrate(store: Store, now: datetime) -> None:
     try:
         await migrate.check(store)
     except migrate.SchemaBehind:
-        if await migrate.current(store) is not None:
-            copy = copies.backup_file(store, None, now=now)
+        empty = await migrate.current(store) is None
+        if not empty and (copy := copies.before_upgrade(store, now=now)) is not None:
             log.info("store.backed_up", to=str(copy))
         before, after = await migrate.upgrade(store)
         log.info("store.upgraded", before=before, after=after)
@@ -257,7 +262,8 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     )
     reporter = UsageReporter(store, clock, recurly, once, watch, look_again=look_again)
     auditor = UsageAuditor(store, clock, recurly, settling=settling)
-    notifier = Notifier(outside.announcer, amplify)
+    own_words = Path(settings.notifications.templates) if settings.notifications.templates else None
+    notifier = Notifier(store, clock, outside.announcer, amplify, Wording(own_words))
     handlers: dict[str, Handler] = {
         PROVISION_PRODUCT: products.provision,
         PROVISION_PLAN: plans.provision,
@@ -278,6 +284,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         patience=Patience(settings.outbox.attempts_max, settings.outbox.backoff, settings.outbox.backoff_max),
         rng=rng,
     )
+    progress.watch(engine.hung)
     poller = TrafficPoller(
         store,
         clock,
@@ -335,6 +342,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     topic = settings.catch_up.watch_topic
     catch_up = CatchUp(store, clock, amplify, intake, topic, resync)
     sides: dict[str, FarSide] = {"Amplify": amplify, "Recurly": recurly}
+    troubles = TroubleWatch(store, clock, sides, progress, notifier, engine.wake.set)
     admin = AdminListener(
         Parts(
             store=store,
@@ -370,6 +378,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         listener,
         admin,
         progress,
+        troubles,
     )
 
 
@@ -415,6 +424,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
         *,
         gate: Callable[[], Awaitable[bool]] | None = None,
     ) -> Coroutine[Any, Any, None]:
+        progress.turned(name, clock.now(), patience=patience)  # one that never begins is overdue too
         return forever(
             name,
             step if gate is None else _once_open(gate, step),
@@ -461,6 +471,7 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
             every(RETENTION_EVERY),
         ),
         "probe": loop("probe", lambda: _probe(daemon, away), every(PROBE_EVERY)),
+        "troubles": loop("troubles", daemon.troubles.run_once, every(TROUBLES_EVERY)),
     }
     if settings.catch_up.watch_topic:
         steps["feed"] = loop(

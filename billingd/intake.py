@@ -3,10 +3,14 @@
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from billingd.domain.events import Event, actions_for
 from billingd.loops import Clock
 from billingd.store import events, links, outbox
 from billingd.store.engine import Store, Tx
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Intake:
         `keep` writes the page's position in the same transaction, so that neither is kept without the other.
         """
         new = actions = 0
+        led: list[Event] = []
         async with self._store.write() as tx:
             known = await events.known(tx, "amplify", [event.id for event in found]) if found else set()
             for event in found:
@@ -54,7 +59,16 @@ class Intake:
                     continue
                 taken = await self._take(tx, event, "feed")
                 new, actions = new + taken.new, actions + taken.actions
+                if taken.actions:
+                    led.append(event)
             await keep(tx)
+        for event in led:
+            log.info(
+                "event.caught_up",
+                event_id=event.id,
+                resource=f"{event.kind}/{event.name}",
+                correlation=event.correlation_id or event.id,
+            )
         if actions:
             self._wake_outbox()
         return new, actions

@@ -45,14 +45,27 @@ class Progress:
 
     def __init__(self) -> None:
         self._turned: dict[str, tuple[datetime, timedelta]] = {}
+        self._also: list[Callable[[datetime], list[str]]] = []
 
     def turned(self, loop: str, now: datetime, *, patience: timedelta) -> None:
         """A loop finished a step; the next may take up to `patience`."""
         self._turned[loop] = (now, patience)
 
+    def watch(self, hung: Callable[[datetime], list[str]]) -> None:
+        """Ask this too: it names what has been under way for longer than it should."""
+        self._also.append(hung)
+
     def stuck(self, now: datetime) -> list[str]:
-        """The loops that are overdue, by name."""
-        return sorted(loop for loop, (at, patience) in self._turned.items() if now - at > patience)
+        """The loops that are overdue, and other work that hangs, by name."""
+        loops = sorted(loop for loop, (at, patience) in self._turned.items() if now - at > patience)
+        return loops + [name for hung in self._also for name in hung(now)]
+
+    def ages(self, now: datetime) -> dict[str, tuple[float, float]]:
+        """Seconds since each loop last turned, and how many it may take."""
+        return {
+            loop: ((now - at).total_seconds(), patience.total_seconds())
+            for loop, (at, patience) in sorted(self._turned.items())
+        }
 
 
 async def forever(

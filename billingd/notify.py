@@ -1,13 +1,31 @@
 """What a person is told. A notice is an action of its own, so a failing one never holds back billing."""
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final, Protocol
 
 import structlog
 
-from billingd.domain.attempts import Leased, Wait
+from billingd.domain.attempts import Leased, State, Wait
 from billingd.domain.catalog import Person
+from billingd.domain.errors import Retryable
+from billingd.domain.notices import DIGEST, NOTIFY_PROVIDER
+from billingd.loops import Clock
+from billingd.store import outbox
+from billingd.store.engine import Store
+from billingd.wording import Wording
 
 log = structlog.get_logger()
+
+TOGETHER_MAX: Final = 25
+"""Notices in one message: what is more goes into the next."""
+
+GIVE_UP: Final = timedelta(days=3)
+"""How long a notice is tried while its channel fails; then it is a dead letter."""
+
+PAUSE_MIN: Final = timedelta(seconds=15)
+PAUSE_MAX: Final = timedelta(minutes=10)
+"""Between two tries: a tenth of the notice's age, within these."""
 
 
 class People(Protocol):
@@ -17,9 +35,12 @@ class People(Protocol):
 
 
 class Channels(Protocol):
-    """What carries a notice; False when nobody is configured to be told."""
+    """What carries a notice: the provider's channels by name, and mail to a subscriber."""
 
-    async def tell_provider(self, title: str, body: str) -> bool: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    async def tell(self, name: str, title: str, body: str) -> None: ...
 
     async def tell_subscriber(self, email: str, title: str, body: str) -> bool: ...
 
@@ -27,22 +48,122 @@ class Channels(Protocol):
 class Notifier:
     """Handles the two kinds of notice."""
 
-    def __init__(self, channels: Channels, people: People) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, channels: Channels, people: People, wording: Wording
+    ) -> None:
+        self._store = store
+        self._clock = clock
         self._channels = channels
         self._people = people
+        self._wording = wording
+        self._told: dict[int, set[str]] = {}
+        """Channels that have had a notice which others still lack. After a restart they may have it again."""
+        self._failing: dict[str, str] = {}
 
     async def provider(self, action: Leased) -> Wait | None:
-        """Tell the provider."""
-        told = await self._channels.tell_provider(action.args["title"], action.args["body"])
-        log.info("notice.sent" if told else "notice.nobody_to_tell", title=action.args["title"])
-        return None
+        """Tell the provider, and send along what waits behind it; each channel has each notice once.
+
+        A channel that fails is tried again for three days, the others are left alone meanwhile.
+        """
+        if not self._channels.names:
+            log.info("notice.nobody_to_tell", topic=_topic(action.args))
+            return None
+        async with self._store.read() as tx:
+            rows = await outbox.select(
+                tx,
+                states=[State.PENDING],
+                kind=NOTIFY_PROVIDER,
+                subject=action.subject,
+                limit=TOGETHER_MAX - 1,
+            )
+            own = await outbox.find(tx, action.id)
+        args = {action.id: action.args} | {row["id"]: row["args"] for row in rows if row["id"] > action.id}
+        failures = [why for name in self._channels.names if (why := await self._tell(name, args)) is not None]
+        await self._settle_others(args, action.id)
+        if not failures:
+            self._told.pop(action.id, None)
+            return None
+        age = self._clock.now() - (self._clock.now() if own is None else own["created_at"])
+        if age >= GIVE_UP:
+            self._told.pop(action.id, None)
+            raise Retryable("; ".join(failures))
+        return Wait(min(max(age / 10, PAUSE_MIN), PAUSE_MAX), "; ".join(failures))
+
+    async def now(self, topic: str, facts: Mapping[str, Any]) -> bool:
+        """Tell the provider something that cannot be stored first; whether anybody heard. Never raises."""
+        title, body = self._wording.words(topic, facts)
+        heard = False
+        for name in self._channels.names:
+            try:
+                await self._channels.tell(name, title, body)
+            except Retryable as error:
+                log.warning("notice.not_sent", topic=topic, error=str(error))
+            else:
+                heard = True
+        return heard
 
     async def subscriber(self, action: Leased) -> Wait | None:
         """Mail the subscriber. A missing address is normal: many are service accounts."""
         person = await self._people.find_person(action.args["user_id"])
         if person is None or person.email is None:
-            log.info("notice.no_address", title=action.args["title"])
+            log.info("notice.no_address", topic=_topic(action.args))
             return None
-        body = action.args["body"].replace("{name}", person.name or "subscriber")
-        await self._channels.tell_subscriber(person.email, action.args["title"], body)
+        name = person.name or "subscriber"
+        if "facts" in action.args:
+            title, body = self._wording.words(action.args["topic"], action.args["facts"] | {"name": name})
+        else:  # of a billingd before 0.2
+            title, body = action.args["title"], action.args["body"].replace("{name}", name)
+        await self._channels.tell_subscriber(person.email, title, body)
         return None
+
+    async def _tell(self, name: str, args: Mapping[int, Mapping[str, Any]]) -> str | None:
+        """Send a channel what it lacks of these notices; None, or why it took nothing."""
+        lacking = {id_: one for id_, one in args.items() if name not in self._told.get(id_, ())}
+        if not lacking:
+            return None
+        notices = []
+        for one in lacking.values():
+            title, body = self._wording.words(_topic(one), _facts(one))
+            notices.append({"topic": _topic(one), "title": title, "body": body})
+        title, body = notices[0]["title"], notices[0]["body"]
+        if len(notices) > 1:
+            title, body = self._wording.words(DIGEST, {"notices": notices})
+        try:
+            await self._channels.tell(name, title, body)
+        except Retryable as error:
+            if self._failing.get(name) != str(error):
+                log.warning("notice.held_up", channel=name, error=str(error))
+            self._failing[name] = str(error)
+            return str(error)
+        if self._failing.pop(name, None) is not None:
+            log.info("notice.channel_recovered", channel=name)
+        log.info("notice.sent", channel=name, topics=[notice["topic"] for notice in notices])
+        for id_ in lacking:
+            self._told.setdefault(id_, set()).add(name)
+        return None
+
+    async def _settle_others(self, args: Mapping[int, Mapping[str, Any]], own: int) -> None:
+        """What was sent along, to every channel, is done."""
+        names = set(self._channels.names)
+        done = [id_ for id_ in args if id_ != own and names <= self._told.get(id_, set())]
+        if not done:
+            return
+        async with self._store.write() as tx:
+            await outbox.finish(tx, done, now=self._clock.now())
+        for id_ in done:
+            del self._told[id_]
+
+
+def moment(at: datetime) -> str:
+    """A time as notices have it."""
+    return f"{at:%Y-%m-%d %H:%M} UTC"
+
+
+def _topic(args: Mapping[str, Any]) -> str:
+    return str(args.get("topic", "notice"))
+
+
+def _facts(args: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "facts" in args:
+        return dict(args["facts"])
+    return {"topic": _topic(args), "title": args["title"], "body": args["body"]}

@@ -27,6 +27,9 @@ IDLE_MAX: Final = timedelta(seconds=1)
 RENEWALS: Final = 4
 """How often a lease is renewed in its own time: one renewal may fail, and another come late."""
 
+ATTEMPT_MAX: Final = timedelta(hours=1)
+"""Each call of an attempt is bounded; an attempt that takes longer than this hangs all the same."""
+
 SETTLE_AGAIN: Final = timedelta(seconds=1)
 
 
@@ -59,6 +62,7 @@ class Outbox:
         self._patience = patience
         self._rng = rng
         self._under_way: dict[asyncio.Task[None], Leased] = {}
+        self._began: dict[int, datetime] = {}
         self._renew_at = clock.now()
         self._claimed_at = -math.inf
         self._seen: _Seen | None = None
@@ -89,6 +93,7 @@ class Outbox:
         for leased in claimed:
             task = asyncio.create_task(self._attempt(leased), name=f"action-{leased.id}")
             self._under_way[task] = leased
+            self._began[leased.id] = now
             task.add_done_callback(self._finished)
         return bool(claimed)
 
@@ -119,18 +124,29 @@ class Outbox:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
 
+    def hung(self, now: datetime) -> list[str]:
+        """Actions whose attempt takes longer than any should: the loop turns all the same, a worker less."""
+        return [
+            f"action {leased.id} ({leased.kind})"
+            for leased in self._under_way.values()
+            if now - self._began[leased.id] > ATTEMPT_MAX
+        ]
+
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._under_way.pop(task, None)
+        if (leased := self._under_way.pop(task, None)) is not None:
+            self._began.pop(leased.id, None)
         self.wake.set()
 
     async def _attempt(self, leased: Leased) -> None:
         handler = self._handlers.get(leased.kind)
+        outbox.CAUSE.set(leased.event_id)  # of this task alone
+        due_to = {"event_id": leased.event_id, "correlation": leased.correlation}
         with structlog.contextvars.bound_contextvars(
             action=leased.id,
             kind=leased.kind,
             subject=leased.subject,
             attempt=leased.attempt,
-            event_id=leased.event_id,
+            **{name: value for name, value in due_to.items() if value is not None},
         ):
             outcome: Wait | BaseException | None
             if handler is None:

@@ -218,7 +218,7 @@ class WebhookListener:
             "webhook.accepted",
             event_id=event.id,
             resource=f"{event.kind}/{event.name}",
-            correlation=event.correlation_id,
+            correlation=event.correlation_id or event.id,
             duplicate=not taken.new,
             actions=taken.actions,
         )

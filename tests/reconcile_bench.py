@@ -262,8 +262,10 @@ async def show_drifts() -> None:
 
 
 class _Silent:
-    async def tell_provider(self, *_: str) -> bool:
-        return True
+    names = ()
+
+    async def tell(self, *_: str) -> None:
+        """Nobody is told."""
 
     async def tell_subscriber(self, *_: str) -> bool:
         return True

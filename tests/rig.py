@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import re
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -181,9 +182,13 @@ class Channels:
         self.provider: list[str] = []
         self.mails: list[tuple[str, str, str]] = []
 
-    async def tell_provider(self, title: str, body: str) -> bool:
-        self.provider.append(f"{title}: {body}")
-        return True
+    names = ("provider",)
+
+    async def tell(self, _name: str, title: str, body: str) -> None:
+        """What comes in one message is kept one by one."""
+        together = re.fullmatch(r"\d+ notices: .*", title)
+        each = re.split(r"^\d+\. ", body, flags=re.MULTILINE)[1:] if together else [f"{title}\n{body}"]
+        self.provider += [": ".join(one.strip().split("\n", 1)) for one in each]
 
     async def tell_subscriber(self, email: str, title: str, body: str) -> bool:
         self.mails.append((email, title, body))

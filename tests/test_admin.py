@@ -190,9 +190,11 @@ async def test_the_status_document_has_the_keys_others_rely_on(rig: Rig) -> None
 async def test_health_is_the_loops_progress(rig: Rig) -> None:
     """A loop that is overdue makes the process unhealthy, by name."""
     rig.progress.turned("traffic", rig.clock.now(), patience=timedelta(minutes=5))
-    assert await rig.get("/healthz") == (200, {"healthy": True, "stuck": []})
+    loops = {"traffic": {"turned_seconds_ago": 0.0, "may_take_seconds": 300.0}}
+    assert await rig.get("/healthz") == (200, {"healthy": True, "stuck": [], "loops": loops})
     rig.clock.advance(timedelta(minutes=6))
-    assert await rig.get("/healthz") == (503, {"healthy": False, "stuck": ["traffic"]})
+    loops["traffic"]["turned_seconds_ago"] = 360.0
+    assert await rig.get("/healthz") == (503, {"healthy": False, "stuck": ["traffic"], "loops": loops})
 
 
 async def test_readiness_names_the_far_side_that_is_away(rig: Rig) -> None:

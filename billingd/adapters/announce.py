@@ -33,33 +33,25 @@ class Announcer:
     ) -> None:
         _hush()
         self._seconds_max = seconds_max
-        self._channels: list[tuple[str, str]] = []
+        self._channels: dict[str, str] = {}
         for number, url in enumerate(provider_urls):
             key = f"notifications.provider[{number}]"
             _checked(key, url)
-            self._channels.append((f"{key} ({_scheme(url)})", url))
+            self._channels[f"{key} ({_scheme(url)})"] = url
         if subscriber_template:
             if PLACEHOLDER not in subscriber_template:
                 raise ValueError(f"notifications.subscriber must contain {PLACEHOLDER}")
             _checked("notifications.subscriber", _addressed(subscriber_template, "somebody@example.com"))
         self._template = subscriber_template
 
-    async def tell_provider(self, title: str, body: str) -> bool:
-        """Tell every provider channel; False when there is none.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The provider's channels: key and scheme of each."""
+        return tuple(self._channels)
 
-        Retryable when any channel failed: the others will then hear it again, which beats not at all.
-        """
-        told = await asyncio.gather(
-            *(self._tell(channel, url, title, body) for channel, url in self._channels),
-            return_exceptions=True,
-        )
-        for outcome in told:
-            if isinstance(outcome, BaseException) and not isinstance(outcome, Retryable):
-                raise outcome
-        failures = [str(outcome) for outcome in told if outcome is not None]
-        if failures:
-            raise Retryable("; ".join(failures))
-        return bool(self._channels)
+    async def tell(self, name: str, title: str, body: str) -> None:
+        """Tell one channel of the provider's. Raises Retryable when it did not take the message."""
+        await self._tell(name, self._channels[name], title, body)
 
     async def tell_subscriber(self, email: str | None, title: str, body: str) -> bool:
         """Mail the subscriber; False when mail is switched off or nobody knows the address."""

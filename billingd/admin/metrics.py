@@ -1,9 +1,17 @@
 """What Prometheus is told (names: contract section 4)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -66,12 +74,38 @@ class Metrics:
         self._drift = self._gauge(
             "billingd_drift_units", "Units in which the latest reconciliation differed, not mended since"
         )
+        self._findings = self._gauge(
+            "billingd_drift_findings", "Differences that the latest reconciliation found, not mended since"
+        )
+        self._ready = self._gauge("billingd_ready", "1 while /readyz says 200")
+        self._writable = self._gauge("billingd_store_writable", "0 while the store cannot be written")
+        self._overdue = Gauge(
+            "billingd_loop_overdue",
+            "1 while a loop takes longer than it should",
+            ["loop"],
+            registry=self._registry,
+        )
+        self._age = Gauge(
+            "billingd_loop_turned_seconds", "Since a loop last turned", ["loop"], registry=self._registry
+        )
+        self._hung = self._gauge("billingd_actions_hung", "Attempts that take longer than any should")
+        self._reached = Gauge(
+            "billingd_remote_reached", "1 while a far side answers", ["side"], registry=self._registry
+        )
         self._held = Gauge("billingd_held", "Things held for a person", ["what"], registry=self._registry)
         Gauge("billingd_build_info", "The version", ["version"], registry=self._registry).labels(
             __version__
         ).set(1)
         self._usage = _UsageUnits()
         self._registry.register(self._usage)
+        ProcessCollector(registry=self._registry)
+        for outcome in ("accepted", "duplicates", "rejected", "unavailable"):
+            self._events.labels(
+                outcome
+            )  # from 0 on: a rate over a counter that appears late misses its first
+        for side in ("amplify", "recurly"):
+            self._requests.labels(side, "ok")
+            self._seconds.labels(side)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, registry=self._registry)
@@ -89,6 +123,29 @@ class Metrics:
 
         return observe
 
+    def seen(
+        self, *, ready: bool, writable: bool, loops: Mapping[str, tuple[float, float]], hung: int
+    ) -> None:
+        """How the process is; `loops` has the seconds since each turned, and those that it may take."""
+        self._ready.set(ready)
+        self._writable.set(writable)
+        for loop, (age, patience) in loops.items():
+            self._age.labels(loop).set(age)
+            self._overdue.labels(loop).set(age > patience)
+        self._hung.set(hung)
+
+    def reached(self, side: str, *, reached: bool) -> None:
+        """Whether a far side answers."""
+        self._reached.labels(side).set(reached)
+
+    def names(self) -> set[str]:
+        """Every name of a sample that a scrape may show."""
+        return {
+            sample
+            for family in self._registry.collect()
+            for sample in {family.name, *(one.name for one in family.samples)}
+        } | {f"{family.name}_total" for family in self._registry.collect() if family.type == "counter"}
+
     def render(self, status: dict[str, Any], actions: dict[tuple[str, str], int]) -> bytes:
         """The exposition text, with the gauges as the status says."""
         self._actions.clear()
@@ -101,6 +158,7 @@ class Metrics:
         self._unknown.set(traffic["unknown_outcomes"])
         self._missed.set(status["periods"]["missed_units"])
         self._drift.set(status["drift"]["units"])
+        self._findings.set(status["drift"]["findings"])
         for what in ("plans", "subscriptions", "units"):
             self._held.labels(what).set(status["held"][what])
         self._usage.units = {

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from billingd.admin import operations, status
 from billingd.admin.explain import RECORDS_SHOWN, explain
+from billingd.admin.figures import Figures
 from billingd.admin.guard import guard, protect
 from billingd.admin.metrics import Metrics
 from billingd.admin.operations import NotForWritingOff, Selection
@@ -98,6 +99,7 @@ class AdminListener:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._figures = Figures(parts.store, parts.source)
         self._page = Page()
 
     def application(self) -> web.Application:
@@ -138,14 +140,18 @@ class AdminListener:
         now = self._parts.clock.now()
         reasons = []
         for name, side in self._parts.sides.items():
-            at = side.last_reached_at
-            if at is None or now - at > REACHED_LATELY or side.last_error is not None:
+            if not self._lately(side, now):
                 reasons.append(f"{name} was not reached lately: {side.last_error or 'no call yet'}")
         if (waits := self._parts.reading_back()) is not None:
             reasons.append(waits)
         if self._parts.store.write_error is not None:
             reasons.append(f"the latest write failed: {self._parts.store.write_error}")
         return reasons
+
+    @staticmethod
+    def _lately(side: FarSide, now: datetime) -> bool:
+        at = side.last_reached_at
+        return at is not None and now - at <= REACHED_LATELY and side.last_error is None
 
     async def _document(self) -> dict[str, Any]:
         parts = self._parts
@@ -159,8 +165,14 @@ class AdminListener:
         )
 
     async def _healthz(self, _request: web.Request) -> web.Response:
-        stuck = self._parts.progress.stuck(self._parts.clock.now())
-        return web.json_response({"healthy": not stuck, "stuck": stuck}, status=503 if stuck else 200)
+        now = self._parts.clock.now()
+        stuck = self._parts.progress.stuck(now)
+        loops = {
+            name: {"turned_seconds_ago": round(age, 1), "may_take_seconds": round(patience, 1)}
+            for name, (age, patience) in self._parts.progress.ages(now).items()
+        }
+        answer = {"healthy": not stuck, "stuck": stuck, "loops": loops}
+        return web.json_response(answer, status=503 if stuck else 200)
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         reasons = self._reasons()
@@ -175,10 +187,19 @@ class AdminListener:
         return web.json_response(await self._document())
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        document = await self._document()
-        async with self._parts.store.read() as tx:
-            actions = await outbox.count(tx)
-        text = self._parts.metrics.render(document, actions)
+        parts, now = self._parts, self._parts.clock.now()
+        document, actions = await self._figures.read(now)
+        loops = parts.progress.ages(now)
+        overdue = sum(age > patience for age, patience in loops.values())
+        for name, side in parts.sides.items():
+            parts.metrics.reached(name.lower(), reached=self._lately(side, now))
+        parts.metrics.seen(
+            ready=not self._reasons(),
+            writable=parts.store.write_error is None,
+            loops=loops,
+            hung=len(parts.progress.stuck(now)) - overdue,
+        )
+        text = parts.metrics.render(document, actions)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _show(self, request: web.Request) -> web.Response:

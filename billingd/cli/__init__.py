@@ -14,6 +14,7 @@ from billingd.cli.demo import demo
 from billingd.cli.explain import explain
 from billingd.cli.held import held
 from billingd.cli.hooks import hooks
+from billingd.cli.metrics import metrics
 from billingd.cli.notify import notify
 from billingd.cli.outbox import outbox
 from billingd.cli.reconcile import reconcile
@@ -83,6 +84,7 @@ for command in (
     adopt,
     hooks,
     notify,
+    metrics,
     db,
 ):
     program.add_command(command)

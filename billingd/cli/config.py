@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from billingd.cli import output
-from billingd.cli.notify import channel_faults
+from billingd.cli.notify import channel_faults, template_faults
 from billingd.cli.reach import driver_faults
 
 if TYPE_CHECKING:
@@ -19,7 +19,12 @@ def faults_for_run(settings: "Settings") -> "list[Fault]":
     """Everything that would stop `run` although each value alone is well formed."""
     from billingd.settings import missing_for_run
 
-    return missing_for_run(settings) + driver_faults(settings) + channel_faults(settings)
+    return (
+        missing_for_run(settings)
+        + driver_faults(settings)
+        + channel_faults(settings)
+        + template_faults(settings)
+    )
 
 
 @click.command("check-config")

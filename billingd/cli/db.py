@@ -34,15 +34,22 @@ def db() -> None:
 
 
 @db.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be done; beside a running daemon too.")
 @output.json_option
 @click.pass_obj
-def upgrade(config: Path | None, as_json: bool) -> None:
-    """Bring the schema up to date (`run` does so by itself); on SQLite a copy is made first.
+def upgrade(config: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Bring the schema up to date (`run` does so by itself); on SQLite a verified copy is made first.
+
+    On PostgreSQL make one with `billingd db backup`, or with its own means.
 
     \b
     Example:
+      billingd db upgrade --dry-run
       billingd db upgrade
     """
+    if dry_run:
+        _print_plan(asyncio.run(_planned(settings_of(config))), as_json=as_json)
+        return
     done = asyncio.run(_upgrade(settings_of(config)))
     if as_json:
         output.document(done)
@@ -148,9 +155,49 @@ def restore(config: Path | None, file: Path, yes: bool, as_json: bool) -> None:
     output.note("the next start reads Recurly back before it sends anything; `billingd status` says when")
 
 
+async def _planned(settings: "Settings") -> dict[str, Any]:
+    """What an upgrade would do; nothing is made or locked for it, not even a store that is missing."""
+    from billingd.store import migrate
+
+    there, before = True, None
+    async with opened(settings, may_be_missing=True, current=False) as store:
+        if store.path is not None:
+            there = store.path.exists()
+        if there:
+            before = await migrate.check_known(store)
+        steps = migrate.steps_from(before)
+        backup = bool(steps) and there and store.path is not None
+        database = store.url.get_backend_name()
+    return {
+        "dry_run": True,
+        "before": before,
+        "after": migrate.newest(),
+        "revisions": [{"revision": step.revision, "about": step.about} for step in steps],
+        "backup": backup,
+        "database": database,
+    }
+
+
+def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        output.document(plan)
+        return
+    output.say(f"schema: {plan['before'] or 'empty'} -> {plan['after']}")
+    if not plan["revisions"]:
+        output.say("nothing to do")
+        return
+    if plan["backup"]:
+        output.say("first: a verified copy of the store beside it")
+    elif plan["database"] != "sqlite" and plan["before"] is not None:
+        output.say("first: no copy is made on PostgreSQL; `billingd db backup` makes one")
+    for step in plan["revisions"]:
+        output.say(f"  {step['revision']}: {step['about']}")
+    output.note("nothing was changed")
+
+
 async def _upgrade(settings: "Settings") -> dict[str, Any]:
     """Lock, copy when there is something to lose, migrate."""
-    from billingd.store import migrate
+    from billingd.store import copies, migrate
 
     copy = None
     async with opened(settings, lock=True, may_be_missing=True, current=False) as store:
@@ -159,7 +206,7 @@ async def _upgrade(settings: "Settings") -> dict[str, Any]:
             await migrate.check(store)
         except migrate.SchemaBehind:
             if there:
-                copy = _copy(store, None)
+                copy = copies.before_upgrade(store, now=datetime.now(UTC))
         before, after = await migrate.upgrade(store)
     return {"before": before, "after": after, "backup": None if copy is None else str(copy)}
 
@@ -199,15 +246,6 @@ async def _backup(settings: "Settings", to: Path | None) -> Path:
             return await copies.backup(store, to, now=datetime.now(UTC), tell=_tell())
         except (sqlite3.Error, OSError) as error:
             raise _not_copied(store, to, error) from error
-
-
-def _copy(store: "Store", to: Path | None) -> Path | None:
-    from billingd.store import copies
-
-    try:
-        return copies.backup_file(store, to, now=datetime.now(UTC))
-    except (sqlite3.Error, OSError) as error:
-        raise _not_copied(store, to, error) from error
 
 
 def _not_copied(store: "Store", to: Path | None, error: Exception) -> BillingdError:

@@ -11,7 +11,7 @@ import click
 from billingd.cli.config import faults_for_run
 
 if TYPE_CHECKING:
-    from billingd.settings import Fault
+    from billingd.settings import Fault, Settings
 
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 FORMATS: Final = {"json": True, "text": False, "": None}
@@ -44,10 +44,25 @@ def run(config: Path | None) -> None:
     faults += faults_for_run(settings)
     if faults:
         raise ConfigurationError(faults)
-    logs.configure(level=level, json=FORMATS[form])
+    logs.configure(level=level, json=FORMATS[form], secrets=secrets_of(settings))
     from billingd import daemon
 
     asyncio.run(daemon.run(settings))
+
+
+def secrets_of(settings: "Settings") -> list[str]:
+    """Everything configured that may stand in no log."""
+    import sqlalchemy as sa
+
+    found = [
+        settings.amplify.client_secret.get_secret_value(),
+        settings.recurly.api_key.get_secret_value(),
+        settings.webhooks.secret.get_secret_value(),
+        settings.notifications.subscriber.get_secret_value(),
+        *(url.get_secret_value() for url in settings.notifications.provider),
+        str(sa.make_url(settings.store.url).password or ""),
+    ]
+    return [secret for secret in found if secret]
 
 
 def log_faults(env: Mapping[str, str]) -> "list[Fault]":

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any, Final
 
 from billingd.domain.errors import Permanent, Retryable, Settling
+from billingd.domain.privacy import without_addresses
 
 
 class State(StrEnum):
@@ -61,6 +62,8 @@ class Leased:
     attempt: int
     fence: int
     event_id: str | None
+    correlation: str | None = None
+    """The event's correlation id, for the log; the event's own id where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,6 @@ def judge(
 
 
 def describe(error: BaseException) -> str:
-    """The text an operator reads: its class too, since a bug's message alone says little."""
-    text = f"{type(error).__name__}: {error}"[:2000]
+    """The text an operator reads: its class too, since a bug's message alone says little; no addresses."""
+    text = without_addresses(f"{type(error).__name__}: {error}"[:2000])
     return text.replace("\x00", "�").encode(errors="replace").decode()  # no database keeps these two

@@ -488,14 +488,12 @@ class SubscriptionProvisioner:
         return None
 
     def _welcome(self, subscription: Subscription, user_id: str) -> Action:
-        url = self._policy.marketplace_url
-        where = f" You find it at {url}." if url else ""
-        return subscriber_notice(
-            f"subscription-approved:{subscription.id}",
-            user_id,
-            f"Your subscription {subscription.title} is approved",
-            f"Hello {{name}},\n\nyour subscription {subscription.title} is approved and ready to use.{where}",
-        )
+        facts = {
+            "subscription": subscription.title,
+            "plan": subscription.plan_name,
+            "marketplace_url": self._policy.marketplace_url,
+        }
+        return subscriber_notice(f"subscription-approved:{subscription.id}", user_id, facts)
 
     async def _begin_end(
         self,

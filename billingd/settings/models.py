@@ -194,3 +194,11 @@ class NotificationSettings(Section):
     provider: tuple[SecretStr, ...] = ()
     subscriber: SecretStr = SecretStr("")
     marketplace_url: str = ""
+    templates: str = ""
+
+    @field_validator("templates")
+    @classmethod
+    def _templates(cls, value: str) -> str:
+        if value and not value.startswith("/"):
+            raise ValueError("write the directory's whole path, as in /etc/billingd/notices")
+        return value

@@ -120,6 +120,20 @@ async def backup(store: Store, to: Path | None, *, now: datetime, tell: Tell = _
     return target
 
 
+def before_upgrade(store: Store, *, now: datetime) -> Path | None:
+    """Copy a SQLite store that is about to be migrated; None when there is no file, or on PostgreSQL.
+
+    Raises BillingdError, and then nothing may be migrated.
+    """
+    try:
+        return backup_file(store, None, now=now)
+    except (sqlite3.Error, OSError) as error:
+        raise BillingdError(
+            f"the store {store.path} was not migrated, for no copy of it could be made before: {error}; "
+            "make room beside it, then start again"
+        ) from error
+
+
 def backup_file(store: Store, to: Path | None, *, now: datetime, tell: Tell = _silent) -> Path | None:
     """Copy a SQLite store while it may be in use, verified by opening the copy; None when there is no file.
 

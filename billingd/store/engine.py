@@ -6,7 +6,8 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from billingd.domain.errors import BillingdError, Retryable, StoreBusy
+from billingd.store.schema import marks
 
 Tx = AsyncConnection
 """A transaction: whoever opened it commits by leaving its block; statements never do."""
@@ -24,6 +26,12 @@ READERS: Final = 4
 POSTGRES_CONNECTIONS: Final = 10
 APPLICATION: Final = "billingd"
 """How PostgreSQL's `pg_stat_activity` names our connections: a restore waits for none to be left."""
+
+PROOF: Final = "written"
+"""A mark that is there only while the store proves that it can be written again."""
+
+PROOF_BYTES: Final = 65_536
+"""What it holds: more than an event with all its actions and the pages of their indexes."""
 
 
 class StoreUnavailable(Retryable):
@@ -42,7 +50,7 @@ class Store:
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._locked: int | None = None
         self.write_error: str | None = None
-        """Why the latest transaction for writing failed, or None when it did not."""
+        """Why writing failed; None again once as much as a webhook needs was written and is on disk."""
         if self.sqlite:
             self._writer = _sqlite(self.url, pool_size=1)
             self._reader = _sqlite(self.url, pool_size=READERS)
@@ -68,13 +76,32 @@ class Store:
 
         Raises StoreUnavailable when it cannot be.
         """
-        transaction = self._group.member() if self._group is not None else _transaction(self._writer)
         try:
-            async with transaction as tx:
+            async with self._transaction() as tx:
                 yield tx
         except (StoreUnavailable, StoreDamaged) as error:
             self.write_error = str(error)
             raise
+        if self.write_error is not None:
+            await self._prove()
+
+    def _transaction(self) -> AbstractAsyncContextManager[Tx]:
+        return self._group.member() if self._group is not None else _transaction(self._writer)
+
+    async def _prove(self) -> None:
+        """See that a write as large as any webhook's goes well again; what wrote nothing proves nothing.
+
+        On a full disk a claim that finds no action commits, for it touches no page.
+        """
+        try:
+            async with self._transaction() as tx:
+                await tx.execute(sa.delete(marks).where(marks.c.name == PROOF))
+                padding = {"name": PROOF, "at": datetime.now(UTC), "detail": {"padding": "." * PROOF_BYTES}}
+                await tx.execute(sa.insert(marks).values(padding))
+            async with self._transaction() as tx:
+                await tx.execute(sa.delete(marks).where(marks.c.name == PROOF))
+        except (StoreUnavailable, StoreDamaged) as error:
+            self.write_error = str(error)
         else:
             self.write_error = None
 

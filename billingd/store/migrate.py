@@ -1,5 +1,8 @@
 """The schema's versions: bring a store up to date, tell which it has, refuse one that is newer."""
 
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -58,21 +61,78 @@ async def check(store: Store) -> None:
 
 
 async def check_known(store: Store) -> str | None:
-    """The store's revision. Raises StoreBusy when it is newer than this program."""
+    """The store's revision. Raises StoreBusy, with the way back, when it is newer than this program."""
     at = await current(store)
-    if at is not None:
-        known(at, "the store")
+    if at is not None and not is_known(at):
+        raise StoreBusy(_newer(at, "the store") + _way_back(store))
     return at
+
+
+def is_known(revision: str) -> bool:
+    """Whether this program can work with a revision, after an upgrade perhaps."""
+    return revision in {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
 
 
 def known(revision: str, whose: str) -> None:
     """Raise StoreBusy when this program does not know a revision, which then is newer."""
-    all_known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if revision not in all_known:
-        raise StoreBusy(
-            f"{whose} has the schema {revision}, which is newer than this program, which knows up to "
-            f"{newest()}; install the billingd that wrote it, or restore the backup from before its upgrade"
+    if not is_known(revision):
+        raise StoreBusy(_newer(revision, whose) + "install the billingd that wrote it")
+
+
+def _newer(revision: str, whose: str) -> str:
+    return (
+        f"{whose} has the schema {revision}, which is newer than this program, which knows up to {newest()}; "
+    )
+
+
+def _way_back(store: Store) -> str:
+    """What to do about a newer store: the newest copy from before its upgrade by name, when it lies there."""
+    path = store.path
+    if path is None:
+        return (
+            "install the billingd that wrote it, or restore a copy from before its upgrade into an empty "
+            "database and set store.url to that"
         )
+    for copy in sorted(path.parent.glob(f"{path.name}.*.backup"), reverse=True):  # they are named by time
+        revision = _revision_in(copy)
+        if revision is not None and is_known(revision):
+            return (
+                f"install the billingd that wrote it, or go back to schema {revision}: "
+                f"billingd db restore {copy}"
+            )
+    return (
+        "install the billingd that wrote it, or restore a copy from before its upgrade: "
+        "billingd db restore FILE"
+    )
+
+
+def _revision_in(copy: Path) -> str | None:
+    """A SQLite file's revision, or None when none can be read in it."""
+    try:
+        with closing(sqlite3.connect(f"{copy.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as file:
+            row = file.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else str(row[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A version of the schema, and in a sentence what it brings."""
+
+    revision: str
+    about: str
+
+
+def steps_from(revision: str | None) -> list[Revision]:
+    """What an upgrade from a revision this program knows (None: from nothing) would run, in order."""
+    script = ScriptDirectory.from_config(_config())
+    steps = []
+    for each in script.walk_revisions("base", "heads"):
+        if each.revision == revision:
+            break
+        steps.append(Revision(each.revision, (each.doc or "").partition("\n")[0].strip()))
+    return steps[::-1]
 
 
 async def upgrade(store: Store) -> tuple[str | None, str]:

@@ -4,6 +4,7 @@ Its hot statements are made once, here and in the other modules: building one ta
 """
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -13,7 +14,10 @@ from billingd.domain.attempts import UNFINISHED, Action, Leased, State, Verdict
 from billingd.domain.errors import Retryable
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
-from billingd.store.schema import UtcDateTime, outbox
+from billingd.store.schema import UtcDateTime, events, outbox
+
+CAUSE: Final[ContextVar[str | None]] = ContextVar("outbox_cause", default=None)
+"""The event whose action is attempted in this context: what is added meanwhile is due to it too."""
 
 
 class LeaseLost(Retryable):
@@ -49,7 +53,7 @@ async def insert(
             "due_at": due_at or now,
             "attempt": 0,
             "fence": 0,
-            "event_id": event_id,
+            "event_id": event_id or CAUSE.get(),
             "created_at": now,
         }
         for action in actions
@@ -66,7 +70,20 @@ async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[
     """
     given = {"now": now, "leased_until": now + lease, "at_most": limit}
     rows = (await tx.execute(_CLAIM, given)).mappings().all()
-    return sorted((_leased(row) for row in rows), key=lambda leased: leased.id)
+    event_ids = {row["event_id"] for row in rows} - {None}
+    known = {}
+    if event_ids:
+        found = await tx.execute(_CORRELATIONS, {"ids": sorted(event_ids)})
+        known = {row.id: row.correlation_id or row.id for row in found}
+    return sorted(
+        (_leased(row, known.get(row["event_id"], row["event_id"])) for row in rows),
+        key=lambda leased: leased.id,
+    )
+
+
+_CORRELATIONS: Final = sa.select(events.c.id, events.c.correlation_id).where(
+    events.c.source.in_(["amplify", "recurly"]), events.c.id.in_(sa.bindparam("ids", expanding=True))
+)
 
 
 def _claiming() -> sa.sql.dml.ReturningUpdate[Any]:
@@ -101,7 +118,7 @@ def _claiming() -> sa.sql.dml.ReturningUpdate[Any]:
 _CLAIM: Final = _claiming()
 
 
-def _leased(row: Mapping[Any, Any]) -> Leased:
+def _leased(row: Mapping[Any, Any], correlation: str | None) -> Leased:
     return Leased(
         row["id"],
         row["kind"],
@@ -111,6 +128,7 @@ def _leased(row: Mapping[Any, Any]) -> Leased:
         row["attempt"],
         row["fence"],
         row["event_id"],
+        correlation,
     )
 
 
@@ -201,6 +219,16 @@ async def discard(tx: Tx, action_id: int, *, reason: str, now: datetime) -> bool
     return moved.rowcount == 1
 
 
+async def finish(tx: Tx, ids: Sequence[int], *, now: datetime) -> int:
+    """What waits was done along with another action; return how many were still waiting."""
+    moved = await tx.execute(
+        sa.update(outbox)
+        .where(outbox.c.id.in_(ids), outbox.c.state == State.PENDING)
+        .values(state=State.DONE, settled_at=now, error=None)
+    )
+    return moved.rowcount
+
+
 async def find(tx: Tx, action_id: int) -> dict[str, Any] | None:
     """One action with everything that is known of it."""
     row = (await tx.execute(sa.select(outbox).where(outbox.c.id == action_id))).mappings().one_or_none()
@@ -237,12 +265,23 @@ async def subjects(tx: Tx, *, states: Sequence[str]) -> set[str]:
     return set((await tx.execute(statement)).scalars())
 
 
+_COUNT: Final = sa.select(outbox.c.state, outbox.c.kind, sa.func.count()).group_by(
+    outbox.c.state, outbox.c.kind
+)
+
+
 async def count(tx: Tx) -> dict[tuple[str, str], int]:
     """How many actions there are by (state, kind)."""
-    statement = sa.select(outbox.c.state, outbox.c.kind, sa.func.count()).group_by(
-        outbox.c.state, outbox.c.kind
-    )
-    return {(state, kind): number for state, kind, number in await tx.execute(statement)}
+    return {(state, kind): number for state, kind, number in await tx.execute(_COUNT)}
+
+
+async def count_waiting(tx: Tx) -> dict[tuple[str, str], int]:
+    """The same of those that are neither done nor discarded: their indexes alone are read."""
+    found: dict[tuple[str, str], int] = {}
+    for states in (UNFINISHED, [State.DEAD]):
+        for state, kind, number in await tx.execute(_COUNT.where(_in(outbox, states))):
+            found[state, kind] = number
+    return found
 
 
 async def oldest_pending(tx: Tx) -> datetime | None:
@@ -255,6 +294,25 @@ async def oldest_pending(tx: Tx) -> datetime | None:
 async def newest(tx: Tx) -> int:
     """The id of the newest action, 0 when there is none: it grows with every action that is made."""
     return int((await tx.execute(sa.select(sa.func.max(outbox.c.id)))).scalar_one() or 0)
+
+
+_DEAD: Final = sa.select(sa.func.count(), sa.func.max(outbox.c.id), sa.func.min(outbox.c.settled_at)).where(
+    _in(outbox, [State.DEAD])
+)
+
+
+async def dead(tx: Tx) -> tuple[int, int, datetime | None]:
+    """How many dead letters there are, the newest one's id (0: there is none), when the first gave up."""
+    number, newest_id, first = (await tx.execute(_DEAD)).one()
+    return int(number), int(newest_id or 0), first
+
+
+async def dead_causes(tx: Tx, *, limit: int) -> list[tuple[str, str | None]]:
+    """Kind and error of dead letters, the newest first."""
+    statement = sa.select(outbox.c.kind, outbox.c.error).where(_in(outbox, [State.DEAD]))
+    return [
+        (row.kind, row.error) for row in await tx.execute(statement.order_by(outbox.c.id.desc()).limit(limit))
+    ]
 
 
 async def forget(tx: Tx, *, before: datetime) -> int:

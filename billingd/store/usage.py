@@ -265,6 +265,24 @@ async def totals(tx: Tx) -> dict[str, int]:
     return {state: int(units) for state, units in await tx.execute(statement)}
 
 
+async def added(tx: Tx, *, after: int, up_to: int | None = None) -> tuple[int, int]:
+    """Units of the records with an id above `after` (and up to `up_to`), and the highest id among them."""
+    columns = usage_records.c
+    statement = sa.select(sa.func.sum(columns.units), sa.func.max(columns.id)).where(columns.id > after)
+    if up_to is not None:
+        statement = statement.where(columns.id <= up_to)
+    units, highest = (await tx.execute(statement)).one()
+    return int(units or 0), int(highest or after)
+
+
+async def not_reported(tx: Tx) -> int:
+    """Units that Recurly does not have, whatever they wait for."""
+    statement = sa.select(sa.func.sum(usage_records.c.units)).where(
+        sa.text("usage_records.state <> 'reported'")  # as the partial index has it
+    )
+    return int((await tx.execute(statement)).scalar_one() or 0)
+
+
 async def totals_by_subscription(tx: Tx) -> dict[str, dict[str, int]]:
     """Units in the ledger by subscription id and state."""
     columns = usage_records.c

@@ -53,7 +53,9 @@ async def test_every_provider_channel_is_told() -> None:
     """Each URL gets the message; line breaks cannot leave the title."""
     async with a_far() as far:
         announcer = Announcer([far.url("a"), far.url("b")], "")
-        assert await announcer.tell_provider("Held\r\nBcc: x", "No account for <acme>.") is True
+        assert announcer.names == ("notifications.provider[0] (json)", "notifications.provider[1] (json)")
+        for name in announcer.names:
+            await announcer.tell(name, "Held\r\nBcc: x", "No account for <acme>.")
         assert sorted(path for path, _ in far.told) == ["/a", "/b"]
         assert {(body["title"], body["message"]) for _, body in far.told} == {
             ("Held Bcc: x", "No account for <acme>.")
@@ -63,7 +65,7 @@ async def test_every_provider_channel_is_told() -> None:
 async def test_nobody_to_tell() -> None:
     """An empty list is no failure, and not "told" either."""
     announcer = Announcer([], "")
-    assert await announcer.tell_provider("t", "b") is False
+    assert announcer.names == ()
     assert await announcer.tell_subscriber("dev@example.com", "t", "b") is False
 
 
@@ -74,24 +76,15 @@ async def test_a_channel_that_fails_is_retryable_and_named_by_key(caplog: pytest
         far.status = 500
         announcer = Announcer([far.url()], "")
         with pytest.raises(Retryable) as caught:
-            await announcer.tell_provider("t", "b")
+            await announcer.tell(announcer.names[0], "t", "b")
         assert str(caught.value) == "notifications.provider[0] (json) did not take the message (HTTP 500)"
     with pytest.raises(Retryable):  # and with nobody listening
-        await announcer.tell_provider("t", "b")
+        await announcer.tell(announcer.names[0], "t", "b")
     records = [record for record in caplog.records if record.name != "aiohttp.access"]
     shown = "\n".join(f"{record.name} {record.getMessage()}" for record in records)
     assert SECRET not in shown + repr(caught.value)
     assert "apprise" not in shown
     assert "urllib3" not in shown
-
-
-async def test_one_failure_among_several() -> None:
-    """The others are told; the whole is tried again."""
-    async with a_far() as far:
-        announcer = Announcer([f"json://127.0.0.1:{far.port}/a", "json://127.0.0.1:1/b"], "")
-        with pytest.raises(Retryable, match=r"provider\[1\]"):
-            await announcer.tell_provider("t", "b")
-        assert [path for path, _ in far.told] == ["/a"]
 
 
 async def test_silence_is_bounded() -> None:
@@ -101,7 +94,7 @@ async def test_silence_is_bounded() -> None:
         announcer = Announcer([far.url()], "", seconds_max=0.2)
         try:
             with pytest.raises(Retryable, match=r"within 0\.2 s"):
-                await announcer.tell_provider("t", "b")
+                await announcer.tell(announcer.names[0], "t", "b")
         finally:
             far.release.set()  # lets the thread go
 

@@ -18,7 +18,7 @@ from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
 from billingd.admin.metrics import Metrics
 from billingd.daemon import Daemon, Outside, assemble, loops, take_over
-from billingd.domain.errors import BillingdError
+from billingd.domain.errors import BillingdError, Retryable
 from billingd.domain.events import parse_amplify
 from billingd.sandbox import server
 from billingd.settings import Settings
@@ -64,8 +64,11 @@ class Channels:
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 
-    async def tell_provider(self, title: str, body: str) -> bool:
-        return self._rng.random() < 0.9
+    names = ("one", "another")
+
+    async def tell(self, name: str, title: str, body: str) -> None:
+        if self._rng.random() < 0.1:
+            raise Retryable(f"{name} is out")
 
     async def tell_subscriber(self, email: str, title: str, body: str) -> bool:
         return self._rng.random() < 0.9

@@ -1,5 +1,6 @@
 """`db`: upgrade with a copy first, check, backup, restore."""
 
+import asyncio
 import sqlite3
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +41,61 @@ def test_upgrade_copies_a_store_that_is_behind(tmp_path: Path) -> None:
     assert copy.execute("SELECT it FROM precious").fetchall() == [("kept",)]
     assert copy.execute("SELECT count(*) FROM sqlite_master WHERE name = 'outbox'").fetchone() == (0,)
     copy.close()
+
+
+def test_a_dry_run_says_what_would_be_run_and_changes_nothing(tmp_path: Path) -> None:
+    """On a store that is missing (and stays so), one that is behind, one that is up to date."""
+    bench = Bench(tmp_path)
+    planned = document(bench.run("db", "upgrade", "--dry-run", "--json"))
+    assert (planned["before"], planned["after"], planned["backup"]) == (None, migrate.newest(), False)
+    assert [step["revision"] for step in planned["revisions"]][:3] == ["0001", "0002", "0003"]
+    assert all(step["about"] for step in planned["revisions"])
+    assert not bench.path.exists()
+    asyncio.run(_at(bench.url, "0002"))
+    before, there = bench.path.read_bytes(), sorted(names(tmp_path))
+    result = bench.run("db", "upgrade", "--dry-run")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"schema: 0002 -> {migrate.newest()}"
+    assert lines[1] == "first: a verified copy of the store beside it"
+    assert lines[2].startswith("  0003: The feed's position")
+    assert (bench.path.read_bytes(), sorted(names(tmp_path))) == (before, there)
+    done = document(bench.run("db", "upgrade", "--json"))
+    assert Path(done["backup"]).exists()
+    assert "nothing to do" in bench.run("db", "upgrade", "--dry-run").stdout
+
+
+def test_a_dry_run_on_postgres_says_that_no_copy_is_made(empty_postgres_url: str, tmp_path: Path) -> None:
+    asyncio.run(_at(empty_postgres_url, "0001"))
+    env = {"BILLINGD_STORE__URL": empty_postgres_url}
+    result = Bench(tmp_path).run("db", "upgrade", "--dry-run", env=env)
+    assert "no copy is made on PostgreSQL" in result.stdout
+    assert document(Bench(tmp_path).run("db", "current", "--json", env=env))["current"] == "0001"
+
+
+async def _at(url: str, revision: str) -> None:
+    """A store with a schema as it once was."""
+    async with Store(url) as store, store.write() as tx:
+        await migrate.upgrade_to(tx, revision)
+
+
+def test_a_newer_store_is_5_and_the_way_back_is_one_that_works(tmp_path: Path) -> None:
+    """Every command that opens it, `run` as well; only a copy that can be restored is named."""
+    bench = Bench(tmp_path)
+    asyncio.run(_at(bench.url, "0002"))
+    copy = Path(document(bench.run("db", "upgrade", "--json"))["backup"])
+    newer = tmp_path / "billingd.db.99990101T000000Z.backup"
+    assert bench.run("db", "backup", str(newer)).exit_code == 0
+    for path in (bench.path, newer):
+        sql(path, "UPDATE alembic_version SET version_num = '9999'")
+    (tmp_path / "billingd.db.99990102T000000Z.backup").write_text("no copy at all")
+    for words in (("db", "upgrade"), ("db", "upgrade", "--dry-run"), ("db", "check"), ("run",)):
+        refused = bench.run(*words)
+        assert refused.exit_code == 5, words
+        assert f"go back to schema 0002: billingd db restore {copy}" in refused.stderr
+    assert bench.run("db", "restore", str(copy), "--yes").exit_code == 0
+    assert bench.run("db", "upgrade").exit_code == 0
+    assert bench.run("db", "check").exit_code == 0
 
 
 async def test_upgrade_of_a_held_store_is_5(tmp_path: Path, sqlite_template: Path) -> None:

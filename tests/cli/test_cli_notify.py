@@ -1,12 +1,13 @@
 """`notify test`: every channel, and no URL in what is said of them."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from cli_bench import Bench
+from cli_bench import Bench, document
 
 
 @asynccontextmanager
@@ -39,21 +40,26 @@ async def test_each_channel_gets_one_message(tmp_path: Path) -> None:
     assert len(taken) == 5
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
-        "notifications.provider[0]: sent",
-        "notifications.provider[1]: sent",
-        "notifications.subscriber: sent to ann@example.com",
+        "notifications.provider[0] (json): sent",
+        "notifications.provider[1] (json): sent",
+        "notifications.subscriber: sent",
     ]
     assert "hidden" not in result.output
 
 
-async def test_a_channel_that_fails_is_named_and_is_1(tmp_path: Path) -> None:
+async def test_a_channel_that_fails_is_named_and_is_4(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     async with far([]) as url:
         bench.configure("127.0.0.1:1", f'[notifications]\nprovider = ["{url}/a", "{url}/broken-hidden"]\n')
         result = await bench.ask("notify", "test")
-    assert result.exit_code == 1
-    assert "notifications.provider[1]" in result.stderr
-    assert "hidden" not in result.output
+        told = await bench.ask("notify", "test", "--json")
+    assert result.exit_code == told.exit_code == 4
+    assert result.stdout.splitlines() == [
+        "notifications.provider[0] (json): sent",
+        "notifications.provider[1] (json): did not take the message (HTTP 500)",
+    ]
+    assert [one["sent"] for one in json.loads(told.stdout)["channels"]] == [True, False]
+    assert "hidden" not in result.output + told.output
 
 
 def test_nobody_to_tell_is_a_fault(tmp_path: Path) -> None:
@@ -61,3 +67,31 @@ def test_nobody_to_tell_is_a_fault(tmp_path: Path) -> None:
     assert bench.run("notify", "test").exit_code == 2
     bench.configure("127.0.0.1:1", '[notifications]\nprovider = ["json://127.0.0.1:1"]\n')
     assert bench.run("notify", "test", "--email", "ann@example.com").exit_code == 2
+
+
+def test_a_template_that_cannot_be_used_is_a_fault(tmp_path: Path) -> None:
+    """Each with its file and why; what is sound is listed as in use."""
+    bench = Bench(tmp_path)
+    own = tmp_path / "own"
+    bench.configure("127.0.0.1:1", f'[notifications]\ntemplates = "{own}"\n')
+    assert bench.run("check-config").stderr.startswith(f"notifications.templates: {own} cannot be read")
+    written = bench.run("notify", "templates", "--write", str(own))
+    assert written.exit_code == 0
+    assert bench.run("check-config").exit_code == 0
+    (own / "held.txt").write_text("Look: {{ title }}\n{{ body }}")
+    (own / "digest.txt").write_text("{{ nothing_such }}")
+    (own / "far_side_begun.txt").write_text("{% if %}")
+    (own / "sheld.txt").write_text("x")
+    result = bench.run("check-config")
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[1].rpartition("/")[2] for line in lines] == [
+        "digest.txt",
+        "far_side_begun.txt",
+        "sheld.txt",
+    ]
+    assert "it may use notices" in lines[0]
+    assert "line 1" in lines[1]
+    topics = {row["topic"]: row for row in document(bench.run("notify", "templates", "--json"))["templates"]}
+    assert topics["held"]["from"] == str(own / "held.txt")
+    assert topics["drift"]["from"] == "packaged (notice)"

@@ -39,6 +39,7 @@ def test_the_commands_of_this_release_are_all_there_are() -> None:
         *("outbox", "outbox list", "outbox show", "outbox retry", "outbox replay", "outbox discard"),
         *("traffic", "traffic poll", "traffic windows", "traffic backfill", "resync"),
         *("held", "held list", "held release", "held write-off", "notify", "notify test"),
+        *("notify templates", "metrics", "metrics dashboard", "metrics alerts"),
         *("db", "db upgrade", "db current", "db check", "db backup", "db restore"),
         *("reconcile", "explain", "adopt", "hooks", "hooks show", "hooks apply", "hooks remove"),
     }

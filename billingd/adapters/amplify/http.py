@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import aiohttp
+import structlog
 from yarl import URL
 
 from billingd import __version__
@@ -22,6 +23,8 @@ from billingd.adapters.amplify.answers import (
 from billingd.adapters.amplify.encoding import Json
 from billingd.adapters.amplify.token import FORM, Token, Tokens, basic, login_refused, token_from
 from billingd.domain.errors import BillingdError, Misconfigured, Permanent, Retryable
+
+log = structlog.get_logger(__name__)
 
 BODY_BYTES_MAX: Final = 64 * 1024 * 1024
 CONNECT_SECONDS_MAX: Final = 10.0
@@ -136,7 +139,15 @@ class Http:
             outcome = "timeout" if isinstance(error, TimeoutError) else "unreachable"
             raise lost(call, error) from None  # aiohttp's errors carry the request headers, token and all
         finally:
-            self._observe(outcome, clock() - began)
+            seconds = clock() - began
+            (log.info if call.writes else log.debug)(
+                "amplify.call",
+                method=call.method,
+                path=URL(call.url, encoded=True).path,  # without what is asked: that may hold addresses
+                outcome=outcome,
+                seconds=round(seconds, 3),
+            )
+            self._observe(outcome, seconds)
         return reply
 
 

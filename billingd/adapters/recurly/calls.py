@@ -85,7 +85,7 @@ class Calls:
 
     async def send(self, operation: str, work: Callable[[Client], T], retried: bool) -> Answer[T]:
         """The same with all that is known of the answer."""
-        answer = await self._call(operation, work, outcomes.write_error)
+        answer = await self._call(operation, work, outcomes.write_error, wrote=True)
         if answer.good and retried and not answer.replayed:
             self._doubt = operation
             log.info("recurly.retry_not_replayed", operation=operation)  # most likely the first to arrive
@@ -126,9 +126,15 @@ class Calls:
         raise Retryable(f"{operation}: the list does not end after {PAGES_MAX} pages")
 
     async def _call(
-        self, operation: str, work: Callable[[Client], T], judge: Judge, *, tries_if_stale: int = 1
+        self,
+        operation: str,
+        work: Callable[[Client], T],
+        judge: Judge,
+        *,
+        tries_if_stale: int = 1,
+        wrote: bool = False,
     ) -> Answer[T]:
-        """Call, and raise what `judge` makes of an answer that is not good."""
+        """Call, tell the log, and raise what `judge` makes of an answer that is not good."""
         began = 0.0
 
         async def turn() -> None:
@@ -141,8 +147,18 @@ class Calls:
             error = None if answer.good else judge(operation, answer, self._clock())
             if not _reached(answer):
                 self.last_error = str(error)
+            seconds = self._monotonic() - began
+            (log.info if wrote else log.debug)(
+                "recurly.call",
+                operation=operation,
+                outcome=_outcome(error),
+                status=answer.status,
+                request=answer.headers.get("x-request-id"),
+                replayed=answer.replayed,
+                seconds=round(seconds, 3),
+            )
             if self._observe is not None:
-                self._observe(_outcome(error), self._monotonic() - began)
+                self._observe(_outcome(error), seconds)
             if error is None:
                 return answer
             tries_if_stale -= 1
@@ -170,5 +186,5 @@ def _reached(answer: Answer[Any]) -> bool:
 def _outcome(error: BillingdError | None) -> str:
     """NotDone -> not_done: the name of an outcome in metrics."""
     if error is None:
-        return "done"
+        return "ok"
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(error).__name__).lstrip("_")
