@@ -11,6 +11,7 @@ from billingd.cli.adopt import adopt
 from billingd.cli.config import check_config, config
 from billingd.cli.db import db
 from billingd.cli.demo import demo
+from billingd.cli.doctor import doctor
 from billingd.cli.explain import explain
 from billingd.cli.held import held
 from billingd.cli.hooks import hooks
@@ -73,6 +74,7 @@ for command in (
     sandbox,
     check_config,
     config,
+    doctor,
     status,
     outbox,
     traffic,

@@ -173,22 +173,10 @@ async def _current(settings: "Settings") -> dict[str, Any]:
 
 async def _check(settings: "Settings") -> list[str]:
     """What is wrong with the store, in the database's words."""
-    import sqlalchemy as sa
+    from billingd.store import integrity
 
-    from billingd.store import migrate
-
-    problems: list[str] = []
     async with opened(settings) as store:
-        if store.sqlite:
-            async with store.read() as tx:
-                verdicts = (await tx.execute(sa.text("PRAGMA integrity_check"))).scalars().all()
-                strays = (await tx.execute(sa.text("PRAGMA foreign_key_check"))).all()
-            problems += [str(verdict) for verdict in verdicts if verdict != "ok"]
-            problems += [
-                f"row {row[1]} of {row[0]} refers to a row of {row[2]} that is missing" for row in strays
-            ]
-        problems += [f"schema: {difference}" for difference in await migrate.differences(store)]
-    return problems
+        return await integrity.problems(store)
 
 
 async def _backup(settings: "Settings", to: Path | None) -> Path:

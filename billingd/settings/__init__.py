@@ -1,6 +1,15 @@
 """The configuration of billingd (contract: TOML, environment, secret files)."""
 
-from billingd.settings.load import ConfigurationError, Fault, Loaded, Settings, load, missing_for_run, shown
+from billingd.settings.load import (
+    ConfigurationError,
+    Fault,
+    Loaded,
+    Settings,
+    load,
+    missing_for_run,
+    placed,
+    shown,
+)
 from billingd.settings.values import format_duration, host_port, parse_duration
 
 __all__ = [
@@ -13,5 +22,6 @@ __all__ = [
     "load",
     "missing_for_run",
     "parse_duration",
+    "placed",
     "shown",
 ]
