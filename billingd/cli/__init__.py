@@ -8,6 +8,7 @@ import click
 from billingd import __version__
 from billingd.cli import output
 from billingd.cli.adopt import adopt
+from billingd.cli.completion import completion
 from billingd.cli.config import check_config, config
 from billingd.cli.db import db
 from billingd.cli.demo import demo
@@ -15,6 +16,7 @@ from billingd.cli.doctor import doctor
 from billingd.cli.explain import explain
 from billingd.cli.held import held
 from billingd.cli.hooks import hooks
+from billingd.cli.man import man
 from billingd.cli.notify import notify
 from billingd.cli.outbox import outbox
 from billingd.cli.reconcile import reconcile
@@ -86,5 +88,7 @@ for command in (
     hooks,
     notify,
     db,
+    completion,
+    man,
 ):
     program.add_command(command)

@@ -386,7 +386,7 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     if settings.webhooks.auth != "none":
         wanted["webhooks.secret"] = settings.webhooks.secret.get_secret_value()
     return [
-        Fault(key, f"is needed and not set; {_where_to_set(key)}")
+        Fault(key, f"is needed and has no value; {_where_to_set(key)}")
         for key, value in wanted.items()
         if not value
     ]

@@ -128,7 +128,16 @@ class Clinic:
         self.world.tenant.replace(one, {**one.body, "spec": {**one.body["spec"], **spec}})
 
 
-_KINDS = ("Product", "ProductPlan", "Quota", "Subscription", "Webhook", "Secret", "ResourceHook", "WatchTopic")
+_KINDS = (
+    "Product",
+    "ProductPlan",
+    "Quota",
+    "Subscription",
+    "Webhook",
+    "Secret",
+    "ResourceHook",
+    "WatchTopic",
+)
 
 
 def _of(tenant: Any, kind: str) -> list[tuple[str, Any]]:

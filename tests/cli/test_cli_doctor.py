@@ -1,19 +1,34 @@
 """`doctor`: the real command against both sides of the sandbox, each check made to fail once."""
 
+import json
 import shutil
 import socket
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import pytest
 from aiohttp import web
-from doctor_bench import TEAM, URL, Clinic, Examined, a_clinic
+from cli_bench import SECRETS
+from doctor_bench import URL, Clinic, a_clinic
+from processes import call, open_shop, rehearsal
+from test_cli_hooks import listening
 
-from billingd.sandbox import control_both
+from billingd.daemon import make_amplify
+from billingd.doctor.at_recurly import RecurlyChecks
+from billingd.doctor.at_traffic import SourceName, TrafficChecks
+from billingd.doctor.facts import Facts
+from billingd.doctor.findings import Check, Found, State, examine, fine
+from billingd.domain.billing import Account, Allowance, Site
+from billingd.domain.usage import Reading
+from billingd.loops import Clock
 from billingd.sandbox.faults import Rule
+from billingd.settings import load
 
 
 @pytest.fixture
@@ -277,3 +292,286 @@ async def test_each_check_fails_once_and_prints_what_mends_it(clinic: Clinic, na
     for one in found.checks:
         assert (one["fix"] is None) == (one["state"] in ("ok", "skipped")), "a failing check has a fix"
     assert "hidden" not in str(found.document)
+
+
+async def test_a_refused_token_leaves_the_other_side_examined(clinic: Clinic) -> None:
+    """Everything at Amplify needs the token, and nothing else does."""
+    clinic.environment["BILLINGD_AMPLIFY__CLIENT_SECRET"] = "hidden-wrong-secret"
+    found = await clinic.examine()
+    assert (found.code, found.wrong()) == (3, {"amplify.token": "look"})
+    assert "amplify.client_secret" in found.fixes("amplify.token")
+    assert {"amplify.products", "amplify.webhooks", "traffic", "recurly.currency"} <= found.skipped()
+    assert not {"recurly.key", "recurly.times", "store.integrity"} & found.skipped()
+    assert "not tried: it needs amplify.token" in found.says("amplify.webhooks")
+
+
+@pytest.mark.parametrize("side", ["amplify", "recurly"])
+async def test_a_side_that_is_away_is_4(clinic: Clinic, side: str) -> None:
+    """The other one is examined all the same; when both are away, so is the store."""
+    first = {"amplify": "amplify.token", "recurly": "recurly.key"}
+    clinic.world.faults.add(Rule(side, "*", "*", "outage", None))
+    found = await clinic.examine()
+    assert (found.code, found.wrong()) == (4, {first[side]: "unreachable"})
+    assert f"see that this machine reaches {clinic.base}" in found.fixes(first[side])
+    other = first["recurly" if side == "amplify" else "amplify"]
+    assert found.of(other)[0]["state"] == "ok"
+    assert found.of("store.integrity")[0]["state"] == "ok"
+
+
+async def test_a_fault_of_the_configuration_is_2_and_hides_nothing(clinic: Clinic) -> None:
+    """What can be tried with the rest is tried, and its faults are told too."""
+    clinic.configure('[traffic]\nwindow = "soon"\n')
+    clinic.change("Webhook", enabled=False)
+    clinic.environment["BILLINGD_RECURLY__API_KEY"] = None
+    found = await clinic.examine()
+    assert found.code == 2
+    assert found.wrong() == {"configuration": "configuration", "amplify.webhooks": "look"}
+    assert f"{clinic.bench.config}:14: traffic.window: " in found.says("configuration")
+    assert f"mend {clinic.bench.config}:14, then: billingd check-config" in found.fixes("configuration")
+    assert "recurly.api_key: is needed" in found.says("configuration")
+    assert found.skipped() == {"amplify.users", "recurly"}
+
+
+async def test_clocks_are_compared_with_both_sides(clinic: Clinic) -> None:
+    clinic.world.clock.advance(timedelta(seconds=-90))
+    found = await clinic.examine()
+    assert found.wrong() == {"amplify.clock": "look", "recurly.clock": "look"}
+    assert "ahead of Recurly's" in found.says("recurly.clock")
+    assert "timedatectl set-ntp true" in found.fixes("amplify.clock")
+
+
+async def test_a_full_disk_is_seen_before_it_stops_anything(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 2**20))
+    found = await clinic.examine()
+    assert found.wrong() == {"store.disk": "look"}
+    assert "MiB free there" in found.fixes("store.disk")
+
+
+async def test_several_faults_are_all_told(clinic: Clinic) -> None:
+    """Of all sides at once; and for people, a line and what mends it for each."""
+    for name in (
+        "switched_off",
+        "no_watch_topic",
+        "a_marketplace_that_bills",
+        "a_stray_row",
+        "nobody_to_pay",
+    ):
+        await CASES[name].plant(clinic)
+    found = await clinic.examine()
+    assert set(found.wrong()) == {
+        "store.integrity",
+        "amplify.webhooks",
+        "amplify.watch_topic",
+        "amplify.native_billing",
+        "recurly.accounts",
+    }
+    printed = await clinic.run("doctor")
+    assert printed.exit_code == 3
+    assert printed.stdout.count("fix: ") == 5
+    assert printed.stdout.splitlines()[-1].endswith("5 to look at, 1 not tried.")
+
+
+async def test_only_some_checks(clinic: Clinic) -> None:
+    """With what they need, which is not told of; a name that is none is wrong usage."""
+    found = await clinic.examine("--only", "recurly.accounts")
+    assert [one["check"] for one in found.checks] == ["recurly.accounts"]
+    wrong = await clinic.run("doctor", "--only", "nothing")
+    assert wrong.exit_code == 2
+    assert "no check's name begins with 'nothing'" in wrong.stderr
+
+
+async def test_hooks_of_the_original_integration_count(clinic: Clinic) -> None:
+    """Under names of their own, to its own paths, without quotas: the watch topic has those."""
+    clinic.world.tenant.delete(clinic.there("Integration"), force=True)
+    tenant = clinic.world.tenant
+    scope = tenant.create("Integration", {"name": "monitor", "title": "m", "spec": {"description": "d"}})
+    tenant.create(
+        "Secret", {"name": "s", "title": "s", "spec": {"data": {"Authorization": "x"}}}, scope=scope
+    )
+    for path, kind in (("provisionplan", "ProductPlan"), ("provisionsubscription", "Subscription")):
+        auth = {"secret": {"name": "s", "key": "Authorization"}}
+        spec = {"enabled": True, "url": f"{URL}/{path}", "auth": auth}
+        tenant.create("Webhook", {"name": f"wh-{path}", "title": path, "spec": spec}, scope=scope)
+        trigger = {"group": "catalog", "kind": kind, "name": "*", "type": ["updated", "deleted"]}
+        hook = {"triggers": [trigger], "webhooks": [f"wh-{path}"]}
+        tenant.create("ResourceHook", {"name": f"rh-{path}", "title": path, "spec": hook}, scope=scope)
+    found = await clinic.examine()
+    assert found.wrong() == {}
+    assert len(found.of("amplify.webhooks")) == 2
+    assert "by the watch topic only" in found.says("amplify.triggers")
+    clinic.configure('[catch_up]\nwatch_topic = ""\n')
+    assert (await clinic.examine()).wrong() == {"amplify.triggers": "look"}
+
+
+async def test_beside_a_running_daemon_the_way_to_it_is_examined_too(
+    clinic: Clinic, tmp_path: Path, sqlite_template: Path
+) -> None:
+    """The store is locked by the daemon meanwhile, and nobody minds."""
+    (tmp_path / "listener").mkdir()
+    async with clinic.bench.reached("unix"):
+        async with listening(tmp_path / "listener", sqlite_template, "header:Authorization") as (url, _):
+            clinic.change("Webhook", url=f"{url}/webhooks/amplify")
+            found = await clinic.examine()
+            assert (found.code, found.wrong(), found.document["daemon"]) == (0, {}, True)
+            assert "leads to billingd's listener" in found.says("webhooks.address")
+        away = await clinic.examine("--only", "webhooks")
+        assert away.wrong() == {"webhooks.address": "look"}
+        assert f"curl -v {url}/webhooks/amplify" in away.fixes("webhooks.address")
+        clinic.change("Webhook", url=f"{clinic.base}/webhooks/amplify")
+        elsewhere = await clinic.examine("--only", "webhooks")
+        assert "leads elsewhere" in elsewhere.says("webhooks.address")
+
+
+async def test_what_an_unwell_daemon_says_is_told(clinic: Clinic) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        documents: dict[str, Any] = {
+            "/healthz": {"healthy": False, "stuck": ["traffic"]},
+            "/readyz": {"ready": False, "reasons": ["Recurly was not reached lately: no call yet"]},
+            "/status": {"webhooks": {"accepted": 3, "rejected": 9, "unauthorized": 7}},
+        }
+        return web.json_response(documents[request.path], status=200 if request.path == "/status" else 503)
+
+    application = web.Application()
+    application.router.add_get("/{path:.*}", answer)
+    clinic.change("Webhook", url=f"{clinic.base}/webhooks/amplify")
+    async with clinic.bench.listening(application, "unix"):
+        found = await clinic.examine()
+    assert found.wrong() == dict.fromkeys(
+        ("daemon.progress", "daemon.ready", "webhooks.address", "webhooks.secret"), "look"
+    )
+    assert "systemctl restart billingd" in found.fixes("daemon.progress")
+    assert "Recurly was not reached lately" in found.says("daemon.ready")
+    assert "7 delivery(s) without the right secret" in found.says("webhooks.secret")
+
+
+class Counts(NamedTuple):
+    """A traffic source of a few fixed answers."""
+
+    answers: list[tuple[Reading, ...]]
+
+    async def read(self, **_: Any) -> tuple[Reading, ...]:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+async def counting(clinic: Clinic, source: SourceName, **answers: list[int]) -> TrafficChecks:
+    """The checks of a source, with sources that count so many units at each call."""
+    subscription = clinic.there("Subscription").id
+    quota = clinic.there("Quota").id
+    now = clinic.world.clock.now()
+    made = {
+        name: Counts([(Reading(subscription, quota, now - timedelta(hours=5), units),) for units in each])
+        for name, each in answers.items()
+    }
+    async with aiohttp.ClientSession() as session:
+        environment = {name: value for name, value in clinic.environment.items() if value is not None}
+        settings = load(clinic.bench.config, {**SECRETS, **environment}).settings
+        facts = Facts(make_amplify(settings, session, Clock()))
+        await facts.active()
+    return TrafficChecks(
+        lambda name: made[name],
+        facts,
+        name=source,
+        billable="total",
+        settle=timedelta(0),
+        now=lambda: now,
+    )
+
+
+async def test_a_source_that_counts_less_than_another_is_named(clinic: Clinic) -> None:
+    """Read again before it is believed: more may have arrived between the two."""
+    checks = await counting(clinic, "metrics", metrics=[40], summary=[41])
+    [found] = await checks.counts()
+    assert found.fix == 'traffic.source = "summary"'
+    later = await counting(clinic, "metrics", metrics=[40, 41], summary=[41])
+    assert [one.fix for one in await later.counts()] == [None]
+
+
+async def test_an_hour_that_counts_otherwise_alone_is_told(clinic: Clinic) -> None:
+    checks = await counting(clinic, "metrics", metrics=[40, 40, 39], summary=[40])
+    await checks.counts()
+    [found] = await checks.times()
+    assert found.state is State.LOOK
+    assert "counts 40 units within a day and 39 alone" in found.says
+    assert found.fix is not None
+
+
+class Sites(NamedTuple):
+    """A Recurly of which only the sites are asked."""
+
+    found: tuple[Site, ...]
+    skew: timedelta | None = None
+    allowance: Allowance | None = None
+
+    async def sites(self) -> tuple[Site, ...]:
+        return self.found
+
+    async def time_returns(self) -> bool | None:
+        return None
+
+    async def find_account(self, code: str) -> Account | None:
+        raise AssertionError(code)
+
+
+@pytest.mark.parametrize(
+    ("sites", "fix"),
+    [
+        ((), "make a private API key"),
+        ((Site("old", "production", frozenset(), frozenset({"credit_memos"})),), "switch on only_bill_what"),
+        ((Site("new", "production", frozenset(), frozenset()),), None),
+    ],
+)
+async def test_what_a_site_lacks_is_told(sites: tuple[Site, ...], fix: str | None) -> None:
+    probes = Sites(sites)
+    checks = RecurlyChecks(probes, probes, None)
+    await checks.key()
+    [found] = await checks.site()
+    assert (found.fix or "None").find(str(fix)) >= 0
+
+
+async def test_a_check_with_a_bug_hides_no_other() -> None:
+    async def broken() -> list[Found]:
+        raise KeyError("x")
+
+    async def well() -> list[Found]:
+        return [fine("well")]
+
+    first, second = await examine([Check("a", broken, "", ""), Check("b", well, "", "")])
+    assert (first.state, second.state) == (State.LOOK, State.OK)
+    assert "KeyError" in first.says
+    assert "billingd doctor --only a" in str(first.fix)
+
+
+def test_beside_the_real_daemon_and_without_it(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """As processes: a delivery with the wrong secret is told of, and doctor takes nothing from the daemon."""
+    url = f"sqlite+aiosqlite:///{tmp_path}/billingd.db"
+    with rehearsal(tmp_path, free_port, url) as (sandbox, daemon):
+        open_shop(sandbox)
+
+        def doctor() -> tuple[int, dict[str, Any]]:
+            command = [sys.executable, "-m", "billingd", "--config", str(daemon.config), "doctor", "--json"]
+            done = subprocess.run(
+                command, env=daemon.environment, capture_output=True, text=True, check=False
+            )
+            assert done.stderr == ""
+            told = json.loads(done.stdout)
+            return done.returncode, {
+                one["check"]: one["state"] for one in told["checks"] if one["state"] == "look"
+            }
+
+        assert doctor() == (3, {"amplify.webhooks": "look", "amplify.triggers": "look"}), "no hooks applied"
+        daemon.start()
+        daemon.ready()
+        before = call(f"{sandbox.base}/control/ledger")
+        assert doctor() == (3, {"amplify.webhooks": "look", "amplify.triggers": "look"})
+        call(f"{sandbox.base}/control/hooks", method="DELETE")
+        hook = call(f"{daemon.admin}/status")["webhooks"]["rejected"]
+        listen = daemon.config.read_text().split("[webhooks]")[1].split('"')[1]
+        sandbox.do("hooks", url=f"http://{listen}/webhooks/amplify", headers={"Authorization": "stranger"})
+        sandbox.do("products", name="more", title="More")
+        sandbox.do("hooks/settle")
+        assert call(f"{daemon.admin}/status")["webhooks"]["rejected"] > hook
+        assert doctor()[1].keys() == {"amplify.webhooks", "amplify.triggers", "webhooks.secret"}
+        assert call(f"{sandbox.base}/control/ledger") == before
+        assert daemon.terminate() == 0
