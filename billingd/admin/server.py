@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 REACHED_LATELY: Final = timedelta(minutes=3)
 LIST_MAX: Final = 1_000
+LOOK_AT_IT: Final = "; `billingd outbox show {}` says what became of it"
 SHOWN_MAX: Final = 100
 """Subscriptions on the page."""
 
@@ -234,7 +235,7 @@ class AdminListener:
 
     async def _retry(self, request: web.Request) -> web.Response:
         if not await operations.retry(self._parts.store, _id(request), now=self._parts.clock.now()):
-            raise _not_found("dead or pending action", _id(request))
+            raise _not_found("dead or pending action", _id(request), LOOK_AT_IT)
         self._parts.wake_outbox()
         log.info("outbox.retried", action=_id(request))
         return web.json_response({"retried": _id(request)})
@@ -243,7 +244,7 @@ class AdminListener:
         reason = _reason(await _body(request), "why this action is given up")
         now = self._parts.clock.now()
         if not await operations.discard(self._parts.store, _id(request), reason=reason, now=now):
-            raise _not_found("dead or pending action", _id(request))
+            raise _not_found("dead or pending action", _id(request), LOOK_AT_IT)
         log.info("outbox.discarded", action=_id(request), reason=reason)
         return web.json_response({"discarded": _id(request)})
 
@@ -386,8 +387,8 @@ def _bad_request(message: str) -> web.HTTPException:
     return _http(web.HTTPBadRequest, "bad_request", message)
 
 
-def _not_found(what: str, number: int) -> web.HTTPException:
-    return _http(web.HTTPNotFound, "not_found", f"there is no {what} {number}")
+def _not_found(what: str, number: int, look: str = "") -> web.HTTPException:
+    return _http(web.HTTPNotFound, "not_found", f"there is no {what} {number}{look.format(number)}")
 
 
 def _http(kind: type[web.HTTPException], code: str, message: str) -> web.HTTPException:

@@ -78,6 +78,7 @@ def test_the_version_is_one_line() -> None:
         ["demo", "--seconds", "0"],
         ["sandbox", "--listen", "0.0.0.0:8010"],
         ["sandbox", "--listen", "8010"],
+        ["sandbox", "--webhook-url", "nonsense"],
         ["status", "more"],
     ],
 )
