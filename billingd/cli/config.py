@@ -32,14 +32,8 @@ def everything_wrong(config: Path | None) -> "tuple[Settings | None, list[Fault]
         more = [] if error.partial is None else placed(faults_for_run(error.partial), error.places)
         named = {fault.key for fault in error.faults}
         faults = error.faults + [one for one in more if one.key not in named]
-        return error.partial, sorted(faults, key=_by_line)
-    return loaded.settings, sorted(placed(faults_for_run(loaded.settings), loaded.places), key=_by_line)
-
-
-def _by_line(fault: "Fault") -> tuple[bool, int]:
-    """Those of the file first, from its top to its end."""
-    _file, colon, line = fault.place.rpartition(":")
-    return (False, int(line)) if colon and line.isdigit() else (True, 0)
+        return error.partial, ConfigurationError(faults).faults
+    return loaded.settings, ConfigurationError(placed(faults_for_run(loaded.settings), loaded.places)).faults
 
 
 @click.command("check-config", short_help="Check the configuration; name every fault at once.")

@@ -200,6 +200,8 @@ def _copy(store: "Store", to: Path | None) -> Path | None:
 
 def _not_copied(store: "Store", to: Path | None, error: Exception) -> BillingdError:
     name = store.path or store.url.render_as_string(hide_password=True)
+    if to is not None and not to.parent.is_dir():
+        return BillingdError(f"there is no directory {to.parent}; make it first")
     return BillingdError(f"cannot copy {name} to {to or 'a file beside it'}: {error}")
 
 

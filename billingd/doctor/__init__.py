@@ -4,6 +4,6 @@ Only reads, at either side and in the store.
 """
 
 from billingd.doctor.findings import Finding, State
-from billingd.doctor.round import Subject, checks, findings
+from billingd.doctor.round import Subject, checks, findings, of_configuration
 
-__all__ = ["Finding", "State", "Subject", "checks", "findings"]
+__all__ = ["Finding", "State", "Subject", "checks", "findings", "of_configuration"]

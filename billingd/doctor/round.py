@@ -46,7 +46,7 @@ class Subject:
 async def findings(subject: Subject, only: str | None = None) -> list[Finding]:
     """What each check found, in order. `only`: those whose name begins so."""
     every = checks(subject)
-    told = [*_configuration(subject), *await examine(_wanted(every, only))]
+    told = [*of_configuration(subject.faults), *await examine(_wanted(every, only))]
     return [one for one in told if only is None or one.check.startswith(only)]
 
 
@@ -62,7 +62,8 @@ def checks(subject: Subject) -> list[Check]:
     ]
 
 
-def _configuration(subject: Subject) -> list[Finding]:
+def of_configuration(faults: Sequence[Fault]) -> list[Finding]:
+    """Every fault of the configuration, or that it has none."""
     return [
         Finding(
             CONFIGURATION,
@@ -70,7 +71,7 @@ def _configuration(subject: Subject) -> list[Finding]:
             str(fault),
             f"mend {fault.place or 'the configuration'}, then: billingd check-config",
         )
-        for fault in subject.faults
+        for fault in faults
     ] or [Finding(CONFIGURATION, State.OK, "sound")]
 
 

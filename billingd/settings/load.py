@@ -74,8 +74,8 @@ class ConfigurationError(BillingdError):
         partial: "Settings | None" = None,
         places: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__("\n".join(str(fault) for fault in faults))
-        self.faults = faults
+        self.faults = sorted(faults, key=_by_line)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
         self.partial = partial
         self.places: Mapping[str, str] = places or {}
 
@@ -163,6 +163,12 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
     if faults:
         raise ConfigurationError(faults, settings if readable else None, places)
     return Loaded(settings, origins, places)
+
+
+def _by_line(fault: Fault) -> tuple[bool, int]:
+    """Those of the file first, from its top to its end."""
+    _file, colon, line = fault.place.rpartition(":")
+    return (False, int(line)) if colon and line.isdigit() else (True, 0)
 
 
 def placed(faults: list[Fault], places: Mapping[str, str]) -> list[Fault]:

@@ -332,6 +332,15 @@ async def test_a_fault_of_the_configuration_is_2_and_hides_nothing(clinic: Clini
     assert found.skipped() == {"amplify.users", "recurly"}
 
 
+async def test_a_file_that_is_no_toml_is_told_as_every_fault_is(clinic: Clinic) -> None:
+    """Nobody can tell what it would have said, so nothing else is tried."""
+    clinic.bench.config.write_text('[store]\nurl = "x\n')
+    found = await clinic.examine()
+    assert (found.code, [one["check"] for one in found.checks]) == (2, ["configuration"])
+    assert f"{clinic.bench.config}:2: is not TOML" in found.says("configuration")
+    assert not clinic.world.calls
+
+
 async def test_clocks_are_compared_with_both_sides(clinic: Clinic) -> None:
     clinic.world.clock.advance(timedelta(seconds=-90))
     found = await clinic.examine()

@@ -77,6 +77,8 @@ def test_the_version_is_one_line() -> None:
         ["held", "write-off", "--reason", "why"],
         ["demo", "--seconds", "0"],
         ["sandbox", "--listen", "0.0.0.0:8010"],
+        ["demo", "--store", "nonsense"],
+        ["traffic", "backfill", "--since", "2999-01-01T00:00:00Z", "--until", "2999-01-02T00:00:00Z"],
         ["sandbox", "--listen", "8010"],
         ["sandbox", "--webhook-url", "nonsense"],
         ["status", "more"],
