@@ -177,22 +177,29 @@ def make_amplify(
     )
 
 
+def make_recurly(
+    settings: Settings, clock: Clock, *, observe: Callable[[str, float], None] | None = None
+) -> Recurly:
+    """Recurly as it is configured."""
+    return Recurly(
+        api_key=settings.recurly.api_key.get_secret_value(),
+        base_url=settings.recurly.base_url,
+        region=settings.recurly.region,
+        timeout=settings.recurly.timeout,
+        requests_per_minute=settings.recurly.requests_per_minute,
+        threads=settings.outbox.workers,
+        observe=observe,
+        clock=clock.now,
+    )
+
+
 @asynccontextmanager
 async def build(settings: Settings, store: Store, clock: Clock) -> AsyncIterator[Daemon]:
     """Construct every part; nothing starts here."""
     metrics = Metrics()
     async with aiohttp.ClientSession() as session:
         amplify = make_amplify(settings, session, clock, observe=metrics.observer("amplify"))
-        recurly = Recurly(
-            api_key=settings.recurly.api_key.get_secret_value(),
-            base_url=settings.recurly.base_url,
-            region=settings.recurly.region,
-            timeout=settings.recurly.timeout,
-            requests_per_minute=settings.recurly.requests_per_minute,
-            threads=settings.outbox.workers,
-            observe=metrics.observer("recurly"),
-            clock=clock.now,
-        )
+        recurly = make_recurly(settings, clock, observe=metrics.observer("recurly"))
         announcer = Announcer(
             [url.get_secret_value() for url in settings.notifications.provider],
             settings.notifications.subscriber.get_secret_value(),
@@ -352,7 +359,11 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
             poller=poller,
             sides=sides,
             source=source.name,
-            webhooks=lambda: {"duplicates": tally.duplicates, "rejected": tally.rejected},
+            webhooks=lambda: {
+                "duplicates": tally.duplicates,
+                "rejected": tally.rejected,
+                "unauthorized": tally.unauthorized,
+            },
             wake_outbox=engine.wake.set,
             reading_back=lambda: read_back.reason,
             resync=resync,

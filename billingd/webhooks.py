@@ -38,6 +38,8 @@ class Tally:
     duplicates: int = 0
     rejected: int = 0
     unavailable: int = 0
+    unauthorized: int = 0
+    """Of those rejected, the ones without the right secret."""
     observers: list[Callable[[str], None]] = field(default_factory=list)
 
     def add(self, outcome: str) -> None:
@@ -175,6 +177,7 @@ class WebhookListener:
         headers: dict[str, str] | None = None,
     ) -> web.Response:
         self._tally.add("rejected")
+        self._tally.unauthorized += status == 401
         log.warning("webhook.rejected", path=request.path, status=status, code=code)
         return _error(status, code, message, headers)
 

@@ -161,7 +161,7 @@ async def test_the_status_document_has_the_keys_others_rely_on(rig: Rig) -> None
     """Contract section 4, on an empty store."""
     status, document = await rig.get("/status")
     assert status == 200
-    assert document["webhooks"] == {"accepted": 0, "duplicates": 1, "rejected": 2}
+    assert document["webhooks"] == {"accepted": 0, "duplicates": 1, "rejected": 2, "unauthorized": 0}
     assert document["outbox"] == {
         "pending": 0,
         "leased": 0,

@@ -26,6 +26,8 @@ log = structlog.get_logger()
 
 REACHED_LATELY: Final = timedelta(minutes=3)
 LIST_MAX: Final = 1_000
+WAITING: Final = "; `billingd outbox list` shows what waits"
+STANDING: Final = "; `billingd held list` shows those there are"
 
 
 class FarSide(Protocol):
@@ -260,7 +262,7 @@ class AdminListener:
 
     async def _retry(self, request: web.Request) -> web.Response:
         if not await operations.retry(self._parts.store, _id(request), now=self._parts.clock.now()):
-            raise _not_found("dead or pending action", _id(request))
+            raise _not_found("dead or pending action", _id(request), WAITING)
         self._parts.wake_outbox()
         log.info("outbox.retried", action=_id(request))
         return web.json_response({"retried": _id(request)})
@@ -269,7 +271,7 @@ class AdminListener:
         reason = _reason(await _body(request), "why this action is given up")
         now = self._parts.clock.now()
         if not await operations.discard(self._parts.store, _id(request), reason=reason, now=now):
-            raise _not_found("dead or pending action", _id(request))
+            raise _not_found("dead or pending action", _id(request), WAITING)
         log.info("outbox.discarded", action=_id(request), reason=reason)
         return web.json_response({"discarded": _id(request)})
 
@@ -290,7 +292,7 @@ class AdminListener:
 
     async def _release(self, request: web.Request) -> web.Response:
         if not await operations.release(self._parts.store, _id(request), now=self._parts.clock.now()):
-            raise _not_found("held item", _id(request))
+            raise _not_found("held item", _id(request), STANDING)
         self._parts.wake_outbox()
         log.info("held.released", held=_id(request))
         return web.json_response({"released": _id(request)})
@@ -304,7 +306,7 @@ class AdminListener:
         except NotForWritingOff as error:
             raise _http(web.HTTPConflict, "conflict", str(error)) from None
         if not found:
-            raise _not_found("held item", _id(request))
+            raise _not_found("held item", _id(request), STANDING)
         log.info("held.written_off", held=_id(request), reason=reason)
         return web.json_response({"written_off": _id(request)})
 
@@ -400,8 +402,8 @@ def _bad_request(message: str) -> web.HTTPException:
     return _http(web.HTTPBadRequest, "bad_request", message)
 
 
-def _not_found(what: str, number: int) -> web.HTTPException:
-    return _http(web.HTTPNotFound, "not_found", f"there is no {what} {number}")
+def _not_found(what: str, number: int, look: str = "") -> web.HTTPException:
+    return _http(web.HTTPNotFound, "not_found", f"there is no {what} {number}{look}")
 
 
 def _http(kind: type[web.HTTPException], code: str, message: str) -> web.HTTPException:

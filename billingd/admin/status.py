@@ -72,6 +72,7 @@ async def read(
             "accepted": accepted,
             "duplicates": webhooks.get("duplicates", 0),
             "rejected": webhooks.get("rejected", 0),
+            "unauthorized": webhooks.get("unauthorized", 0),
         },
         "catch_up": {
             "topic": watched.topic or None,

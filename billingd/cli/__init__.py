@@ -8,12 +8,15 @@ import click
 from billingd import __version__
 from billingd.cli import output
 from billingd.cli.adopt import adopt
+from billingd.cli.completion import completion
 from billingd.cli.config import check_config, config
 from billingd.cli.db import db
 from billingd.cli.demo import demo
+from billingd.cli.doctor import doctor
 from billingd.cli.explain import explain
 from billingd.cli.held import held
 from billingd.cli.hooks import hooks
+from billingd.cli.man import man
 from billingd.cli.metrics import metrics
 from billingd.cli.notify import notify
 from billingd.cli.outbox import outbox
@@ -74,6 +77,7 @@ for command in (
     sandbox,
     check_config,
     config,
+    doctor,
     status,
     outbox,
     traffic,
@@ -86,5 +90,7 @@ for command in (
     notify,
     metrics,
     db,
+    completion,
+    man,
 ):
     program.add_command(command)

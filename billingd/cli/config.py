@@ -27,30 +27,49 @@ def faults_for_run(settings: "Settings") -> "list[Fault]":
     )
 
 
-@click.command("check-config")
-@click.pass_obj
-def check_config(config: Path | None) -> None:
-    """Check the configuration; print every fault with its key.
-
-    \b
-    Example:
-      billingd --config billingd.toml check-config
-    """
-    from billingd.settings import ConfigurationError, load
+def everything_wrong(config: Path | None) -> "tuple[Settings | None, list[Fault]]":
+    """Every fault at once, each with its place; the settings as far as they can be told, else None."""
+    from billingd.settings import ConfigurationError, load, placed
 
     try:
         loaded = load(config)
     except ConfigurationError as error:
-        more = faults_for_run(error.partial) if error.partial is not None else []
+        more = [] if error.partial is None else placed(faults_for_run(error.partial), error.places)
         named = {fault.key for fault in error.faults}
-        raise ConfigurationError(error.faults + [one for one in more if one.key not in named]) from None
-    if faults := faults_for_run(loaded.settings):
+        faults = error.faults + [one for one in more if one.key not in named]
+        return error.partial, ConfigurationError(faults).faults
+    return loaded.settings, ConfigurationError(placed(faults_for_run(loaded.settings), loaded.places)).faults
+
+
+@click.command("check-config", short_help="Check the configuration; name every fault at once.")
+@output.json_option
+@click.pass_context
+def check_config(ctx: click.Context, as_json: bool) -> None:
+    """Check the configuration; name every fault at once, each with its place and its key: FILE:LINE, the
+    variable, or the secret file. Asks nobody; `billingd doctor` tries what is configured.
+
+    \b
+    Example:
+      billingd --config billingd.toml check-config
+      billingd check-config --json
+    """
+    from billingd.settings import ConfigurationError, load
+
+    config: Path | None = ctx.obj
+    settings, faults = everything_wrong(config)
+    sampled = settings is not None and settings.traffic.source == "search"
+    warnings = ['traffic.source: "search" counts sampled traffic, which may miss some'] if sampled else []
+    if as_json:
+        rows = [{"key": one.key, "message": one.message, "place": one.place or None} for one in faults]
+        output.document({"sound": not faults, "faults": rows, "warnings": warnings})
+        ctx.exit(output.MISUSED if faults else 0)
+    if faults:
         raise ConfigurationError(faults)
     output.say("configuration is sound")
-    for line in _read_from(config, loaded.origins, os.environ):
+    for line in _read_from(config, load(config).origins, os.environ):
         output.say(line)
-    if loaded.settings.traffic.source == "search":
-        output.note('warning: traffic.source: "search" counts sampled traffic, which may miss some')
+    for warning in warnings:
+        output.note(f"warning: {warning}")
 
 
 def _read_from(config: Path | None, origins: Mapping[str, str], env: Mapping[str, str]) -> list[str]:

@@ -220,22 +220,10 @@ async def _current(settings: "Settings") -> dict[str, Any]:
 
 async def _check(settings: "Settings") -> list[str]:
     """What is wrong with the store, in the database's words."""
-    import sqlalchemy as sa
+    from billingd.store import integrity
 
-    from billingd.store import migrate
-
-    problems: list[str] = []
     async with opened(settings) as store:
-        if store.sqlite:
-            async with store.read() as tx:
-                verdicts = (await tx.execute(sa.text("PRAGMA integrity_check"))).scalars().all()
-                strays = (await tx.execute(sa.text("PRAGMA foreign_key_check"))).all()
-            problems += [str(verdict) for verdict in verdicts if verdict != "ok"]
-            problems += [
-                f"row {row[1]} of {row[0]} refers to a row of {row[2]} that is missing" for row in strays
-            ]
-        problems += [f"schema: {difference}" for difference in await migrate.differences(store)]
-    return problems
+        return await integrity.problems(store)
 
 
 async def _backup(settings: "Settings", to: Path | None) -> Path:
@@ -250,6 +238,8 @@ async def _backup(settings: "Settings", to: Path | None) -> Path:
 
 def _not_copied(store: "Store", to: Path | None, error: Exception) -> BillingdError:
     name = store.path or store.url.render_as_string(hide_password=True)
+    if to is not None and not to.parent.is_dir():
+        return BillingdError(f"there is no directory {to.parent}; make it first")
     return BillingdError(f"cannot copy {name} to {to or 'a file beside it'}: {error}")
 
 

@@ -23,8 +23,17 @@ def demo(ctx: click.Context, seconds: int | None, store_url: str | None, as_json
       billingd demo
       billingd demo --seconds 20 --json
     """
-    from billingd import logs
+    from pydantic import ValidationError
 
+    from billingd import logs
+    from billingd.settings.models import StoreSettings
+
+    if store_url is not None:
+        try:
+            StoreSettings(url=store_url)
+        except ValidationError as error:
+            why = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise click.BadParameter(why, param_hint="--store") from None
     logs.configure(level="warning")
     from billingd.demo import run_demo
 

@@ -156,7 +156,7 @@ def _want_secret(settings: "Settings") -> None:
 
     auth, secrets = settings.webhooks.auth, settings.webhooks.secret.get_secret_value()
     if auth != "none" and parts.secret_value(auth, secrets) is None:
-        raise ConfigurationError([Fault("webhooks.secret", "is needed and not set")])
+        raise ConfigurationError([Fault("webhooks.secret", "is needed and has no value")])
 
 
 async def _with_amplify(

@@ -248,7 +248,9 @@ async def _retry(settings: "Settings", action_id: int, *, quiet: bool) -> None:
         from billingd.admin import operations
 
         if not await operations.retry(store, action_id, now=datetime.now(UTC)):
-            raise Declined(f"there is no dead or pending action {action_id}")
+            raise Declined(
+                f"there is no dead or pending action {action_id}; `billingd outbox list` shows what waits"
+            )
 
     await ask_or_change(settings, ask, change, quiet=quiet)
 
@@ -261,7 +263,9 @@ async def _discard(settings: "Settings", action_id: int, reason: str, *, quiet: 
         from billingd.admin import operations
 
         if not await operations.discard(store, action_id, reason=reason, now=datetime.now(UTC)):
-            raise Declined(f"there is no dead or pending action {action_id}")
+            raise Declined(
+                f"there is no dead or pending action {action_id}; `billingd outbox list` shows what waits"
+            )
 
     await ask_or_change(settings, ask, change, quiet=quiet)
 

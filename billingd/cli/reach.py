@@ -80,7 +80,9 @@ async def opened(
 
     async with Store(settings.store.url) as store:
         if store.path is not None and not store.path.exists() and not may_be_missing:
-            raise StoreMissing(f"there is no store at {store.path}")
+            raise StoreMissing(
+                f"there is no store at {store.path} (`billingd run` or `billingd db upgrade` makes it)"
+            )
         if store.path is not None and not store.path.parent.is_dir():
             raise StoreMissing(f"there is no directory {store.path.parent}; make it first")
         if lock:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from billingd.cli.config import faults_for_run
+from billingd.cli.config import everything_wrong
 
 if TYPE_CHECKING:
     from billingd.settings import Fault, Settings
@@ -32,17 +32,13 @@ def run(config: Path | None) -> None:
       BILLINGD_LOG_FORMAT=json BILLINGD_LOG_LEVEL=debug billingd run
     """
     from billingd import logs
-    from billingd.settings import ConfigurationError, load
+    from billingd.settings import ConfigurationError
 
     level = os.environ.get("BILLINGD_LOG_LEVEL", "").lower() or "info"
     form = os.environ.get("BILLINGD_LOG_FORMAT", "").lower()
-    faults = log_faults(os.environ)
-    try:
-        settings = load(config).settings
-    except ConfigurationError as error:
-        raise ConfigurationError(faults + error.faults) from None
-    faults += faults_for_run(settings)
-    if faults:
+    settings, faults = everything_wrong(config)
+    faults = log_faults(os.environ) + faults
+    if faults or settings is None:
         raise ConfigurationError(faults)
     logs.configure(level=level, json=FORMATS[form], secrets=secrets_of(settings))
     from billingd import daemon

@@ -1,6 +1,7 @@
 """`sandbox`: a local Amplify and Recurly to rehearse against."""
 
 import asyncio
+from urllib.parse import urlsplit
 
 import click
 
@@ -44,6 +45,9 @@ def sandbox(listen: str, webhook_url: str | None, webhook_secret: str | None) ->
         raise click.BadParameter(str(error), param_hint="--listen") from None
     if not is_loopback(host):
         raise click.BadParameter("must be a loopback address", param_hint="--listen")
+    url = urlsplit(webhook_url or "http://127.0.0.1")
+    if url.scheme not in {"http", "https"} or not url.hostname:
+        raise click.BadParameter("must be a URL, as in http://127.0.0.1:8080", param_hint="--webhook-url")
     given = {"webhook_url": webhook_url, "webhook_secret": webhook_secret}
     try:
         asyncio.run(serve(listen, **{name: value for name, value in given.items() if value is not None}))

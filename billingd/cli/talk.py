@@ -36,6 +36,17 @@ class Daemon:
         status, content = await self._ask("GET", path, query=query, body=None, seconds=ANSWER_SECONDS)
         return self._read(status, content, key)
 
+    async def look(self, path: str, key: str) -> dict[str, Any]:
+        """A document that has that key, whatever the status: health tells by it. Raises DaemonAway."""
+        status, content = await self._ask("GET", path, query=(), body=None, seconds=ANSWER_SECONDS)
+        try:
+            document = json.loads(content)
+        except ValueError:
+            document = None
+        if isinstance(document, dict) and key in document:
+            return document
+        raise DaemonAway(f"the daemon does not answer at {self.listen} (something else does: HTTP {status})")
+
     async def post(
         self, path: str, body: Mapping[str, Any] | None = None, *, key: str, seconds: float = ANSWER_SECONDS
     ) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def backfill(
     """
     if until <= since:
         raise click.BadParameter("must be later than --since", param_hint="--until")
+    if since > datetime.now(UTC):
+        raise click.BadParameter("is still to come", param_hint="--since")
     wanted = {"since": _written(since), "until": _written(until)}
     if subscription is not None:
         wanted["subscription"] = subscription

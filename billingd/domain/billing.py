@@ -18,6 +18,26 @@ OUR_ACCOUNTS: Final = "amplify-"
 
 
 @dataclass(frozen=True, slots=True)
+class Site:
+    """A Recurly site: `mode` is development, sandbox or production."""
+
+    subdomain: str
+    mode: str
+    currencies: frozenset[str]
+    """ISO 4217 codes it accepts; none: it does not say."""
+    features: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What is left of a site's rate limit, in requests per five minutes (recurly.md 3)."""
+
+    limit: int
+    remaining: int
+    resets_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
     """An account at Recurly."""
 

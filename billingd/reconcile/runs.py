@@ -131,7 +131,10 @@ class Reconciler:
             if subscription is not None:
                 linked = [one for one in linked if one.subscription_id == subscription]
                 if not linked:
-                    raise NotFound(f"no subscription with the id {subscription} is linked")
+                    raise NotFound(
+                        f"no subscription with the id {subscription} is linked; "
+                        "`billingd status --subscriptions` lists them"
+                    )
             mark = await self._mark(tx)
             stop = now if until is None else until
             begin = since

@@ -1,9 +1,11 @@
 """Reads the configuration: TOML, then secret files, then environment; later wins, every fault at once."""
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -19,6 +21,7 @@ from pydantic_settings import (
 )
 
 from billingd.domain.errors import BillingdError
+from billingd.settings.lines import lines_of
 from billingd.settings.models import (
     AccountSettings,
     AdminSettings,
@@ -38,6 +41,8 @@ DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
 ENV_PREFIX: Final = "BILLINGD_"
 SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
 SECRET_BYTES_MAX: Final = 65_536
+BROKEN_LINES_MAX: Final = 20
+"""Lines of a file that are no TOML; a file with more of them is something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +51,33 @@ class Fault:
 
     key: str
     message: str
+    place: str = ""
+    """FILE:LINE, the variable or the secret file it comes from; "" when it is set nowhere."""
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.message}"
+        if self.place.startswith(f"{self.key}:"):
+            return f"{self.place}: {self.message}"
+        elsewhere = self.place not in {"", self.key, f"${self.key}"}
+        return f"{self.place}: {self.key}: {self.message}" if elsewhere else f"{self.key}: {self.message}"
 
 
 class ConfigurationError(BillingdError):
     """The configuration cannot be used; every fault is named at once.
 
-    `partial` is what the configuration says without the faulty keys, where that much can be told.
+    `partial` is what the configuration says without the faulty keys, where that much can be told; `places`
+    where each key was set.
     """
 
-    def __init__(self, faults: list[Fault], partial: "Settings | None" = None) -> None:
-        super().__init__("\n".join(str(fault) for fault in faults))
-        self.faults = faults
+    def __init__(
+        self,
+        faults: list[Fault],
+        partial: "Settings | None" = None,
+        places: Mapping[str, str] | None = None,
+    ) -> None:
+        self.faults = sorted(faults, key=_by_line)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
         self.partial = partial
+        self.places: Mapping[str, str] = places or {}
 
 
 class Settings(BaseSettings):
@@ -98,10 +115,14 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The settings, and for each `section.key` that is not a default where its value came from."""
+    """The settings, and for each `section.key` that is not a default where its value came from.
+
+    `places` says the same more closely: the line, the variable, the secret file.
+    """
 
     settings: Settings
     origins: Mapping[str, str]
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 def load(config: Path | None, environment: Mapping[str, str] | None = None) -> Loaded:
@@ -111,35 +132,54 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
     """
     env = os.environ if environment is None else environment
     faults: list[Fault] = []
+    places: dict[str, str] = {}
     path = config or _default_path(env)
     layers: list[tuple[str, dict[str, Any]]] = []
     readable = True
     if path is not None:
-        document = _toml(path, faults)
-        readable = document is not None
-        layers.append((str(path), document or {}))
+        document, readable = _toml(path, faults, places)
+        layers.append((str(path), document))
     merged: dict[str, Any] = {}
     directory = env.get(ENV_PREFIX + "SECRETS_DIR") or (layers[0][1].get("secrets_dir") if layers else None)
     for where in (directory, env.get("CREDENTIALS_DIRECTORY")):
         if where:
-            layers += [(str(where), _secret_files(Path(str(where)), faults))]
-    layers.append(("environment", _environment(env, faults)))
+            layers += [(str(where), _secret_files(Path(str(where)), faults, places))]
+    layers.append(("environment", _environment(env, faults, places)))
     origins: dict[str, str] = {}
     for origin, layer in layers:
         _merge(merged, layer, origin, origins)
+    faults = placed(faults, places)
     try:
         settings = Settings(**merged)
     except ValidationError as error:
-        faults += [_fault(item["loc"], item["msg"], item["type"]) for item in error.errors()]
+        faults += placed([_fault(item["loc"], item["msg"], item["type"]) for item in error.errors()], places)
         partial = _without(merged, [item["loc"] for item in error.errors()])
         named = {fault.key for fault in faults}
         if partial is not None:
-            faults += [fault for fault in cross_check(partial) if fault.key not in named]
-        raise ConfigurationError(faults, partial if readable else None) from None
-    faults += cross_check(settings)
+            crossed = placed(cross_check(partial), places)
+            faults += [fault for fault in crossed if fault.key not in named]
+        raise ConfigurationError(faults, partial if readable else None, places) from None
+    faults += placed(cross_check(settings), places)
     if faults:
-        raise ConfigurationError(faults, settings if readable else None)
-    return Loaded(settings, origins)
+        raise ConfigurationError(faults, settings if readable else None, places)
+    return Loaded(settings, origins, places)
+
+
+def _by_line(fault: Fault) -> tuple[bool, int]:
+    """Those of the file first, from its top to its end."""
+    _file, colon, line = fault.place.rpartition(":")
+    return (False, int(line)) if colon and line.isdigit() else (True, 0)
+
+
+def placed(faults: list[Fault], places: Mapping[str, str]) -> list[Fault]:
+    """The same faults, each with the place of its key, or of what holds it."""
+
+    def place(key: str) -> str:
+        found = places.get(key)
+        above = re.sub(r"\.?[^.\[]+$|\[[0-9]+\]$", "", key)
+        return found if found is not None else place(above) if above and above != key else ""
+
+    return [fault if fault.place else replace(fault, place=place(fault.key)) for fault in faults]
 
 
 def _without(merged: dict[str, Any], locations: list[tuple[int | str, ...]]) -> Settings | None:
@@ -162,31 +202,78 @@ def _default_path(env: Mapping[str, str]) -> Path | None:
     return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
 
 
-def _toml(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
-    """The file's tables without the secrets it should not hold; None when it cannot be read."""
+def _toml(path: Path, faults: list[Fault], places: dict[str, str]) -> tuple[dict[str, Any], bool]:
+    """The file's tables without the secrets it should not hold; whether all of it could be read."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        faults.append(Fault(str(path), f"cannot be read: {error.strerror}"))
-        return None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        faults.append(Fault(str(path), f"is not TOML: {error}"))
-        return None
+        faults.append(Fault(str(path), f"cannot be read: {error.strerror}", str(path)))
+        return {}, False
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        faults.append(Fault(str(path), "is not UTF-8, as TOML must be", f"{path}:{line}"))
+        return {}, False
+    document, broken = _parsed(text)
+    faults += [Fault(str(path), f"is not TOML: {why}", f"{path}:{line}") for line, why in broken]
+    if document is None:
+        return {}, False
+    text = _blanked(text, [line for line, _ in broken])
+    for where, line in lines_of(text).items():
+        places[key_of(where)] = f"{path}:{line}"
     for section, key in SECRETS:
         if isinstance(document.get(section), dict) and key in document[section]:
             del document[section][key]
+            name = f"{section}.{key}"
             faults.append(
                 Fault(
-                    f"{section}.{key}",
+                    name,
                     "is a secret and may not stand in the file; set "
                     f"{ENV_PREFIX}{section.upper()}__{key.upper()}, or put it into a file named "
-                    f"{section}.{key} in secrets_dir or $CREDENTIALS_DIRECTORY",
+                    f"{name} in secrets_dir or $CREDENTIALS_DIRECTORY",
+                    places.pop(name, f"{path}"),
                 )
             )
-    return document
+    return document, not broken
 
 
-def _secret_files(directory: Path, faults: list[Fault]) -> dict[str, Any]:
+def _parsed(text: str) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
+    """The document without the lines that are no TOML, and these with what is wrong with each.
+
+    The parser stops at its first complaint; without that line it goes on to the next. None when a fault
+    reaches over lines, so that nobody can tell what the rest means.
+    """
+    broken: list[tuple[int, str]] = []
+    while len(broken) < BROKEN_LINES_MAX:
+        try:
+            return tomllib.loads(_blanked(text, [line for line, _ in broken])), broken
+        except tomllib.TOMLDecodeError as error:
+            match = re.search(r"^(.*) \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$", str(error))
+            line = int(match[2]) if match is not None and match[2] else text.rstrip().count("\n") + 1
+            if line in {each for each, _ in broken}:
+                break
+            broken.append((line, str(error) if match is None else match[1]))
+            if match is None or not match[2]:
+                break
+    return None, sorted(broken)
+
+
+def _blanked(text: str, lines: list[int]) -> str:
+    """The text with nothing on these lines."""
+    rows = text.split("\n")
+    for line in lines:
+        rows[line - 1] = ""
+    return "\n".join(rows)
+
+
+def key_of(where: tuple[str | int, ...]) -> str:
+    """`traffic.window`, `notifications.provider[1]`: a key as faults name it."""
+    key = ""
+    for part in where:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+    return key
+
+
+def _secret_files(directory: Path, faults: list[Fault], places: dict[str, str]) -> dict[str, Any]:
     """Secrets in files named after their keys: `recurly.api_key`, or `api_key` alone."""
     found: dict[str, Any] = {}
     for section, key in SECRETS:
@@ -196,21 +283,25 @@ def _secret_files(directory: Path, faults: list[Fault]) -> dict[str, Any]:
                 content = file.read_bytes()[:SECRET_BYTES_MAX].decode().strip()
             except FileNotFoundError:
                 continue
-            except (OSError, UnicodeDecodeError) as error:
-                faults.append(Fault(f"{section}.{key}", f"cannot be read from {file}: {error}"))
+            except UnicodeDecodeError:
+                faults.append(Fault(f"{section}.{key}", "is not UTF-8", str(file)))
                 break
+            except OSError as error:
+                faults.append(Fault(f"{section}.{key}", f"cannot be read: {error.strerror}", str(file)))
+                break
+            places[f"{section}.{key}"] = str(file)
             found.setdefault(section, {})[key] = content
             break
     return found
 
 
-def _environment(env: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
+def _environment(env: Mapping[str, str], faults: list[Fault], places: dict[str, str]) -> dict[str, Any]:
     """The variables that are settings, nested. Unknown sections are refused by name."""
     known = set(Settings.model_fields)
     for name in sorted(env):
-        section, nested, _key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        section, nested, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name.startswith(ENV_PREFIX) and nested and section not in known:
-            faults.append(Fault(name, "is not a known setting; `billingd config show` lists them all"))
+            faults.append(Fault(name, f"is not a known setting{_instead(section, known)}", f"${name}"))
     source = EnvSettingsSource(Settings)
     readable: dict[str, str | None] = {}
     for name, value in env.items():
@@ -221,10 +312,17 @@ def _environment(env: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
             source()
         except SettingsError:
             faults.append(
-                Fault(name, """cannot be read; a list is written as JSON, as in '["json://host/"]'""")
+                Fault(
+                    name,
+                    """cannot be read; a list is written as JSON, as in '["json://host/"]'""",
+                    f"${name}",
+                )
             )
         else:
             readable[name.lower()] = value
+            section, nested, key = name[len(ENV_PREFIX) :].lower().partition("__")
+            if section in known:
+                places[f"{section}.{key}" if nested else section] = f"${name}"
     source.env_vars = readable
     return dict(source())
 
@@ -243,10 +341,24 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any], origin: str, origins:
 
 
 def _fault(location: tuple[int | str, ...], message: str, kind: str) -> Fault:
-    key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
-        message = "is not a known key; `billingd config show` lists them all"
-    return Fault(key, message.removeprefix("Value error, "))
+        *above, name = location
+        message = f"is not a known key{_instead(str(name), _keys(above))}"
+    return Fault(key_of(location), message.removeprefix("Value error, "))
+
+
+def _keys(section: list[int | str]) -> set[str]:
+    """What may stand in a section, or at the top."""
+    if not section:
+        return set(Settings.model_fields)
+    field_ = Settings.model_fields.get(str(section[0]))
+    return set(getattr(field_.annotation, "model_fields", ())) if field_ is not None else set()
+
+
+def _instead(name: str, known: set[str]) -> str:
+    """What was probably meant, or where to look."""
+    near = get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near else "; `billingd config show` lists them all"
 
 
 def cross_check(settings: Settings) -> list[Fault]:
@@ -279,7 +391,20 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     }
     if settings.webhooks.auth != "none":
         wanted["webhooks.secret"] = settings.webhooks.secret.get_secret_value()
-    return [Fault(key, "is needed and not set") for key, value in wanted.items() if not value]
+    return [
+        Fault(key, f"is needed and has no value; {_where_to_set(key)}")
+        for key, value in wanted.items()
+        if not value
+    ]
+
+
+def _where_to_set(key: str) -> str:
+    """How a key gets its value."""
+    section, _, name = key.partition(".")
+    variable = f"{ENV_PREFIX}{section}__{name}".upper()
+    if (section, name) in SECRETS:
+        return f"put it into a file {key} in secrets_dir or $CREDENTIALS_DIRECTORY, or set {variable}"
+    return f"write {name} = … under [{section}] of the TOML file, or set {variable}"
 
 
 def shown(loaded: Loaded) -> list[dict[str, Any]]:

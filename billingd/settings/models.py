@@ -58,6 +58,14 @@ class RecurlySettings(Section):
     timeout: PositiveDuration = timedelta(seconds=20)
     settling: Duration = timedelta(seconds=60)
 
+    @field_validator("api_key")
+    @classmethod
+    def _api_key(cls, value: SecretStr) -> SecretStr:
+        secret = value.get_secret_value()
+        if not secret.isascii() or any(c.isspace() for c in secret):
+            raise ValueError("must be ASCII without spaces, as Recurly shows it")
+        return value
+
     @field_validator("base_url")
     @classmethod
     def _url(cls, value: str | None) -> str | None:

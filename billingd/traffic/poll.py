@@ -243,7 +243,10 @@ class TrafficPoller:
         """
         async with self._store.read() as tx:
             if subscription is not None and await links.find_subscription(tx, subscription) is None:
-                raise NotFound(f"no subscription with the id {subscription} is linked")
+                raise NotFound(
+                    f"no subscription with the id {subscription} is linked; "
+                    "`billingd status --subscriptions` lists them"
+                )
         only = None if subscription is None else {subscription}
         async with self._reading:
             await self._begins()

@@ -1,5 +1,6 @@
 """`check-config`, `config show`, and what `run` refuses to start with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,70 @@ def test_every_fault_is_printed_with_its_key(tmp_path: Path) -> None:
     result = bench.run("check-config")
     assert result.exit_code == 2
     assert result.stdout == ""
-    keys = [line.partition(": ")[0] for line in result.stderr.splitlines()]
-    assert sorted(keys) == ["admin.listen", "outbox.lease", "recurly.api_key", "recurly.regoin"]
+    assert [line.split(": ")[:2] for line in result.stderr.splitlines()] == [
+        [f"{bench.config}:4", "admin.listen"],
+        [f"{bench.config}:9", "recurly.api_key"],
+        [f"{bench.config}:10", "recurly.regoin"],
+        [f"{bench.config}:12", "outbox.lease"],
+    ]
+    assert "did you mean region?" in result.stderr
     assert "hidden" not in result.output
+
+
+def test_faults_of_every_source_are_told_at_once_each_with_its_place(tmp_path: Path) -> None:
+    """Lines that are no TOML, two of them; a variable; a secret file; a key that is set nowhere."""
+    bench = Bench(tmp_path)
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / "recurly.api_key").write_text("hidden but spaced")
+    bench.config.write_text(
+        f'[store]\nurl = "{bench.url}"\n[traffic]\nwindow = 90m\nsettle = "1h"\nsettle = "2h"\n'
+        'schedule = "often"\n[outbox]\nbackoff = "1h"\n'
+    )
+    env = {
+        "CREDENTIALS_DIRECTORY": str(credentials),
+        "BILLINGD_RECURLY__API_KEY": None,
+        "BILLINGD_RECURLY__REGION": "mars",
+        "BILLINGD_AMPLFY__CLIENT_ID": "x",
+    }
+    result = bench.run("check-config", "--json", env=env)
+    assert (result.exit_code, result.stderr) == (2, "")
+    told = json.loads(result.stdout)
+    assert told["sound"] is False
+    assert {one["place"]: one["key"] for one in told["faults"]} == {
+        f"{bench.config}:4": str(bench.config),
+        f"{bench.config}:6": str(bench.config),
+        f"{bench.config}:7": "traffic.schedule",
+        f"{bench.config}:9": "outbox.backoff",
+        "$BILLINGD_RECURLY__REGION": "recurly.region",
+        "$BILLINGD_AMPLFY__CLIENT_ID": "BILLINGD_AMPLFY__CLIENT_ID",
+        str(credentials / "recurly.api_key"): "recurly.api_key",
+    }
+    printed = bench.run("check-config", env=env)
+    assert f"{bench.config}:4: is not TOML: " in printed.stderr
+    assert "$BILLINGD_RECURLY__REGION: recurly.region: " in printed.stderr
+    assert "did you mean amplify?" in printed.stderr
+    assert "hidden" not in printed.output
+
+
+def test_a_sound_configuration_as_json(tmp_path: Path) -> None:
+    found = document(Bench(tmp_path).run("check-config", "--json"))
+    assert found == {"sound": True, "faults": [], "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "why"),
+    [(b"a = 1\nb = '\xff'\n", 2, "is not UTF-8"), (b'[store]\nurl = """\nnever ends\n', 3, "is not TOML")],
+)
+def test_a_file_that_is_something_else_is_said_once_with_its_line(
+    content: bytes, line: int, why: str, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path)
+    bench.config.write_bytes(content)
+    result = bench.run("check-config")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{bench.config}:{line}: {why}")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_what_run_cannot_do_without_is_a_fault(tmp_path: Path) -> None:
@@ -59,7 +121,7 @@ def test_what_run_cannot_do_without_is_a_fault(tmp_path: Path) -> None:
     for command in ("check-config", "run"):
         result = bench.run(command, env=dict.fromkeys(SECRETS, ""))
         assert result.exit_code == 2
-        keys = [line.partition(": ")[0] for line in result.stderr.splitlines()]
+        keys = [line.partition(": is needed")[0].split(": ")[-1] for line in result.stderr.splitlines()]
         assert {"amplify.client_id", "amplify.client_secret", "recurly.api_key", "webhooks.secret"} <= set(
             keys
         )
@@ -73,9 +135,9 @@ def test_a_channel_that_cannot_be_understood_is_a_fault_without_its_url(tmp_path
     )
     result = bench.run("check-config")
     assert result.exit_code == 2
-    assert [line.partition(": ")[0] for line in result.stderr.splitlines()] == [
-        "notifications.provider[1]",
-        "notifications.subscriber",
+    assert [line.split(": ")[:2] for line in result.stderr.splitlines()] == [
+        [f"{bench.config}:9", "notifications.provider[1]"],
+        [f"{bench.config}:10", "notifications.subscriber"],
     ]
     assert "hidden" not in result.output
 
@@ -87,7 +149,7 @@ def test_what_the_postgresql_driver_does_not_know_is_a_fault(tmp_path: Path) -> 
     for command in (("check-config",), ("db", "current")):
         result = bench.run(*command, env={"BILLINGD_STORE__URL": url.format("sslmode=require&host=/run")})
         assert result.exit_code == 2
-        assert result.stderr.startswith("store.url: has sslmode, which asyncpg does not know")
+        assert "store.url: has sslmode, which asyncpg does not know" in result.stderr
         assert "hidden" not in result.output
     assert bench.run("check-config", env={"BILLINGD_STORE__URL": url.format("ssl=require")}).exit_code == 0
 
@@ -105,7 +167,7 @@ def test_what_a_file_that_cannot_be_read_may_hold_is_not_called_missing(tmp_path
     bench.config.write_text("[amplify")
     result = bench.run("check-config", env=dict.fromkeys(SECRETS, ""))
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"{bench.config}: is not TOML")
+    assert result.stderr.startswith(f"{bench.config}:1: is not TOML")
     assert len(result.stderr.splitlines()) == 1
 
 

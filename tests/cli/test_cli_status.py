@@ -22,7 +22,7 @@ async def test_the_daemon_tells(over: str, tmp_path: Path, sqlite_template: Path
         shown = await bench.ask("status")
     assert told["daemon"] is True
     assert told["ready"] is True
-    assert told["webhooks"] == {"accepted": 0, "duplicates": 1, "rejected": 2}
+    assert told["webhooks"] == {"accepted": 0, "duplicates": 1, "rejected": 2, "unauthorized": 0}
     assert told["outbox"]["dead"] == 2
     assert shown.stderr == ""
     assert "1 pending, 0 leased, 2 dead, 1 done" in shown.stdout

@@ -35,7 +35,18 @@ def test_every_command_has_help_with_an_example(path: tuple[str, ...]) -> None:
 def test_the_commands_of_this_release_are_all_there_are() -> None:
     """A command that cannot do its work yet is not listed."""
     assert {" ".join(path) for path in commands(program)} == {
-        *("run", "demo", "sandbox", "check-config", "config", "config show", "status"),
+        *(
+            "run",
+            "demo",
+            "sandbox",
+            "check-config",
+            "doctor",
+            "completion",
+            "man",
+            "config",
+            "config show",
+            "status",
+        ),
         *("outbox", "outbox list", "outbox show", "outbox retry", "outbox replay", "outbox discard"),
         *("traffic", "traffic poll", "traffic windows", "traffic backfill", "resync"),
         *("held", "held list", "held release", "held write-off", "notify", "notify test"),
@@ -67,7 +78,10 @@ def test_the_version_is_one_line() -> None:
         ["held", "write-off", "--reason", "why"],
         ["demo", "--seconds", "0"],
         ["sandbox", "--listen", "0.0.0.0:8010"],
+        ["demo", "--store", "nonsense"],
+        ["traffic", "backfill", "--since", "2999-01-01T00:00:00Z", "--until", "2999-01-02T00:00:00Z"],
         ["sandbox", "--listen", "8010"],
+        ["sandbox", "--webhook-url", "nonsense"],
         ["status", "more"],
     ],
 )

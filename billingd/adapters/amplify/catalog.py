@@ -1,6 +1,6 @@
 """A group of the API Server: versions, single resources, whole listings (amplify.md 2.1-2.4)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -34,7 +34,12 @@ class Catalog:
             api_version,
             "v1alpha1" if api_version == "v1" else "v1",
         )
-        self._proved: dict[str, ApiVersion] = {}  # collection -> the version it has answered under
+        self._proved: dict[str, ApiVersion] = {}
+
+    @property
+    def versions(self) -> Mapping[str, ApiVersion]:
+        """The version under which each collection has answered so far."""
+        return self._proved
 
     def url(self, plural: str, name: str) -> str:
         """Where one resource is; meant for after a read, which settles the version."""

@@ -14,6 +14,7 @@ from billingd.adapters.amplify.encoding import Json, encode, equals, pointer, qu
 from billingd.adapters.amplify.feed import Feed
 from billingd.adapters.amplify.http import Http, Observe
 from billingd.adapters.amplify.management import Management
+from billingd.adapters.amplify.probes import Probes
 from billingd.adapters.amplify.reader import dig
 from billingd.domain.catalog import (
     Marketplace,
@@ -68,6 +69,7 @@ class Amplify:
         self._catalog = Catalog(self._http, central_url, api_version)
         self.management = Management(self._http, central_url, api_version)
         self._feed = Feed(self._http, central_url, api_version)
+        self.probes = Probes(self._http, self._catalog, self.management, platform_url)
         self._traceability = f"{central_url.rstrip('/')}/api/traceability/v1/traceability"
         self._platform = f"{platform_url.rstrip('/')}/api/v1"
         self._hidden_told = False

@@ -91,6 +91,15 @@ def retry_after(value: str | None, now: datetime) -> timedelta | None:
     return min(max(moment - now, timedelta(0)), RETRY_AFTER_MAX)
 
 
+def date_of(header: str | None) -> datetime | None:
+    """When the far side answered (an HTTP `Date`), in whole seconds; None where it does not say."""
+    try:
+        date = parsedate_to_datetime(header or "")
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
 def moment_of(text: str) -> datetime:
     """An Amplify time (`+0000`, `+00:00`, `Z`, no zone: UTC) as aware UTC; ValueError if it is none."""
     moment = datetime.fromisoformat(text)

@@ -20,7 +20,7 @@ from billingd.adapters.amplify.answers import (
     outcome_of,
     true_status,
 )
-from billingd.adapters.amplify.encoding import Json
+from billingd.adapters.amplify.encoding import Json, date_of
 from billingd.adapters.amplify.token import FORM, Token, Tokens, basic, login_refused, token_from
 from billingd.domain.errors import BillingdError, Misconfigured, Permanent, Retryable
 
@@ -67,6 +67,17 @@ class Http:
         self._tokens = Tokens(self._fetch_token, clock)
         self.last_reached_at: datetime | None = None
         self.last_error: str | None = None
+        self.skew: timedelta | None = None
+        """How far Amplify's clock is ahead of ours by the `Date` of its latest answer, to a second or two."""
+
+    async def log_in(self) -> timedelta:
+        """Make sure of a token; how long it is still used before it is replaced."""
+        try:
+            await self._tokens.current()
+        except Retryable as error:
+            self.last_error = str(error)
+            raise
+        return self._tokens.remaining()
 
     async def send(self, call: Call) -> Reply:
         """The answer, or the error it stands for. A refused token is replaced once (amplify.md 1.1)."""
@@ -132,6 +143,8 @@ class Http:
                 timeout=self._timeout,
                 allow_redirects=False,
             ) as response:
+                if (date := date_of(response.headers.get("Date"))) is not None:
+                    self.skew = date - self._clock()
                 reply = Reply(response.status, response.headers, await _read(response))
             reply = true_status(reply) if call.platform else reply
             outcome = outcome_of(reply.status)

@@ -34,6 +34,15 @@ class Management:
             return None
         return _resource(raw, kind, name)
 
+    async def every(self, kind: Kind) -> tuple[dict[str, Json], ...]:
+        """All of a kind, whichever Integration they live in (amplify.md 2.1: such may be listed unscoped)."""
+        return await self._group.rows(UNSCOPED.get(kind) or SCOPED[kind], "", kind)
+
+    @property
+    def versions(self) -> Mapping[str, ApiVersion]:
+        """The version under which each collection has answered so far."""
+        return self._group.versions
+
     async def create(self, kind: Kind, name: str, scope: str | None, spec: Mapping[str, object]) -> None:
         """Make a resource; raises Conflict when there is one of that name."""
         body: dict[str, object] = {"group": "management", "kind": kind, "name": name, "title": name}

@@ -44,6 +44,10 @@ class Tokens:
         # Shielded: one waiter that gives up must not take the token away from the others.
         return (await asyncio.shield(self._flight)).value
 
+    def remaining(self) -> timedelta:
+        """How long the token is still used; nothing when there is none."""
+        return timedelta(0) if self._token is None else self._token.renew_at - self._clock()
+
     def refused(self, value: str) -> None:
         """Forget this token, unless somebody has replaced it already."""
         if self._token is not None and self._token.value == value:

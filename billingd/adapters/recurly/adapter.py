@@ -13,6 +13,7 @@ import structlog
 from billingd.adapters.recurly import bodies, reading
 from billingd.adapters.recurly.calls import Calls
 from billingd.adapters.recurly.client import Client, locate
+from billingd.adapters.recurly.probes import Probes
 from billingd.domain.billing import (
     Account,
     BilledAddOn,
@@ -83,6 +84,7 @@ class Recurly:
             monotonic=monotonic,
             sleep=sleep,
         )
+        self.probes = Probes(self._calls)
 
     @property
     def last_reached_at(self) -> datetime | None:

@@ -11,6 +11,7 @@ from billingd.adapters.recurly.client import Client
 from billingd.adapters.recurly.limiter import PATIENCE_SECONDS, Limiter
 from billingd.adapters.recurly.outcomes import Answer
 from billingd.adapters.recurly.workers import Workers
+from billingd.domain.billing import Allowance
 from billingd.domain.errors import BillingdError, NotFound, Retryable
 
 log = structlog.get_logger(__name__)
@@ -56,7 +57,9 @@ class Calls:
         self.last_reached_at: datetime | None = None
         self.last_error: str | None = None
         self._attempt_max = timedelta(seconds=PATIENCE_SECONDS) + DEADLINE_TIMEOUTS * timeout
-        self._skew = timedelta(0)
+        self.skew: timedelta | None = None
+        """How far Recurly's clock is ahead of ours by its latest answer; None before the first."""
+        self.allowance: Allowance | None = None
         self._doubt: str | None = None
 
     @property
@@ -66,7 +69,7 @@ class Calls:
 
     def far_now(self) -> datetime:
         """The time as Recurly's last answer had it, in whole seconds of doubt; ours before the first."""
-        return self._clock() + self._skew
+        return self._clock() + (self.skew or timedelta(0))
 
     def take_doubt(self) -> str | None:
         """Which retry under a used key was no replay, once: perhaps its first request never arrived, perhaps
@@ -168,11 +171,12 @@ class Calls:
     def _hear(self, answer: Answer[Any]) -> None:
         """Learn from an answer, also when nobody waits for it any more."""
         self._limiter.heed(answer.status, answer.headers)
+        self.allowance = outcomes.allowance_of(answer) or self.allowance
         if _reached(answer):
             self.last_reached_at = self._clock()
             self.last_error = None
             if (date := outcomes.date_of(answer)) is not None:
-                self._skew = date - self._clock()
+                self.skew = date - self._clock()
 
 
 def _reached(answer: Answer[Any]) -> bool:

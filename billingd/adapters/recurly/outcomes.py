@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Final, Generic, TypeVar
 
+from billingd.domain.billing import Allowance
 from billingd.domain.errors import (
     BillingdError,
     Misconfigured,
@@ -138,6 +139,16 @@ def date_of(answer: Answer[T]) -> datetime | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
+def allowance_of(answer: Answer[T]) -> Allowance | None:
+    """What its headers say of the rate limit; None where they say nothing."""
+    limit, left, reset = (
+        integer(answer.headers.get(f"x-ratelimit-{name}", "")) for name in ("limit", "remaining", "reset")
+    )
+    if limit is None or left is None:
+        return None
+    return Allowance(limit, left, None if reset is None else datetime.fromtimestamp(reset, UTC))
 
 
 def integer(text: str) -> int | None:

@@ -16,6 +16,7 @@ from billingd.domain.billing import (
     BilledPlan,
     BilledSubscription,
     BilledUsage,
+    Site,
     SubscribedAddOn,
 )
 from billingd.domain.charges import Prices
@@ -43,6 +44,26 @@ def account(resource: object) -> Account:
     """An account."""
     _of_kind(resource, "account")
     return Account(code=required(resource, "code"), state=required(resource, "state"))
+
+
+def site(resource: object) -> Site:
+    """A site."""
+    _of_kind(resource, "site")
+    given = getattr(resource, "settings", None)
+    return Site(
+        subdomain=required(resource, "subdomain"),
+        mode=optional(resource, "mode") or "unknown",
+        currencies=frozenset(map(str, listed(given, "accepted_currencies"))),
+        features=frozenset(map(str, listed(resource, "features"))),
+    )
+
+
+def made(resource: object) -> tuple[str, datetime]:
+    """The id of a resource of any kind, and when it was made."""
+    at = moment(resource, "created_at")
+    if at is None:
+        raise Unreadable("created_at is missing")
+    return required(resource, "id"), at
 
 
 def measured_unit(resource: object) -> str | None:

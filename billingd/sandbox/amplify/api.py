@@ -96,6 +96,8 @@ class Api:
         resources = self._tenant.resources
         everything = resources.of_kind(target.kind.name, target.scope)
         chosen = listing.selected(resources, everything, target.kind, request.query)
+        if self._tenant.settings.own_teams_only and request.query.get("count") != "all":
+            chosen = []
         headers = {"X-Axway-Total-Count": str(len(chosen))}
         if request.method == "HEAD":
             return web.Response(headers=headers)

@@ -31,6 +31,8 @@ class Settings:
     """Whether the feed shows an event twice."""
     resource_hooks: bool = True
     """Whether stored ResourceHooks and Webhooks deliver, as the real ones do."""
+    own_teams_only: bool = False
+    """Whether the service account lacks Engage Admin, and sees what its teams own: nothing here (1.1)."""
     consumer_users_visible: bool = True
     """Whether users of a consumer organisation can be read (question 18)."""
     summary_groups: bool = True

@@ -1,0 +1,9 @@
+"""Whether an installation would work: every far side, credential, permission, clock and the store.
+
+Only reads, at either side and in the store.
+"""
+
+from billingd.doctor.findings import Finding, State
+from billingd.doctor.round import Subject, checks, findings, of_configuration
+
+__all__ = ["Finding", "State", "Subject", "checks", "findings", "of_configuration"]
