@@ -74,7 +74,7 @@ def test_a_template_that_cannot_be_used_is_a_fault(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     own = tmp_path / "own"
     bench.configure("127.0.0.1:1", f'[notifications]\ntemplates = "{own}"\n')
-    assert bench.run("check-config").stderr.startswith(f"notifications.templates: {own} cannot be read")
+    assert f": notifications.templates: {own} cannot be read" in bench.run("check-config").stderr
     written = bench.run("notify", "templates", "--write", str(own))
     assert written.exit_code == 0
     assert bench.run("check-config").exit_code == 0
@@ -85,7 +85,7 @@ def test_a_template_that_cannot_be_used_is_a_fault(tmp_path: Path) -> None:
     result = bench.run("check-config")
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
-    assert [line.split(": ")[1].rpartition("/")[2] for line in lines] == [
+    assert [line.split(": ")[2].rpartition("/")[2] for line in lines] == [
         "digest.txt",
         "far_side_begun.txt",
         "sheld.txt",
