@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final, Protocol
 
 import jinja2
@@ -91,14 +92,19 @@ class Parts:
     reading_back: Callable[[], str | None] = lambda: None
 
 
+@cache
+def _page() -> jinja2.Template:
+    """The page, compiled when it is first asked for: that takes longer than all else at a start."""
+    loader = jinja2.PackageLoader("billingd.admin")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("status.html")
+
+
 class AdminListener:
     """The aiohttp application behind `admin.listen`."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._page = jinja2.Environment(
-            loader=jinja2.PackageLoader("billingd.admin"), autoescape=True, undefined=jinja2.StrictUndefined
-        ).get_template("status.html")
 
     def application(self) -> web.Application:
         """The routes."""
@@ -181,7 +187,7 @@ class AdminListener:
 
     async def _show(self, _request: web.Request) -> web.Response:
         rows = await operations.selected(self._parts.store, Selection(), limit=50)
-        html = self._page.render(
+        html = _page().render(
             status=await self._document(),
             dead=[status.action_item(row) for row in rows],
             subscriptions=await self._waiting_first(),

@@ -3,7 +3,7 @@
 Its hot statements are made once, here and in the other modules: building one takes longer than running it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -14,6 +14,9 @@ from billingd.domain.errors import Retryable
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
 from billingd.store.schema import UtcDateTime, outbox
+
+SUBJECTS_MAX: Final = 10_000
+"""Subjects in one statement: both databases bound its parameters."""
 
 
 class LeaseLost(Retryable):
@@ -255,6 +258,21 @@ async def oldest_pending(tx: Tx) -> datetime | None:
 async def newest(tx: Tx) -> int:
     """The id of the newest action, 0 when there is none: it grows with every action that is made."""
     return int((await tx.execute(sa.select(sa.func.max(outbox.c.id)))).scalar_one() or 0)
+
+
+async def newest_done(tx: Tx, subjects: Collection[str], *, after: int) -> dict[tuple[str, str], int]:
+    """The id of the newest done action of each of these subjects behind an id, by kind and subject."""
+    found: dict[tuple[str, str], int] = {}
+    asked = sorted(set(subjects))
+    for start in range(0, len(asked), SUBJECTS_MAX):
+        statement = (
+            sa.select(outbox.c.kind, outbox.c.subject, sa.func.max(outbox.c.id))
+            .where(outbox.c.subject.in_(asked[start : start + SUBJECTS_MAX]))
+            .where(outbox.c.state == State.DONE, outbox.c.id > after)
+            .group_by(outbox.c.kind, outbox.c.subject)
+        )
+        found |= {(kind, subject): newest for kind, subject, newest in await tx.execute(statement)}
+    return found
 
 
 async def forget(tx: Tx, *, before: datetime) -> int:
