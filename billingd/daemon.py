@@ -475,11 +475,14 @@ def loops(daemon: Daemon) -> dict[str, Coroutine[Any, Any, None]]:
             POLL_PATIENCE,
             gate=daemon.read_back.finished,
         ),
-        "periods": loop("periods", daemon.poller.watch_periods, every(REFRESH_EVERY)),
+        "periods": loop(
+            "periods", daemon.poller.watch_periods, every(REFRESH_EVERY), gate=daemon.read_back.finished
+        ),
         "retention": loop(
             "retention",
             lambda: _forget(daemon.store, clock.now() - settings.store.keep_done),
             every(RETENTION_EVERY),
+            gate=daemon.read_back.may_send,
         ),
         "probe": loop("probe", lambda: _probe(daemon, away), every(PROBE_EVERY)),
         "troubles": loop("troubles", daemon.troubles.run_once, every(TROUBLES_EVERY)),

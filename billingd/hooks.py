@@ -17,9 +17,13 @@ Kind = Literal["Integration", "Secret", "Webhook", "ResourceHook", "WatchTopic"]
 NAME: Final = "billingd"
 """The Integration, and how the names of all that lives in it begin."""
 
+MARK: Final = {"billingd": "hooks"}
+"""The attribute of whatever is made here; what lacks it may be somebody else's of that name."""
+
 VALUE_KEY: Final = "value"
 """Under which key the Secret holds its value."""
 
+OTHERS: Final = "is somebody else's, and left alone"
 DEFAULT_PATH: Final = "/webhooks/amplify"
 MASKED: Final = "CHANGE-ME"
 SCHEMES: Final = frozenset({"bearer", "basic"})
@@ -39,6 +43,15 @@ TRIGGERS: Final[tuple[Mapping[str, Any], ...]] = (
 WATCHED: Final = tuple({**trigger, "type": list(EVERYTHING)} for trigger in TRIGGERS)
 """The feed also tells of what was created: it is how lost events are found, so it leaves nothing out."""
 
+DESCRIPTIONS: Final[Mapping[str, str]] = {
+    "Integration": "Tells billingd of plans and subscriptions",
+    "WatchTopic": "What billingd reads to find events it missed",
+}
+"""By which is known what an earlier release made, which marked nothing."""
+
+INSIDE: Final[tuple[Kind, ...]] = ("ResourceHook", "Webhook", "Secret")
+"""What lives in an Integration, in the order in which it is removed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resource:
@@ -53,14 +66,17 @@ class Resource:
         """The whole resource, as `axway central apply -f` takes it."""
         scope = {"metadata": {"scope": {"kind": "Integration", "name": self.scope}}} if self.scope else {}
         head = {"group": "management", "apiVersion": api_version, "kind": self.kind, "name": self.name}
-        return {**head, "title": self.name, **scope, "spec": dict(self.spec)}
+        return {**head, "title": self.name, "attributes": dict(MARK), **scope, "spec": dict(self.spec)}
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What became of one resource, or would: `+` made, `~` changed, `-` deleted, `=` as it should be."""
+    """What became of one resource, or would: `+` made, `~` changed, `-` deleted, `=` as it should be.
 
-    op: Literal["+", "~", "-", "="]
+    `!`: it is somebody else's, and left alone.
+    """
+
+    op: Literal["+", "~", "-", "=", "!"]
     kind: Kind
     name: str
     reason: str
@@ -70,9 +86,23 @@ class Management(Protocol):
     """Where the resources are."""
 
     async def find(self, kind: Kind, name: str, scope: str | None) -> Mapping[str, Any] | None: ...
-    async def create(self, kind: Kind, name: str, scope: str | None, spec: Mapping[str, object]) -> None: ...
+    async def everything(self, kind: Kind, scope: str | None) -> Sequence[Mapping[str, Any]]: ...
+    async def create(
+        self,
+        kind: Kind,
+        name: str,
+        scope: str | None,
+        spec: Mapping[str, object],
+        attributes: Mapping[str, str],
+    ) -> None: ...
     async def replace(
-        self, kind: Kind, name: str, scope: str | None, raw: Any, spec: Mapping[str, object]
+        self,
+        kind: Kind,
+        name: str,
+        scope: str | None,
+        raw: Any,
+        spec: Mapping[str, object],
+        attributes: Mapping[str, str],
     ) -> None: ...
     async def remove(
         self, kind: Kind, name: str, scope: str | None
@@ -111,7 +141,7 @@ def resources(settings: Settings, url: str) -> tuple[Resource, ...]:
     """Everything, in the order in which it must be made."""
     how, _, name = settings.webhooks.auth.partition(":")
     webhook: dict[str, Any] = {"enabled": True, "url": url, "headers": {"Content-Type": "application/json"}}
-    made = [Resource("Integration", NAME, {"description": "Tells billingd of plans and subscriptions"})]
+    made = [Resource("Integration", NAME, {"description": DESCRIPTIONS["Integration"]})]
     if how != "none":
         value = secret_value(settings.webhooks.auth, settings.webhooks.secret.get_secret_value())
         made.append(Resource("Secret", f"{NAME}-secret", {"data": {VALUE_KEY: value or MASKED}}, NAME))
@@ -126,7 +156,7 @@ def resources(settings: Settings, url: str) -> tuple[Resource, ...]:
 def _watch_topic(settings: Settings) -> list[Resource]:
     if not (name := settings.catch_up.watch_topic):
         return []
-    spec = {"description": "What billingd reads to find events it missed", "filters": list(WATCHED)}
+    spec = {"description": DESCRIPTIONS["WatchTopic"], "filters": list(WATCHED)}
     return [Resource("WatchTopic", name, spec)]
 
 
@@ -141,40 +171,93 @@ async def apply(management: Management, wanted: Sequence[Resource], *, dry_run: 
     """Make what is missing and mend what differs, in order.
 
     Amplify never shows what a Secret holds, so nobody can tell whether it is right: it is written each time.
-    A field that Amplify has and we do not name is left alone, as long as nothing else differs.
+    A field that Amplify has and we do not name is left alone, as long as nothing else differs; and so is what
+    somebody else has made under that name.
     """
     steps: list[Step] = []
     for one in wanted:
         raw = await management.find(one.kind, one.name, one.scope)
         step = _step(one, raw)
         if not dry_run and step.op == "+":
-            await management.create(one.kind, one.name, one.scope, one.spec)
+            await management.create(one.kind, one.name, one.scope, one.spec, MARK)
         elif not dry_run and step.op == "~":
-            await management.replace(one.kind, one.name, one.scope, raw, one.spec)
+            await management.replace(one.kind, one.name, one.scope, raw, one.spec, MARK)
         steps.append(step)
     return steps
 
 
-async def remove(management: Management, wanted: Sequence[Resource]) -> list[Step]:
-    """Delete everything, in the reverse order; what is not there needs no deletion."""
-    reasons = {"gone": "deleted", "going": "deleted; Amplify is still removing what hangs on it"}
-    steps = []
-    for one in reversed(wanted):
-        answer = await management.remove(one.kind, one.name, one.scope)
-        if answer == "missing":
-            steps.append(Step("=", one.kind, one.name, "is not there"))
-        else:
-            steps.append(Step("-", one.kind, one.name, reasons[answer]))
+async def removal(management: Management) -> list[Step]:
+    """What is to be removed, in its order, and what stays because others made it; nothing is changed.
+
+    Whatever was made here is found by its mark, also what the settings name no more. An Integration in which
+    somebody else's resources live stays, for they would go with it.
+    """
+    topics = [raw for raw in await management.everything("WatchTopic", None) if _ours("WatchTopic", raw)]
+    steps = [Step("-", "WatchTopic", raw["name"], "is billingd's") for raw in topics]
+    integration = await management.find("Integration", NAME, None)
+    if integration is None:
+        return [*steps, Step("=", "Integration", NAME, "is not there")]
+    others = []
+    for kind in INSIDE:
+        for raw in await management.everything(kind, NAME):
+            if _ours(kind, raw):
+                steps.append(Step("-", kind, raw["name"], "is billingd's"))
+            else:
+                others.append(f"{kind} {raw['name']}")
+                steps.append(Step("!", kind, raw["name"], OTHERS))
+    if not _ours("Integration", integration):
+        steps.append(Step("!", "Integration", NAME, OTHERS))
+    elif others:
+        steps.append(
+            Step("!", "Integration", NAME, f"stays, for others' {', '.join(others)} would go with it")
+        )
+    else:
+        steps.append(Step("-", "Integration", NAME, "is billingd's"))
     return steps
+
+
+async def remove(management: Management, steps: Sequence[Step]) -> list[Step]:
+    """Delete what `removal` found; what is gone by now needs no deletion."""
+    reasons = {"gone": "deleted", "going": "deleted; Amplify is still removing what hangs on it"}
+    done = []
+    for step in steps:
+        if step.op != "-":
+            done.append(step)
+            continue
+        answer = await management.remove(step.kind, step.name, NAME if step.kind in INSIDE else None)
+        if answer == "missing":
+            done.append(replace(step, op="=", reason="is not there"))
+        else:
+            done.append(replace(step, reason=reasons[answer]))
+    return done
+
+
+def _ours(kind: Kind, raw: Mapping[str, Any]) -> bool:
+    """Whether it was made here. What lives in our Integration under our names is ours in any case."""
+    if _marked(raw):
+        return True
+    if kind in INSIDE:
+        return str(raw.get("name", "")).startswith(f"{NAME}-")
+    spec = raw.get("spec")
+    return isinstance(spec, Mapping) and spec.get("description") == DESCRIPTIONS[kind]
+
+
+def _marked(raw: Mapping[str, Any]) -> bool:
+    has = raw.get("attributes")
+    return isinstance(has, Mapping) and MARK.items() <= has.items()
 
 
 def _step(one: Resource, raw: Mapping[str, Any] | None) -> Step:
     if raw is None:
         return Step("+", one.kind, one.name, "is missing")
+    if not _ours(one.kind, raw):
+        return Step("!", one.kind, one.name, OTHERS)
     if one.kind == "Secret":
         return Step("~", one.kind, one.name, "is written each time: Amplify never shows what it holds")
     if wrong := _differing(one.spec, raw.get("spec"), ""):
         return Step("~", one.kind, one.name, f"differs in {', '.join(wrong)}")
+    if not _marked(raw):
+        return Step("~", one.kind, one.name, "is not marked as billingd's")
     return Step("=", one.kind, one.name, "is as it should be")
 
 

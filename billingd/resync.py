@@ -32,6 +32,7 @@ from billingd.domain.notices import provider_notice
 from billingd.domain.resync import (
     NATIVE_BILLING,
     Billed,
+    Compared,
     Known,
     Listed,
     Standing,
@@ -93,12 +94,19 @@ class Comparison:
     """What an operator has to settle first: dead letters."""
     unread: tuple[str, ...]
     """What is at Amplify and cannot be understood."""
-    charging: tuple[Marketplace, ...] | None
-    """Marketplaces whose own billing is on; None when they could not be listed."""
+    marketplaces: tuple[Marketplace, ...] | None
+    """All of them; None when they could not be listed."""
     counts: Mapping[str, int]
     over: tuple[Absence, ...] = ()
     """What was noted as absent and is not any more."""
     enqueued: int = 0
+
+    @property
+    def charging(self) -> tuple[Marketplace, ...] | None:
+        """Marketplaces whose own billing is on; None when they could not be listed."""
+        if self.marketplaces is None:
+            return None
+        return tuple(one for one in self.marketplaces if one.payment_type is not None)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -192,14 +200,14 @@ class Resync:
             plans, subscriptions = await links.plans(tx), await links.subscriptions(tx)
         before = {one.plan_id for one in plans} | {one.subscription_id for one in subscriptions}
         listed, unread = await self._list_amplify()
-        charging = await self._list_charging()
+        marketplaces = await self._list_marketplaces()
         billed = await self._list_recurly(listed)
         known, newest = await self._read_store(frozenset(before))
         because = f"resync:{began_at.isoformat()}:{newest}"  # unique even on a clock that stands still
         found = resync.compare(listed, known, billed, because=because)
-        withheld, over = await self._withheld(found.steps, listed, known, began_at)
+        withheld, over = await self._withheld(found, listed, known, began_at)
         waits = {(step.what, step.id) for step in withheld}
-        steps = tuple(step for step in found.steps if not step.absent or (step.what, step.id) not in waits)
+        steps = tuple(step for step in found.steps if (step.what, step.id) not in waits)
         steps = tuple([step for step in steps if not await self._is_there_after_all(step)])
         by_op = {word: sum(step.op == op for step in steps) for op, word in OPS.items()}
         counts = {
@@ -207,18 +215,20 @@ class Resync:
             "plans": len(listed.plans),
             "subscriptions": len(listed.subscriptions),
             **by_op,
+            "dead_letters": found.dead_letters,
         }
-        return Comparison(began_at, steps, withheld, found.notes, unread, charging, counts, over)
+        return Comparison(began_at, steps, withheld, found.notes, unread, marketplaces, counts, over)
 
     async def _withheld(
-        self, steps: Sequence[Step], listed: Listed, known: Known, began_at: datetime
+        self, found: Compared, listed: Listed, known: Known, began_at: datetime
     ) -> tuple[tuple[Step, ...], tuple[Absence, ...]]:
         """The steps that a person has to confirm first, and what of the absences noted is none any more.
 
         Only absences that no event explains and nobody has confirmed yet; those of which a person is asked
-        already, and all of them when they are too many, with those that handlers are waiting for.
+        already, and all of them when they are too many, with those that handlers are waiting for. Nor is
+        anything made under the name of one of these before that is known: all may be another environment's.
         """
-        absent = resync.absences(steps)
+        absent = (*found.missing, *(step for step in found.steps if step.absent and step.op != "-"))
         plan_of = {one.subscription_id: one.plan_id for one in known.subscriptions.values()}
         ids = {what: [step.id for step in absent if step.what == what] for what in ("plan", "subscription")}
         async with self._store.read() as tx:
@@ -235,16 +245,22 @@ class Resync:
         over = [
             one
             for one in noted
-            if one.since <= began_at and (one.id in here or (one.id in known.before and one.id not in live))
+            if not began_at < one.since <= self._clock.now()  # a clock may have been ahead
+            and (one.id in here or (one.id in known.before and one.id not in live))
         ]
         missing = {one.id: one for one in noted if one not in over}
         settled = explained.keys() | {one.id for one in missing.values() if one.confirmed_at is not None}
+        held_already = {one.id for one in missing.values() if one.held}
         open_ = [step for step in absent if step.id not in settled]
         counted: dict[str, resync.Missing] = {step.id: step for step in open_ if step.op == "-"}
         counted |= {one.id: one for one in missing.values() if one.id not in settled}
         if not resync.is_mass(counted.values(), plans=plans, subscriptions=len(live) - plans):
-            open_ = [step for step in open_ if step.id in missing and missing[step.id].held]
-        return tuple(open_), tuple(over)
+            open_ = [step for step in open_ if step.id in held_already]
+        names = {(step.what, step.name) for step in open_ if step.op == "-"}
+        instead = (step for step in found.steps if step.op == "+" and (step.what, step.name) in names)
+        due = {step.id for step in found.steps}
+        new = (step for step in open_ if step.id in due or step.id not in held_already)
+        return (*new, *instead), tuple(over)
 
     async def _is_there_after_all(self, step: Step) -> bool:
         """Whether what nobody here knows of, and whose name nobody knows, is at Amplify all the same.
@@ -261,7 +277,10 @@ class Resync:
     async def _due_in(self) -> timedelta:
         async with self._store.read() as tx:
             mark = await marks.find(tx, marks.RESYNCED)
-        return timedelta(0) if mark is None else mark.at + self._every - self._clock.now()
+        now = self._clock.now()
+        if mark is None or mark.at > now:  # by a clock that was ahead
+            return timedelta(0)
+        return mark.at + self._every - now
 
     async def _list_amplify(self) -> tuple[Listed, tuple[str, ...]]:
         """What Amplify has, and what of it cannot be understood, in sentences."""
@@ -284,14 +303,13 @@ class Resync:
         there = frozenset(one.id for one in (*strange_plans, *strange))
         return Listed(products, plans, quotas, subscriptions, there), tuple(unread)
 
-    async def _list_charging(self) -> tuple[Marketplace, ...] | None:
-        """The Marketplaces that charge by themselves; None when we may not see them."""
+    async def _list_marketplaces(self) -> tuple[Marketplace, ...] | None:
+        """All Marketplaces; None when we may not see them."""
         try:
-            listed = await self._amplify.list_marketplaces()
+            return await self._amplify.list_marketplaces()
         except (Misconfigured, NotFound) as error:
             log.warning("resync.marketplaces_hidden", error=str(error))
             return None
-        return tuple(one for one in listed if one.payment_type is not None)
 
     async def _list_recurly(self, listed: Listed) -> Billed:
         """What Recurly has; add-ons only of the plans whose prices are compared."""
@@ -319,10 +337,14 @@ class Resync:
                 rows += await outbox.select(tx, states=[*UNFINISHED, State.DEAD], kind=kind)
             items = await held.standing(tx)
             newest = await outbox.newest(tx)
+            letters = {row["id"]: row["subject"] for row in rows if row["state"] == State.DEAD}
+            done = await outbox.newest_done(tx, letters.values(), after=min(letters, default=0))
         waiting: set[str] = set()
         dead: dict[str, str] = {}
         for row in rows:
             if row["state"] == State.DEAD:
+                if done.get((row["kind"], row["subject"]), 0) > row["id"]:
+                    continue  # a later one has done what this one could not
                 dead[row["subject"]] = f"action {row['id']} is a dead letter: {row['error']}"
             else:
                 waiting.add(row["subject"])
@@ -344,11 +366,12 @@ class Resync:
         await absence.tell(tx, now)
 
     async def _tell_of_charging(self, tx: Tx, found: Comparison, now: datetime) -> None:
-        if found.charging is None:
-            return
-        subjects = set()
-        for marketplace in found.charging:
-            subjects.add(subject := f"marketplace:{marketplace.name}")
+        off = set()
+        for marketplace in found.marketplaces or ():
+            subject = f"marketplace:{marketplace.name}"
+            if marketplace.payment_type is None:
+                off.add(subject)
+                continue
             reason = _charges_too(marketplace)
             notice = provider_notice(
                 f"held:{NATIVE_BILLING}:{marketplace.name}:{now.isoformat()}",
@@ -357,7 +380,7 @@ class Resync:
             )
             await hold(tx, Hold(NATIVE_BILLING, subject, reason), notice, now=now)
         for item in await held.standing(tx, kind=NATIVE_BILLING):
-            if item["subject"] not in subjects:
+            if item["subject"] in off:  # one that is not listed may only be hidden
                 await held.close_one(tx, item["id"], resolution="its own billing is off", now=now)
 
 

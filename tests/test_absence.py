@@ -1,18 +1,22 @@
 """What is not found at Amplify: ended when it was deleted, kept when it may only be hidden from us."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from rig import HOUR, Json, Rig, a_rig
 
+from billingd import daemon as root
+from billingd.domain.errors import Retryable
 from billingd.domain.events import plan_action, product_action, subscription_action
 from billingd.sandbox import control_amplify
-from billingd.store import schema
+from billingd.store import events, schema
 
 ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 MINUTE = timedelta(minutes=1)
+DAY = timedelta(days=1)
 OURS = ("Product", "ProductPlan", "Subscription")
 
 
@@ -64,6 +68,39 @@ def at_recurly(rig: Rig) -> set[str]:
     """States of all subscriptions there, and `gone` for a plan that was removed."""
     found = {one["state"] for one in rig.world.site.oracle()["subscriptions"]}
     return found | {"gone" for plan in rig.world.site.plans.values() if plan.deleted_at is not None}
+
+
+def point_elsewhere(rig: Rig) -> Callable[[], None]:
+    """Another tenant answers, with the same names and other ids; returns what takes that back."""
+
+    def other(one: Any) -> Any:
+        if one is None:
+            return None
+        ids = {name: getattr(one, name, None) for name in ("id", "plan_id", "product_id")}
+        return replace(one, **{name: id_[::-1] for name, id_ in ids.items() if id_ is not None})
+
+    def answering(call: Callable[..., Any], say: Callable[[Any], Any]) -> Callable[..., Any]:
+        async def asked(*args: Any, **kwargs: Any) -> Any:
+            return say(await call(*args, **kwargs))
+
+        return asked
+
+    finding = ("find_product", "find_product_plan", "find_subscription")
+    listing = ("list_products", "list_product_plans", "list_subscriptions", "list_quotas")
+    having = ("has_subscription", "has_product_plan")
+    says: dict[str, Callable[[Any], Any]] = dict.fromkeys(finding, other)
+    says |= dict.fromkeys(
+        (*listing, "survey_product_plans", "survey_subscriptions"), lambda all_: tuple(map(other, all_))
+    )
+    says |= dict.fromkeys(having, lambda _: False)
+    for name, say in says.items():
+        setattr(rig.amplify, name, answering(getattr(rig.amplify, name), say))
+
+    def back() -> None:
+        for name in says:
+            delattr(rig.amplify, name)
+
+    return back
 
 
 @pytest.mark.parametrize("number", [1, 3, 8])
@@ -174,6 +211,137 @@ async def test_many_that_handlers_miss_one_by_one_are_a_mass_too(rig: Rig) -> No
     assert at_recurly(rig) == {"active"}
     reason = (await rig.held())["mass_absence"]
     assert all(id_ in reason for name, id_ in ids.items() if name in hidden)
+
+
+@pytest.mark.parametrize("kind", ["Subscription", "ProductPlan"])
+async def test_what_is_missing_with_one_is_counted_whether_it_was_asked_about_or_not(
+    rig: Rig, kind: str
+) -> None:
+    """A right to most of them is lost between two resyncs, and events ask for a few, an hour apart."""
+    if kind == "Subscription":
+        ids = await several(rig, 10)
+    else:
+        ids = {f"p{n}": (await rig.plan(f"p{n}"))["metadata"]["id"] for n in range(9)}
+        await rig.work()
+    hidden = sorted(ids)[:6]
+    rig.blind(kind, names=set(hidden))
+    for name in hidden[:3]:
+        asked = subscription_action if kind == "Subscription" else plan_action
+        await rig.ask(asked(name, ids[name], because="an event"))
+        for _ in range(6):
+            rig.unheard.clear()
+            await rig.drain()
+            rig.pass_(10 * MINUTE)
+    assert at_recurly(rig) <= {"active"}
+    assert set(await rig.held()) == {"mass_absence"}
+    reason = (await rig.held())["mass_absence"]
+    assert [name for name, id_ in ids.items() if id_ in reason] == hidden, "all of them are named"
+    rig.sighted()
+    await unheard_of(rig, 7 * HOUR)
+    assert [await rig.held(), await rig.dead(), await rig.rows(schema.absences)] == [{}, [], []]
+
+
+@ONE_DATABASE
+async def test_a_list_that_cannot_be_read_ends_nothing(rig: Rig) -> None:
+    """How many are missing with it is not known until it can."""
+    ids = await several(rig, 3)
+    await delete(rig, "metered-0")
+    await rig.ask(subscription_action("metered-0", ids["metered-0"], because="an event"))
+    await rig.drain()
+    survey = rig.amplify.survey_subscriptions
+
+    async def away() -> None:
+        raise Retryable("Amplify is away")
+
+    rig.amplify.survey_subscriptions = away
+    for _ in range(4):
+        rig.pass_(10 * MINUTE)
+        await rig.drain()
+    assert set((await states(rig)).values()) == {"active"}
+    rig.amplify.survey_subscriptions = survey
+    rig.pass_(HOUR)
+    await rig.drain()
+    assert await states(rig) == {"metered-0": "ending", "metered-1": "active", "metered-2": "active"}
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("number", [1, 3])
+async def test_one_that_was_made_again_under_its_name_ends(rig: Rig, heard: bool, number: int) -> None:
+    """Its name is another's now, and no id of it is there: no more has to be known."""
+    ids = await several(rig, number)
+    await rig.move("metered-0", "delete")
+    if not heard:
+        rig.unheard.clear()
+    anew = await rig.subscribe("metered-0", account=False)
+    if heard:
+        await rig.work()
+    else:
+        await rig.daemon.resync.run(dry_run=False)
+        await rig.drain()
+    await unheard_of(rig)
+    [old], [new] = rig.billed(ids["metered-0"]), rig.billed(anew)
+    assert [old["state"], new["state"]] == ["expired", "active"]
+    assert [await rig.held(), await rig.dead()] == [{}, []]
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("number", [2, 6])
+async def test_another_environment_with_the_same_names_ends_nothing_and_makes_nothing(
+    rig: Rig, number: int
+) -> None:
+    """Every name is there, and no id; what a dry run shows is what a run does."""
+    ids = await several(rig, number)
+    there = point_elsewhere(rig)
+    shown = await rig.daemon.resync.run(dry_run=True)
+    assert shown.steps == ()
+    assert sorted(step.op for step in shown.withheld) == ["+"] * (number + 1) + ["-"] * (number + 1)
+    await rig.ask(plan_action("metered", None, because="an event"))
+    for name, id_ in ids.items():
+        await rig.ask(subscription_action(name, id_, because="an event"))
+    await unheard_of(rig)
+    assert set(await rig.held()) == {"mass_absence"}
+    assert at_recurly(rig) == {"active"}
+    assert len(rig.world.site.oracle()["subscriptions"]) == number
+    assert len(rig.world.site.plans) == 1
+    there()
+    await unheard_of(rig)
+    assert set((await states(rig)).values()) == {"active"}
+    assert [await rig.held(), await rig.dead(), await rig.rows(schema.absences)] == [{}, [], []]
+
+
+@ONE_DATABASE
+async def test_a_release_ends_none_that_was_not_named(rig: Rig) -> None:
+    """However many there are; who is only told gets a few examples."""
+    ids = await several(rig, 25)
+    rig.blind("Subscription")
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.drain()
+    [reason] = (await rig.held()).values()
+    assert all(id_ in reason for id_ in ids.values())
+    [told] = [one for one in rig.channels.provider if "missing at Amplify" in one.split(":")[0]]
+    assert told.count("(metered-") + sum(id_ in told for id_ in ids.values()) == 20
+    assert "and others" in told
+
+
+@ONE_DATABASE
+async def test_one_missed_by_a_clock_that_was_ahead_is_ended_all_the_same(rig: Rig) -> None:
+    """It counts as missed when that is seen to be nonsense."""
+    ids = await several(rig, 3)
+    await delete(rig, "metered-0")
+    rig.clock.offset = timedelta(days=365)
+    await rig.ask(subscription_action("metered-0", ids["metered-0"], because="an event"))
+    await rig.drain()
+    rig.clock.offset = timedelta(0)
+    async with rig.store.write() as tx:
+        pending = schema.outbox.c.state == "pending"
+        await tx.execute(schema.outbox.update().where(pending).values(due_at=rig.clock.now()))
+    await rig.drain()
+    missed = rig.far.now()
+    rig.pass_(10 * MINUTE)
+    await rig.drain()
+    assert await states(rig) == {"metered-0": "ending", "metered-1": "active", "metered-2": "active"}
+    assert await until(rig, ids["metered-0"]) == missed
 
 
 @pytest.mark.parametrize("kind", ["Subscription", "ProductPlan", "Product"])
@@ -318,3 +486,29 @@ async def test_one_that_never_was_at_recurly_is_forgotten_without_a_question(rig
     await unheard_of(rig)
     assert await rig.held() == {}
     assert await rig.unfinished() == []
+
+
+@pytest.mark.parametrize("kind", ["Subscription", "ProductPlan", "Product"])
+async def test_a_deletion_that_was_heard_is_known_until_it_is_acted_on(rig: Rig, kind: str) -> None:
+    """However long that takes: other events are forgotten, and so is this one when nothing is linked."""
+    [sid] = (await several(rig, 1)).values()
+    await rig.work(HOUR)
+    named = {"Subscription": "metered-0", "ProductPlan": "metered", "Product": "weather"}[kind]
+    resource = rig.world.tenant.resources.find(kind, named)
+    assert resource is not None
+    rig.world.tenant.delete(resource, asked=False)
+    deleted = rig.far.now()
+    await rig.hear(lambda heard: [one for one in heard if one.payload["kind"] == kind])
+    rig.pass_(31 * DAY)
+    before = len(await rig.rows(schema.events))
+    await root._forget(rig.store, rig.clock.now() - 30 * DAY)
+    left = await rig.rows(schema.events)
+    assert 0 < len(left) < before
+    await rig.settled()
+    over = await until(rig, sid)
+    assert over is not None
+    assert deleted - MINUTE < over <= deleted
+    rig.pass_(DAY)
+    async with rig.store.write() as tx:
+        await events.forget(tx, before=rig.clock.now())
+    assert await rig.rows(schema.events) == []

@@ -856,3 +856,27 @@ async def test_the_last_usage_of_a_deleted_one_of_an_organisation_of_its_own_is_
     assert (link.state, link.organization_id) == ("ended", "" if account == "user" else "300000000000003")
     assert (await the_link(rig, beta)).state == "active"
     assert (await held_items(rig), await rig.dead()) == ([], [])
+
+
+async def test_adopted_since_the_copy_counts_from_the_cut_over(rig: Rig, tmp_path: Path) -> None:
+    """Also when the copy knows of no traffic that early: all of it is read after the restore."""
+    ids = await original(rig, "acme")
+    since = rig.far.now().replace(microsecond=0) + MINUTE
+    rig.pass_(2 * MINUTE)
+    await rig.traffic("acme", 3)
+    rig.pass_(5 * HOUR)
+    await rig.poll()
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    rig.pass_(HOUR)
+    await rig.traffic("acme", 4)
+    await adopted(rig, since)
+    await rig.work(LOOK_AGAIN)
+    assert (await the_link(rig, ids["acme"])).usage_from == since
+    await put_back(rig, copy)
+    await go_on(rig)
+    await rig.report()
+    await rig.report()
+    assert (await the_link(rig, ids["acme"])).usage_from == since
+    assert by_whom(rig) == (0, 7)
+    assert set(rig.tags().values()) == {1}
+    assert await rig.held() == {}

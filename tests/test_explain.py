@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 from rig import HOUR, LOOK_AGAIN, SETTLING, Rig, a_rig
+from test_adoption import adopted, original, original_reports
 from test_audit import audited
-from test_reconcile import posted, repaired, reported
-from test_reconcile_drifts import Plants
+from test_reconcile import posted, reconciled, repaired, reported
+from test_reconcile_drifts import VOLUME, Plants
 from test_restore import go_on, put_back
 
 from billingd.admin import operations
 from billingd.admin.explain import explain
+from billingd.admin.status import timestamp
 from billingd.domain.errors import NotFound
-from billingd.store import copies, schema
+from billingd.domain.events import plan_action
+from billingd.store import copies, held, schema, usage
+from billingd.store.stakes import at_stake
 
 ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 USAGE = "/subscriptions/*/add_ons/*/usage"
@@ -125,13 +129,14 @@ async def test_a_process_that_dies_while_it_sends_leaves_its_key_and_time(rig: R
     [tag] = await tags(rig)
     first = (await told(rig, tag))["sending"]
     rig.pass_(2 * HOUR)
+    known_dead = timestamp(rig.clock.now())  # on SQLite, nobody else can be sending it
     await rig.restart()
     await rig.work(HOUR)
     found = await told(rig, tag)
     assert (found["state"], found["sending"]["sends"]) == ("reported", 2)
     dead, last = found["attempts"]
     assert (dead["key"], dead["first_sent_at"]) == (first["key"], first["first_sent_at"])
-    assert (dead["epoch"], dead["outcome"], dead["unanswered_since"]) == (1, "open", None)
+    assert (dead["epoch"], dead["outcome"], dead["unanswered_since"]) == (1, "open", known_dead)
     assert (last["epoch"], last["outcome"]) == (2, "done")
 
 
@@ -383,3 +388,88 @@ async def test_what_is_not_known_is_said_with_a_way_on(rig: Rig) -> None:
         await told(rig, "bd1:000000000000000000000000:20260302T100000Z:3600:1")
     with pytest.raises(NotFound, match="status --subscriptions"):
         await told(rig, "nobody")
+
+
+@ONE_DATABASE
+async def test_the_first_invoice_after_an_adoption_has_more_than_is_known_here(store_url: str) -> None:
+    """What the original integration reported is on it: no amount is better than a wrong one."""
+    async with a_rig(store_url) as rig:
+        await rig.product()
+        await rig.plan(pricing=VOLUME)
+        await original(rig, "acme")
+        rig.pass_(3 * HOUR)
+        await original_reports(rig, "acme", 95)
+        rig.pass_(2 * HOUR)
+        since = rig.far.now().replace(microsecond=0)
+        rig.pass_(timedelta(minutes=1))
+        await rig.traffic("acme", 10)
+        await adopted(rig, since)
+        await rig.report()
+        invoice = (await told(rig, "acme"))["next_invoice"]
+        [line] = invoice["lines"]
+        assert (line["units"], line["amount"], invoice["total"]) == (10, None, None)
+        assert "another integration" in line["why"]
+        async with rig.store.read() as tx:
+            assert await at_stake(tx, await usage.find(tx, 1)) is None
+        rig.pass_(timedelta(minutes=1))
+        await rig.renew()
+        await rig.poll()
+        await rig.drain()
+        await rig.traffic("acme", 10)
+        await rig.report()
+        [line] = (await told(rig, "acme"))["next_invoice"]["lines"]
+        assert (line["amount"], line["why"]) == ("20", None)
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("accepted", [False, True])
+async def test_a_subscription_keeps_its_prices(rig: Rig, accepted: bool) -> None:
+    """Where a run has seen that its plan has others by now, no amount is told at those."""
+    await reported(rig, 8)
+    for quota in rig.world.tenant.resources.of_kind("Quota"):
+        quota.body["spec"]["pricing"]["cost"] = 2
+    [plan] = rig.world.site.plans.values()
+    [add_on] = await rig.rows(schema.add_on_links)
+    prices = {"currencies": [{"currency": "USD", "unit_amount_decimal": "2"}]}
+    await Plants(rig).call("PUT", f"/plans/code-{plan.code}/add_ons/code-{add_on['add_on_code']}", prices)
+    [link] = await rig.rows(schema.plan_links)
+    await rig.ask(plan_action(link["name"], link["plan_id"], because="test"))
+    await rig.work(LOOK_AGAIN)
+    for _ in range(2):
+        await reconciled(rig)
+    if accepted:
+        async with rig.store.read() as tx:
+            items = await held.standing(tx, kind="price_differs")
+        for item in items:
+            assert await operations.write_off(rig.store, item["id"], reason="meant", now=rig.clock.now())
+        assert (await reconciled(rig))["drift"] == []
+    invoice = (await told(rig, "acme"))["next_invoice"]
+    [line] = invoice["lines"]
+    assert (line["units"], line["amount"], invoice["total"]) == (8, None, None)
+    assert "keeps those of the day it began" in line["why"]
+    async with rig.store.read() as tx:
+        assert await at_stake(tx, await usage.find(tx, 1)) is None
+
+
+@ONE_DATABASE
+async def test_what_people_did_to_a_released_report_is_told_with_its_tag(rig: Rig) -> None:
+    """The action that a release made has a key of its own, and is about the same record."""
+    await rig.traffic("acme", 7)
+    rig.fault("500", "*", USAGE, times=None)
+    await rig.report()
+    [tag] = await tags(rig)
+    for reason in ("at first", "once more"):
+        [row] = [one for one in await rig.rows(schema.outbox) if one["state"] == "pending"]
+        assert await operations.discard(rig.store, row["id"], reason=reason, now=rig.clock.now())
+        [item] = [one for one in await rig.rows(schema.held) if one["closed_at"] is None]
+        assert await operations.release(rig.store, item["id"], now=rig.clock.now())
+    found = await told(rig, tag)
+    said = [(one["kind"], one.get("reason")) for one in found["history"] if one.get("by") == "operator"]
+    assert said == [
+        ("discarded", "at first"),
+        ("released", None),
+        ("discarded", "once more"),
+        ("released", None),
+    ]
+    newest = max(one["id"] for one in await rig.rows(schema.outbox) if one["kind"] == "report_usage")
+    assert (found["action"]["id"], found["action"]["state"]) == (newest, "pending")

@@ -1,5 +1,6 @@
 """What is at Recurly and not in the ledger: which of it is ours, and what becomes of the rest."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -292,12 +293,12 @@ async def test_the_next_one_is_the_next_in_the_order_that_decides_what_is_read(
     for name in names:
         far.show(Period(TEN, TEN + 30 * DAY), subscription=name)
         far.hold(tag(subscription_id=name), 5)
-    billing = links.billing
+    billing = links.billing_since
 
-    async def as_a_dictionary(tx: Tx) -> list[SubscriptionLink]:
-        return sorted(await billing(tx), key=lambda one: one.subscription_id.casefold())
+    async def as_a_dictionary(tx: Tx, moment: datetime) -> list[SubscriptionLink]:
+        return sorted(await billing(tx, moment), key=lambda one: one.subscription_id.casefold())
 
-    monkeypatch.setattr(links, "billing", as_a_dictionary)
+    monkeypatch.setattr(links, "billing_since", as_a_dictionary)
     async with store.write() as tx:
         await marks.note(tx, marks.RESTORED, at=clock.now(), detail={"copied_at": None, "file": "copy.db"})
     clock.advance(timedelta(minutes=2))
@@ -344,11 +345,11 @@ async def test_a_link_made_again_counts_from_where_it_counted(
 async def test_a_fresh_link_moves_nothing(
     store: Store, clock: ManualClock, far: Far, reader: ReadBack
 ) -> None:
-    """What lies within the horizon is read again anyhow; before the windows of today nothing can be."""
+    """What lies within the horizon is read again anyhow."""
     await link(store, subscription())
     async with store.write() as tx:
         await watermarks.begin(tx, "metrics", TEN - DAY, HOUR, now=TEN)
-        assert await read_back.read_again(tx, "s1", TEN - 9 * DAY, horizon=3 * DAY) is None
+        assert await read_back.read_again(tx, "s1", TEN - DAY, horizon=3 * DAY, now=TEN) is None
         found = await links.find_subscription(tx, "s1")
         assert found is not None
         await reader.keep(tx, found, {}, now=TEN)
@@ -356,6 +357,42 @@ async def test_a_fresh_link_moves_nothing(
         assert mark is not None
         assert mark.at == TEN - DAY
         assert await links.find_subscription(tx, "s1") == found
+
+
+async def test_what_was_never_read_is_read_from_where_it_counts(store: Store) -> None:
+    """Windows begin earlier then, also those of today's length; no record is cut by where they begin."""
+    await link(store, subscription())
+    long = Window(TEN - 9 * DAY - HOUR, TEN - 9 * DAY + HOUR)
+    async with store.write() as tx:
+        await watermarks.begin(tx, "metrics", TEN - DAY, HOUR, now=TEN)
+        await usage.insert(tx, list(book("s1", "q1", {long: 5}, {}, before=long.end)), now=TEN)
+        since = TEN - 9 * DAY + timedelta(minutes=5)
+        assert await read_back.read_again(tx, "s1", since, horizon=30 * DAY, now=TEN) == long.start
+        mark = await watermarks.find(tx, "metrics")
+        assert mark == watermarks.Watermark("metrics", long.start, HOUR, long.start)
+
+
+async def test_a_404_of_an_add_on_that_the_subscription_has_is_no_answer(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> None:
+    """Nothing of it is taken for read back; a quota that came later is passed over."""
+    await link(store, subscription(), add_ons=[add_on(), add_on("q2")])
+    far.hold(tag(), 5)
+    far.shown["uuid-s1"] = replace(
+        far.shown["uuid-s1"], add_on_codes=("amplify-quota-q1", "amplify-quota-q2")
+    )
+    async with store.read() as tx:
+        found = await links.find_subscription(tx, "s1")
+        plan = await links.find_plan(tx, "p1")
+    assert found is not None
+    assert plan is not None
+    with pytest.raises(Retryable, match="amplify-quota-q2"):
+        await reader.subscription(found, since=TEN)
+    with pytest.raises(Retryable, match="amplify-quota-q2"):
+        await reader.list(far.shown["uuid-s1"], plan)
+    assert await rows(store) == {}
+    far.shown["uuid-s1"] = replace(far.shown["uuid-s1"], add_on_codes=("amplify-quota-q1",))
+    assert await reader.subscription(found, since=TEN) == 1
 
 
 def test_times_are_looked_for_in_stretches() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
+from decimal import Decimal
 from random import Random
 from typing import Any
 
@@ -218,6 +219,12 @@ async def test_prices_that_differ_are_a_change_until_they_are_held_for_it(rig: R
     assert signs(await resync(rig)) == ["~ plan metered"], "it differs otherwise now"
     await deaf(rig)
     await assert_settled(rig)
+    plan.setup_fees["USD"] = Decimal(3)
+    assert signs(await resync(rig)) == ["~ plan metered"], "and in something else, too"
+    await deaf(rig)
+    assert "3 USD" in (await rig.held())["plan_differs"]
+    await assert_settled(rig)
+    plan.setup_fees["USD"] = Decimal(0)
     plan.prices["USD"] -= 2
     found = await resync(rig)
     assert signs(found) == ["~ plan metered"]
@@ -240,6 +247,65 @@ async def test_a_dead_letter_is_left_to_the_operator(rig: Rig) -> None:
     [note] = found.notes
     assert "action 1 is a dead letter: Permanent: boom" in note
     assert len(await rig.rows(schema.outbox)) == 1
+
+
+@pytest.mark.parametrize("later", ["done", "pending"])
+async def test_a_dead_letter_is_in_nobodys_way_once_a_later_action_is_done(rig: Rig, later: str) -> None:
+    """The last action of a subject says how it stands with it."""
+    await rig.plan()
+    rig.unheard.clear()
+    for because in ("first", "second"):
+        await rig.ask(plan_action("metered", None, because=because))
+    async with rig.store.write() as tx:
+        now = rig.far.now()
+        for id_, state in ((1, "dead"), (2, later)):
+            settled_at = None if state == "pending" else now
+            values = {"state": state, "error": "boom", "settled_at": settled_at}
+            await tx.execute(schema.outbox.update().where(schema.outbox.c.id == id_).values(values))
+    found = await resync(rig, dry_run=True)
+    assert (signs(found), found.notes) == (["+ plan metered"] if later == "done" else [], ())
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("state", ["dead", "pending"])
+async def test_what_waits_or_is_dead_is_missing_all_the_same(rig: Rig, state: str) -> None:
+    """Six of ten are missing, and half of these have an action that is in the way of another."""
+    ids = await several(rig, 10)
+    for name in ("s0", "s1", "s2"):
+        await rig.ask(subscription_action(name, ids[name], because="in the way"))
+    async with rig.store.write() as tx:
+        theirs = schema.outbox.c.key.endswith("in the way")
+        settled_at = rig.far.now() if state == "dead" else None
+        values = {"state": state, "error": "outage", "settled_at": settled_at}
+        await tx.execute(schema.outbox.update().where(theirs).values(values))
+    hidden = {f"s{number}" for number in range(6)}
+    rig.blind("Subscription", names=hidden)
+    found = await resync(rig)
+    assert signs(found) == []
+    assert {step.name for step in found.withheld} == hidden
+    reason = (await rig.held())["mass_absence"]
+    assert all(ids[name] in reason for name in hidden)
+
+
+@ONE_DATABASE
+async def test_what_was_let_go_of_is_asked_for_once_it_is_ours_again(rig: Rig) -> None:
+    """It waits for its account; its product loses its label and gets it again, and no event says so."""
+    await rig.plan()
+    await rig.work()
+    made = await rig.play(
+        control_amplify.subscribe, {"plan": "metered", "name": "acme", "user": "u", "team": "t"}
+    )
+    await rig.work()
+    assert set(await rig.held()) == {"account_missing"}
+    for label in (None, "recurly"):
+        await rig.play(control_amplify.mark_product, {"attributes": {"billingSystem": label}}, name="weather")
+        rig.unheard.clear()
+        rig.pass_(LOOK_AGAIN)
+        await rig.drain()
+    rig.account(made)
+    await resync(rig)
+    await rig.drain()
+    assert (rig.approval("acme"), await rig.held()) == ("approved", {})
 
 
 async def test_what_exists_at_recurly_and_was_not_approved_yet_is_approved(rig: Rig) -> None:
@@ -682,6 +748,16 @@ async def test_a_marketplace_that_bills_by_itself_is_told_once_until_it_stops(ri
 
 
 @ONE_DATABASE
+async def test_a_marketplace_that_is_not_listed_says_nothing_of_its_billing(rig: Rig) -> None:
+    """It may only be hidden from us: what is held of it stands."""
+    await bills_by_itself(rig, "stripe")
+    await resync(rig)
+    rig.blind("Marketplace")
+    await resync(rig)
+    assert set(await rig.held()) == {"native_billing"}
+
+
+@ONE_DATABASE
 async def test_who_knows_that_it_bills_by_itself_is_not_told_again(rig: Rig) -> None:
     """Written off: it stays so."""
     await bills_by_itself(rig, "custom")
@@ -726,6 +802,18 @@ async def test_it_runs_at_the_first_start_when_asked_and_every_so_often(rig: Rig
     assert made.wake.is_set()
     assert await made.run_once() is True
     assert await made.run_once() is False
+
+
+@ONE_DATABASE
+async def test_a_clock_that_was_ahead_puts_no_resync_off(rig: Rig) -> None:
+    """A mark of the future is none of a listing that was made."""
+    made = rig.daemon.resync
+    rig.clock.offset = timedelta(days=365)
+    assert await made.run_once() is True
+    rig.clock.offset = timedelta(0)
+    assert await made.run_once() is True
+    assert await made.run_once() is False
+    assert await made.idle() == timedelta(minutes=1)
 
 
 async def test_who_asks_while_one_is_under_way_gets_another(rig: Rig) -> None:

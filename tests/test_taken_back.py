@@ -179,6 +179,32 @@ async def test_one_that_is_served_again_after_its_end_is_held_until_it_is_over(
 
 
 @ONE_DATABASE
+@pytest.mark.parametrize("heard", [True, False])
+async def test_one_that_asks_again_after_its_end_is_held_until_it_is_rejected(
+    rig: Rig, acme: str, heard: bool
+) -> None:
+    """Nobody is served, and nothing could bill it: whoever waits for an approval is told why none comes."""
+    await rig.move("acme", "reject")
+    await rig.settled()
+    subscription = rig.world.tenant.resources.find("Subscription", "acme")
+    assert subscription is not None
+    asked = {"approval": {"state": "pending", "reason": ""}}
+    rig.world.tenant.put_subresource(subscription, "approval", asked)
+    if heard:
+        await rig.work()
+    else:
+        assert await resync(rig) == ["~ acme"]
+        await rig.drain()
+    assert "asks for approval again" in (await rig.held())["ended_but_served"]
+    assert told(rig, "asks for approval, and was ended at Recurly") == 1
+    assert await resync(rig) == []
+    await rig.move("acme", "reject")
+    await rig.work()
+    assert [await rig.held(), await rig.dead(), await resync(rig)] == [{}, [], []]
+    assert state(rig, acme) == "expired"
+
+
+@ONE_DATABASE
 async def test_one_of_the_same_name_is_not_the_one_that_ends(rig: Rig, acme: str) -> None:
     """The name was used again since: that one is served, and the old one ends."""
     await rig.move("acme", "cancel")

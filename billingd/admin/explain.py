@@ -1,7 +1,7 @@
 """Explain: one usage record back to what made it and what was sent; a subscription forward to all of it."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
@@ -9,12 +9,11 @@ from typing import Any, Final
 from billingd.admin.status import plain, timestamp
 from billingd.domain.delivery import CORRECTABLE, OVER
 from billingd.domain.errors import NotFound
-from billingd.domain.events import REPORT_USAGE
 from billingd.domain.money import shown
 from billingd.domain.periods import Period, period_of
 from billingd.domain.sending import Intent
 from billingd.domain.usage import TAG_PREFIX, corrected_tag, correction_tag, usage_intent
-from billingd.store import history, intents, ledger, links, periods, usage
+from billingd.store import history, intents, ledger, links, periods, stakes, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.history import Entry
 from billingd.store.ledger import Line
@@ -55,7 +54,7 @@ async def _record(tx: Tx, tag: str) -> dict[str, Any]:
     found = await usage.find(tx, known.id)
     record, window = found.record, found.record.window
     lines = await ledger.revisions(tx, record.subscription_id, record.quota_id, window)
-    action = await ledger.action_of(tx, f"{REPORT_USAGE}:{tag}")
+    action = None if corrects is not None else await ledger.action_of(tx, found)
     counted, told = 0, []
     for one in lines:
         counted += one.units
@@ -123,7 +122,7 @@ async def _corrections(tx: Tx, tag: str) -> list[dict[str, Any]]:
                 "units": None if entry is None else entry.detail["units"],
                 "state": state,
                 "recorded_at": None if intent is None else timestamp(intent.first_sent_at),
-                "reported_at": None if entry is None else timestamp(entry.at),
+                "reported_at": None if entry is None else timestamp(history.posted_at(entry)),
                 "recurly_usage_id": None if entry is None else entry.detail["usage_id"],
             }
         )
@@ -264,7 +263,8 @@ async def _next_invoice(
     """What the open period adds up to so far, before taxes and discounts; None: no period is open.
 
     Units that wait count, held ones do not. Corrections of cycles that were billed before are lines of
-    their own at Recurly, and told apart here. An amount that is not known is None, and so is the total then.
+    their own at Recurly, and told apart here. An amount that is not known is None, `why` says so, and the
+    total is None then, too. Amounts are at the prices that the plan has now.
     """
     current = next((one for one in known if one.started_at <= now < one.ends_at), None)
     if current is None:
@@ -276,14 +276,16 @@ async def _next_invoice(
     for each in late:
         corrected[each.quota_id, period_of(known, each.usage_timestamp)] += each.units
     base = _base_price(link)
+    others = await stakes.other_prices(tx, link.subscription_id)
     amounts, lines = [base], []
     for add_on in add_ons:
         units = counted.get(add_on.quota_id, 0)
+        why = _not_known(link, add_on, current, others)
         amount: Decimal | None = None
-        if add_on.prices is not None:
+        if add_on.prices is not None and why is None:
             amount = Decimal(0) if current.trial else add_on.prices.charge(units)
         costs: list[Decimal | None] = [
-            await _correction(tx, link, add_on, period, extra)
+            None if add_on.add_on_code in others else await _correction(tx, link, add_on, period, extra)
             for (quota_id, period), extra in corrected.items()
             if quota_id == add_on.quota_id
         ]
@@ -295,6 +297,7 @@ async def _next_invoice(
                 "title": add_on.title,
                 "units": units,
                 "amount": _money(amount),
+                "why": why,
                 "currency": currency,
                 "corrected_units": sum(one.units for one in late if one.quota_id == add_on.quota_id),
                 "corrected_amount": _money(more),
@@ -309,6 +312,24 @@ async def _next_invoice(
         "total": _money(_sum(amounts)),
         "currency": currency,
     }
+
+
+def _not_known(
+    link: SubscriptionLink, add_on: AddOnLink, current: Period, others: Collection[str]
+) -> str | None:
+    """Why nobody here can tell what the usage of an add-on will cost."""
+    if add_on.prices is None:
+        return "the prices of its plan are not known yet"
+    if current.trial:
+        return None
+    if add_on.add_on_code in others:
+        return "its plan has other prices by now; this subscription keeps those of the day it began"
+    if stakes.shared(link, current):
+        return (
+            f"what another integration reported before {timestamp(link.usage_from)} is on the same invoice, "
+            "and not in these units"
+        )
+    return None
 
 
 def _base_price(link: SubscriptionLink) -> Decimal | None:
@@ -328,7 +349,7 @@ async def _correction(
         return None
     if add_on.tier_type == "flat":
         return units * (add_on.prices.unit_amount or Decimal(0))
-    if period is None:
+    if period is None or stakes.shared(link, period):
         return None
     cycle = await ledger.units_of_cycle(tx, link.subscription_id, period.started_at, period.ends_at)
     return add_on.prices.at_stake(units, on_top_of=cycle.get(add_on.quota_id, 0) - units)

@@ -8,9 +8,9 @@ from typing import Any, Final
 from billingd.domain.attempts import Action, State
 from billingd.domain.drift import KINDS
 from billingd.domain.errors import BillingdError
-from billingd.domain.events import END_SUBSCRIPTION, REPORT_USAGE
+from billingd.domain.events import END_SUBSCRIPTION
 from billingd.domain.resync import NATIVE_BILLING
-from billingd.domain.usage import TAG_PREFIX
+from billingd.domain.usage import usage_intent
 from billingd.once import DOUBTED
 from billingd.store import held, history, outbox, usage
 from billingd.store.engine import Store, Tx
@@ -77,11 +77,9 @@ async def retry(store: Store, action_id: int, *, now: datetime) -> bool:
 
 async def _note(tx: Tx, row: Mapping[str, Any], what: str, *, now: datetime, **detail: Any) -> None:
     """An operator did this to an action: it is told with the record or the subject it is about."""
-    about = str(row["key"])
-    report = f"{REPORT_USAGE}:{TAG_PREFIX}"
-    subject = (
-        f"usage:{about[len(report) - len(TAG_PREFIX) :]}" if about.startswith(report) else row["subject"]
-    )
+    subject = row["subject"]
+    if (record_id := row["args"].get("record")) is not None:
+        subject = usage_intent(await usage.tag_of(tx, record_id))
     await history.append(
         tx, subject, what, now=now, by="operator", action=row["id"], error=row["error"], **detail
     )

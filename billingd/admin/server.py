@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final, Protocol
 
 import structlog
@@ -96,13 +97,18 @@ class Parts:
     """How far behind the watermark is right before a poll that works."""
 
 
+@cache
+def _page() -> Page:
+    """The page, compiled when it is first asked for: that takes longer than all else at a start."""
+    return Page()
+
+
 class AdminListener:
     """The aiohttp application behind `admin.listen`."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._figures = Figures(parts.store, parts.source)
-        self._page = Page()
 
     def application(self) -> web.Application:
         """The routes."""
@@ -220,12 +226,12 @@ class AdminListener:
             held_after=_number(query.get("held_after") or "0", "held_after", at_most=2**62),
             after=query.get("after", ""),
         )
-        html = await self._page.render(parts.store, seen, where)
-        policy = {"Content-Security-Policy": self._page.policy}
+        html = await _page().render(parts.store, seen, where)
+        policy = {"Content-Security-Policy": _page().policy}
         return web.Response(text=html, content_type="text/html", headers=policy)
 
     async def _icon(self, _request: web.Request) -> web.Response:
-        return web.Response(text=self._page.icon, content_type="image/svg+xml")
+        return web.Response(text=_page().icon, content_type="image/svg+xml")
 
     async def _list(self, request: web.Request) -> web.Response:
         query = request.query

@@ -122,11 +122,13 @@ def _subscription(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"next invoice  {invoice['period_ends_at']}{trial}; so far"
         yield f"              base price: {_money(invoice, 'base_price')}"
         for line in invoice["lines"]:
-            yield f"              {line['title']}: {line['units']} units, {_money(line, 'amount')}"
+            why = f": {line['why']}" if line["why"] else ""
+            yield f"              {line['title']}: {line['units']} units, {_money(line, 'amount')}{why}"
             if line["corrected_units"] or line["corrected_amount"] != "0":
                 units, costs = line["corrected_units"], _money(line, "corrected_amount")
                 yield f"              corrections of {line['title']}: {units} units, {costs}"
         yield f"              in all: {_money(invoice, 'total')}, before taxes and discounts"
+        yield "              (at its plan's prices of today; a subscription keeps those of the day it began)"
     yield from _events(found)
 
 

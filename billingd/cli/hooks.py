@@ -90,7 +90,8 @@ def show(config: Path | None, url: str, with_secret: bool, as_json: bool) -> Non
 def apply(config: Path | None, url: str, dry_run: bool, as_json: bool) -> None:
     """Make what is missing at Amplify and mend what differs; a second run changes nothing.
 
-    Only the Secret is written each time, for Amplify never shows what it holds.
+    Only the Secret is written each time, for Amplify never shows what it holds. What others have made under
+    such a name is left alone, and the exit code is 3 then.
 
     \b
     Example:
@@ -109,7 +110,7 @@ def apply(config: Path | None, url: str, dry_run: bool, as_json: bool) -> None:
     steps = asyncio.run(_with_amplify(settings, work))
     _tell(steps, as_json=as_json)
     undone = [step for step in steps if step.op == "+" or (step.op == "~" and step.kind != "Secret")]
-    if dry_run and undone:
+    if (dry_run and undone) or any(step.op == "!" for step in steps):
         click.get_current_context().exit(output.LOOK)
 
 
@@ -120,6 +121,8 @@ def apply(config: Path | None, url: str, dry_run: bool, as_json: bool) -> None:
 def remove(config: Path | None, yes: bool, as_json: bool) -> None:
     """Delete at Amplify what `hooks apply` made. Without it billingd finds changes by listing only.
 
+    It looks first, and says what goes; what others made stays, and the Integration with it.
+
     \b
     Example:
       billingd hooks remove --yes
@@ -127,13 +130,16 @@ def remove(config: Path | None, yes: bool, as_json: bool) -> None:
     from billingd import hooks as parts
 
     settings = settings_of(config)
-    wanted = parts.resources(settings, f"https://localhost{parts.DEFAULT_PATH}")
-    if not yes:
-        names = ", ".join(f"{one.kind} {one.name}" for one in reversed(wanted))
-        click.confirm(f"Delete {names} at Amplify?", abort=True, err=True)
+    found = asyncio.run(_with_amplify(settings, parts.removal))
+    going = [f"{step.kind} {step.name}" for step in found if step.op == "-"]
+    if going and not yes:
+        for step in found:
+            if step.op == "!":
+                click.echo(f"{step.kind} {step.name}: {step.reason}", err=True)
+        click.confirm(f"Delete {', '.join(going)} at Amplify?", abort=True, err=True)
 
     async def work(management: "Management") -> "list[Step]":
-        return await parts.remove(management, wanted)
+        return await parts.remove(management, found)
 
     _tell(asyncio.run(_with_amplify(settings, work)), as_json=as_json)
 

@@ -88,7 +88,8 @@ def reconcile(
     else:
         _show(found)
     missed = found["not_compared"]
-    if found["left"] or any(since is not None or one["subscription"] is not None for one in missed):
+    asked = since is not None
+    if found["left"] or any(asked or one["subscription"] or one.get("phase") == "links" for one in missed):
         ctx.exit(output.LOOK)
 
 

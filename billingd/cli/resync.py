@@ -32,6 +32,7 @@ def resync(ctx: click.Context, dry_run: bool, as_json: bool) -> None:
 
     Each line begins with what is done: + create, ~ change, - end. Nothing is ended before Amplify, asked
     again by name, says that it is gone. When much is missing there at once, all of that is held instead.
+    What a dead letter is in the way of, or what is held so, is left to a person: that, too, exits with 3.
 
     \b
     Example:
@@ -45,13 +46,14 @@ def resync(ctx: click.Context, dry_run: bool, as_json: bool) -> None:
     else:
         for line in lines(found):
             output.say(line)
-    if dry_run and (found["steps"] or found["withheld"]):
+    if found["withheld"] or found["counts"].get("dead_letters") or (dry_run and found["steps"]):
         ctx.exit(output.LOOK)
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The document for people."""
     steps, counts = found["steps"], found["counts"]
+    dead_letters = counts.get("dead_letters", 0)
     rows = [(f"  {step['op']} {step['what']}", f"{step['title']} ({step['id']})", step) for step in steps]
     first, second = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
     for kind, title, step in rows:
@@ -66,12 +68,18 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         sums = (f"{sum(step['op'] == op for step in steps)} to {word}" for op, word in WORDS.items())
         yield f"Plan: {', '.join(sums)}."
     else:
+        nothing = "Nothing that can be done as it is" if dead_letters else "Nothing to do"
         yield (
-            f"Nothing to do. {counts['plans']} plan(s) and {counts['subscriptions']} subscription(s) at "
+            f"{nothing}. {counts['plans']} plan(s) and {counts['subscriptions']} subscription(s) at "
             "Amplify were compared."
         )
     if found["withheld"]:
         yield f"{len(found['withheld'])} step(s) are withheld; `billingd held list` shows why after a run."
+    if dead_letters:
+        yield (
+            f"{dead_letters} step(s) wait until a dead letter is replayed or discarded; "
+            "`billingd outbox list --state dead` shows them."
+        )
     if steps and not found["dry_run"]:
         yield f"{found['enqueued']} action(s) enqueued; `billingd outbox list` shows them."
 

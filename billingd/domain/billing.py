@@ -106,6 +106,8 @@ class BilledUsage:
     merchant_tag: str | None
     usage_timestamp: datetime
     billed_at: datetime | None
+    created_at: datetime | None = None
+    """When Recurly took it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,9 @@ ACCEPT: Final = "accept"
 HELD: Final = "drift:"
 """How the subjects of held items begin that come of a finding."""
 
+AUDITED: Final = "audit:"
+"""The same of those that come of an audit."""
+
 REPAIR_IT: Final = "`billingd reconcile --repair`"
 
 
@@ -71,13 +74,16 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class WrittenOff:
-    """A held item that a person has written off; `usages` are the records at Recurly that it names."""
+    """A held item that a person has written off; `usages` are the records at Recurly that it names.
+
+    Each with its units, as the person saw them; None where an earlier release did not keep them.
+    """
 
     kind: str
     subject: str
     reason: str
     units: int | None
-    usages: frozenset[str] = frozenset()
+    usages: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def held_subject(drift: Drift) -> str:
@@ -89,10 +95,21 @@ def decided_subjects(drift: Drift) -> list[str]:
     """Under which subjects a person decides about a finding: the run's own, and the audit's."""
     subjects = [held_subject(drift)[:200]]
     if drift.subject.startswith("usage:"):
-        subjects.append(f"audit:{drift.subject.removeprefix('usage:')}")
+        subjects.append(f"{AUDITED}{drift.subject.removeprefix('usage:')}")
         if drift.tag is not None and drift.subject != f"usage:{drift.tag}":
-            subjects.append(f"audit:{drift.tag}")
+            subjects.append(f"{AUDITED}{drift.tag}")
     return subjects
+
+
+def decides_on(subject: str, tag: str) -> bool:
+    """Whether what is held under a subject is about a tag or one of its records.
+
+    What a person decided about one of them holds for all: a correction posts the difference of the whole tag.
+    """
+    about = subject.removeprefix(AUDITED)
+    if subject.startswith(HELD):
+        about = subject.removeprefix(HELD).partition(":usage:")[2]
+    return about == tag or about.startswith(f"{tag}:")
 
 
 def accepted(drift: Drift, written_off: Iterable[WrittenOff]) -> bool:
@@ -104,8 +121,9 @@ def accepted(drift: Drift, written_off: Iterable[WrittenOff]) -> bool:
     subjects = set(decided_subjects(drift))
     for item in written_off:
         if item.kind == drift.kind == FOREIGN_RECORD and item.subject.startswith("foreign:"):
-            named = item.usages or frozenset(_WORD.findall(item.reason))
-            if drift.subject.removeprefix("foreign:") in named:
+            named = item.usages or dict.fromkeys(_WORD.findall(item.reason))
+            usage_id = drift.subject.removeprefix("foreign:")
+            if usage_id in named and ((seen := named[usage_id]) is None or abs(seen) == drift.units):
                 return True
         shrank = item.kind == "reading_shrank" and item.subject == drift.detail.get("reading")
         same = item.kind == drift.kind and item.subject in subjects

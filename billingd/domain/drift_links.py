@@ -14,6 +14,10 @@ RESYNC: Final = "`billingd resync` asks for it"
 KEEP_PRICES: Final = (
     "existing subscriptions keep their price at Recurly; change it there, or end and subscribe anew"
 )
+FOUND_AGAIN: Final = (
+    "`billingd resync` looks again and asks a person, should much be missing: a lost role of the service "
+    "account, or deleted and nobody told billingd"
+)
 NEW_PRICES: Final = (
     "change it at Recurly, where it holds for new subscriptions only, or put Amplify's price back"
 )
@@ -48,6 +52,10 @@ class Sides:
     `busy` are the subjects of actions that are still to come, and `held` of what is held: nothing of those is
     drift yet, or a person knows of it already. `fresh` are the ids of links that were made or changed while
     the far sides were read: they are for the next run to judge.
+
+    What is in none of Amplify's lists may be there all the same: `unread` are the ids of what is and cannot
+    be understood, `deleted` of what Amplify or a person said to be deleted, `absent` of what is noted as
+    missing.
     """
 
     plans: Mapping[str, ProductPlan]
@@ -61,6 +69,9 @@ class Sides:
     busy: Collection[str]
     held: Collection[str] = ()
     fresh: Collection[str] = ()
+    unread: Collection[str] = ()
+    deleted: Collection[str] = ()
+    absent: Collection[str] = ()
 
 
 def compare_links(sides: Sides) -> Iterator[Drift]:
@@ -96,14 +107,18 @@ def _drift(
 
 def _linked_plan(sides: Sides, plan: LinkedPlan) -> Iterator[Drift]:
     theirs, ours = sides.billed_plans.get(plan.code), sides.plans.get(plan.plan_id)
-    if ours is None or ours.deleting or ours.state not in {"active", "deprecated"}:
+    told = ours is not None or plan.plan_id in sides.deleted
+    if plan.plan_id in sides.unread:
+        pass  # it is there, whatever it is
+    elif ours is None or ours.deleting or ours.state not in {"active", "deprecated"}:
         what = "is gone" if ours is None or ours.deleting else f"is {ours.state}"
-        if theirs is not None:
+        if theirs is not None and (told or plan.plan_id not in sides.absent):
             yield _drift(
                 LINK_ORPHANED,
                 f"plan:{plan.code}",
-                f"product plan {plan.name} {what} at Amplify, and its plan {plan.code} is active at Recurly",
-                RESYNC,
+                f"product plan {plan.name} {what if told else 'is not found'} at Amplify, and its plan "
+                f"{plan.code} is active at Recurly",
+                RESYNC if told else FOUND_AGAIN,
             )
         return
     if theirs is None:
@@ -151,8 +166,9 @@ def _unlinked_plans(sides: Sides) -> Iterator[Drift]:
     for code in sides.billed_plans:
         if code in linked or code in expected:
             continue
-        known = sides.plans.get(code.removeprefix(PLAN_CODES))
-        if known is not None and _plan_busy(sides, known.name):
+        plan_id = code.removeprefix(PLAN_CODES)
+        known = sides.plans.get(plan_id)
+        if plan_id in sides.unread or (known is not None and _plan_busy(sides, known.name)):
             continue
         yield _drift(
             LINK_ORPHANED,
@@ -168,6 +184,9 @@ def _linked_subscription(sides: Sides, link: LinkedSubscription) -> Iterator[Dri
     subject = f"subscription:{link.subscription_id}"
     if link.state == "ended":
         yield from _ended(link, theirs, ours)
+        return
+    if ours is None and link.state != "ending" and link.subscription_id not in sides.deleted:
+        yield from _not_found(sides, link, theirs)
         return
     if link.state == "ending" or _over(ours):
         if live and not (link.state == "ending" and theirs is not None and theirs.state == "canceled"):
@@ -192,6 +211,22 @@ def _linked_subscription(sides: Sides, link: LinkedSubscription) -> Iterator[Dri
         )
         return
     yield from _as_linked(sides, link, theirs)
+
+
+def _not_found(sides: Sides, link: LinkedSubscription, theirs: BilledSubscription | None) -> Iterator[Drift]:
+    """One that Amplify does not list and has not said to be deleted: nobody can tell that it is over."""
+    if theirs is None or not theirs.live:
+        return
+    if link.subscription_id in sides.unread:
+        yield from _as_linked(sides, link, theirs)
+    elif link.subscription_id not in sides.absent:
+        yield _drift(
+            LINK_ORPHANED,
+            f"subscription:{link.subscription_id}",
+            f"{link.title} is not found at Amplify, and its subscription {link.uuid} goes on at Recurly",
+            FOUND_AGAIN,
+            subscription_id=link.subscription_id,
+        )
 
 
 def _ended(
@@ -277,8 +312,9 @@ def _as_linked(sides: Sides, link: LinkedSubscription, theirs: BilledSubscriptio
 def _unlinked_subscriptions(sides: Sides) -> Iterator[Drift]:
     """Approved and active at Amplify, on a plan that is billed here, and not linked."""
     linked = {link.subscription_id for link in sides.linked}
+    linked_plans = {plan.plan_id for plan in sides.linked_plans if plan.state != "removed"}
     for one in sides.subscriptions.values():
-        billed_here = one.plan_id in sides.specs
+        billed_here = one.plan_id in sides.specs or one.plan_id in linked_plans
         served = one.approval == "approved" and one.state == "active" and not one.deleting
         if billed_here and served and one.id not in linked and not _busy(sides, one.id):
             yield _drift(
@@ -311,7 +347,9 @@ def _strangers(sides: Sides) -> Iterator[Drift]:
             cause = f"{ours.title} is over at Amplify"
         else:
             continue  # under way, or told as not linked
-        if one.marker is not None and _busy(sides, one.marker):
+        if one.marker in sides.unread or (one.marker is not None and _busy(sides, one.marker)):
+            continue
+        if f"adopt:{one.uuid}" in sides.busy:
             continue
         yield _drift(
             LINK_ORPHANED,
@@ -329,7 +367,7 @@ def _over(ours: Subscription | None) -> bool:
 
 
 def _busy(sides: Sides, subscription_id: str) -> bool:
-    subjects = {f"{what}:{subscription_id}" for what in ("subscription", "end", "add_ons")}
+    subjects = {f"{what}:{subscription_id}" for what in ("subscription", "end", "add_ons", "adopt")}
     return any(subject in sides.busy or subject in sides.held for subject in subjects)
 
 

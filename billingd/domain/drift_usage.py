@@ -184,11 +184,12 @@ def _found(
     """
     record = entry.record
     first, *extra = kept_first(found, record.units)
-    if entry.state in {"held", "written_off"}:
+    if entry.state in {"held", "written_off"} or (entry.state == "recorded" and not entry.under_way):
+        gave_up = "gave it up" if entry.state != "recorded" else "does not know it, and no report is to come"
         yield Drift(
             FOREIGN_RECORD,
             units=abs(first.units),
-            cause=f"Recurly has it although the ledger gave it up ({entry.state}): a late answer, or a hand",
+            cause=f"Recurly has it although the ledger {gave_up} ({entry.state}): a late answer, or a hand",
             fix=f"{REPAIR_IT} takes it for reported, and closes what is held",
             repairable=True,
             detail=_detail(ACCEPT, place, first, entry),
@@ -209,7 +210,7 @@ def _found(
                 first,
                 units=abs(rest),
                 cause=f"its corrections leave {record.units + rest} unit(s) there, {record.units} recorded",
-                corrected=True,
+                corrected=(*billed, *corrections),
             )
     elif first.units != record.units:
         yield _wrong(
@@ -235,7 +236,7 @@ def _found(
     for one in extra:
         how, fix = AUDIT, f"{REPAIR_IT} removes {one.id}"
         if one in billed:
-            how, fix = _corrected(place, entry, one)
+            how, fix = _corrected(place, entry, one, first)
         yield Drift(
             DOUBLE_RECORD,
             units=abs(one.units),
@@ -273,11 +274,11 @@ def _wrong(
     *,
     units: int,
     cause: str,
-    corrected: bool = False,
+    corrected: Sequence[BilledUsage] = (),
 ) -> Drift:
     """A record that is there and is not as recorded: unbilled, it can be replaced; billed, corrected.
 
-    One that was `corrected` is corrected again, for what is wrong may be its corrections.
+    One that was `corrected` by others is corrected again, for what is wrong may be its corrections.
     """
     stop = place.stop(entry.record.usage_timestamp)
     how = AUDIT
@@ -286,7 +287,7 @@ def _wrong(
             f"{found.id} is billed and cannot be moved: refund it at Recurly, and charge it where it belongs"
         )
     elif found.billed_at is not None or corrected:
-        how, fix = _corrected(place, entry, found)
+        how, fix = _corrected(place, entry, found, *corrected)
     elif stop is None:
         how, fix = REPLACE, f"{REPAIR_IT} sets {found.id} back to what was recorded"
     else:
@@ -303,14 +304,17 @@ def _wrong(
     )
 
 
-def _corrected(place: Place, entry: Entry, billed: BilledUsage) -> tuple[str, str]:
+def _corrected(place: Place, entry: Entry, billed: BilledUsage, *others: BilledUsage) -> tuple[str, str]:
     """How a billed record is mended: its cycle is corrected, where Recurly takes corrections of it.
+
+    What is at another time than it was recorded with may be of another cycle, and so may the `others` of
+    its tag: their sum says nothing then.
 
     Flat and tiered charges follow from the cycle's sum alone, so a difference, negative too, makes the
     charge what it should have been (recurly.md 5.2, 5.5).
     """
     stop = place.stop(entry.record.usage_timestamp)
-    moved = billed.usage_timestamp != entry.record.usage_timestamp
+    moved = any(one.usage_timestamp != entry.record.usage_timestamp for one in (billed, *others))
     if place.tier_type in CORRECTABLE and stop is None and not moved:
         return CORRECT, f"{REPAIR_IT} posts the difference as a correction of the cycle"
     why = f"Recurly takes no corrections of {place.tier_type} prices"

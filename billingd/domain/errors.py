@@ -18,6 +18,10 @@ class Retryable(BillingdError):
         self.retry_after = retry_after
 
 
+class Illegible(Retryable):
+    """A read was answered with success, and the answer cannot be understood: soon it says the same again."""
+
+
 class Unknown(Retryable):
     """A write got no usable answer: it may or may not have happened.
 

@@ -32,7 +32,7 @@ ENDED: Final = frozenset({"archived", "migrated"})
 
 ABSENT_MIN: Final = 3
 ABSENT_SHARE: Final = 10
-"""How many may be absent at once before a person is asked: three, or one in ten."""
+"""How many may be absent at once before a person is asked: three, or one in ten; and fewer than half."""
 
 EXAMPLES: Final = 20
 
@@ -184,6 +184,10 @@ class Compared:
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
+    missing: tuple[Step, ...] = ()
+    """Whatever is not at Amplify any more, with what waits already or has a dead letter."""
+    dead_letters: int = 0
+    """How many steps a dead letter is in the way of."""
 
 
 def over(subscription: Subscription) -> bool:
@@ -201,28 +205,26 @@ def compare(amplify: Listed, known: Known, recurly: Billed, *, because: str) -> 
     found = _Comparison(amplify, known, recurly, because)
     steps: list[Step] = []
     notes: list[str] = []
+    missing: list[Step] = []
     for step in (*found.product_steps(), *found.plan_steps(), *found.subscription_steps()):
+        if step.absent and step.op == "-":
+            missing.append(step)
         if step.action.subject in known.waiting:
             continue
         if (letter := known.dead.get(step.action.subject)) is not None:
             notes.append(f"{step.what} {step.title} ({step.id}): {step.reason}, but {letter}")
         else:
             steps.append(step)
-    return Compared(tuple(steps), (*notes, *found.notes))
-
-
-def absences(steps: Iterable[Step]) -> tuple[Step, ...]:
-    """The steps that rest on nothing but an absence."""
-    return tuple(step for step in steps if step.absent)
+    return Compared(tuple(steps), (*notes, *found.notes), tuple(missing), len(notes))
 
 
 def too_many(gone: int, linked: int) -> bool:
     """Whether more is absent at once, of so many linked, than who may have lost a right should be trusted.
 
-    An account that loses a role sees less (amplify.md 1.1), and to it that looks like deletions. That
-    nothing at all is left is too much, however little there was.
+    An account that loses a role sees less (amplify.md 1.1), and to it that looks like deletions. More than
+    one that are half of all are too much, however few there were.
     """
-    return gone > max(ABSENT_MIN, linked / ABSENT_SHARE) or gone >= max(2, linked)
+    return gone > max(ABSENT_MIN, linked / ABSENT_SHARE) or (gone > 1 and 2 * gone >= linked)
 
 
 def is_mass(absent: Iterable[Missing], *, plans: int, subscriptions: int) -> bool:
@@ -231,14 +233,14 @@ def is_mass(absent: Iterable[Missing], *, plans: int, subscriptions: int) -> boo
     return too_many(counts["plan"], plans) or too_many(counts["subscription"], subscriptions)
 
 
-def mass_reason(absent: Sequence[Missing]) -> str:
-    """What is said of what is absent and not known to be deleted, naming some of it."""
+def mass_reason(absent: Sequence[Missing], *, examples: int = EXAMPLES) -> str:
+    """What is said of what is absent and not known to be deleted, naming so many of it."""
     counts = [(sum(one.what == what for one in absent), what) for what in ("subscription", "plan")]
     told = " and ".join(f"{number} {what}(s)" for number, what in counts if number)
-    examples = ", ".join(f"{one.title} ({one.id})" for one in absent[-EXAMPLES:])
+    named = ", ".join(f"{one.title} ({one.id})" for one in absent[-examples:])
     return (
         f"{told} that are linked are not found at Amplify any more, and no event says that they were "
-        f"deleted: {examples}{', and others' if len(absent) > EXAMPLES else ''}. That is what it looks like "
+        f"deleted: {named}{', and others' if len(absent) > examples else ''}. That is what it looks like "
         "when the service account loses a right, so none of them is ended. Give it back its role (Engage "
         "Admin), or release this if they were really deleted: it ends just these."
     )
@@ -406,8 +408,10 @@ class _Comparison:
         if item.kind == "plan_inexpressible":
             return False
         if item.kind == "plan_differs":
-            gone = spec.code not in self._recurly.plans
-            return gone or any(sentence in item.reason for sentence in self._wrong(spec))
+            if spec.code not in self._recurly.plans:
+                return True
+            wrong = self._wrong(spec)
+            return bool(wrong) and all(sentence in item.reason for sentence in wrong)
         return True
 
     def _changes(self, plan: ProductPlan, link: LinkedPlan, spec: PlanSpec) -> Iterator[str]:
@@ -543,8 +547,12 @@ class _Comparison:
             if self._reactivated(link):
                 return "-", REACTIVATED
             return ("~", f"is {_end(subscription)} at Amplify: {CLOSABLE}") if stands else None
-        if subscription.approval == "approved" and not stands:
+        if stands:
+            return None
+        if subscription.approval == "approved":
             return "~", "was ended at Recurly, and is served at Amplify again"
+        if subscription.approval == "pending":
+            return "~", "was ended at Recurly, and asks for approval again"
         return None
 
     def _reactivated(self, link: LinkedSubscription) -> bool:

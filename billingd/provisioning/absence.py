@@ -4,7 +4,8 @@ A service account that lost a role is told 404, and shown empty lists, of whatev
 (amplify.md 1.1), just as if all of that had been deleted. So nothing ends for its absence alone.
 """
 
-from collections.abc import Collection, Mapping
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Protocol
@@ -13,7 +14,7 @@ import structlog
 
 from billingd.domain import resync
 from billingd.domain.attempts import Action, Wait
-from billingd.domain.catalog import ProductPlan, Subscription
+from billingd.domain.catalog import ProductPlan, Subscription, Unreadable
 from billingd.domain.events import RESYNC
 from billingd.domain.notices import provider_notice
 from billingd.domain.resync import ABSENCE, MASS_ABSENCE
@@ -30,8 +31,8 @@ log = structlog.get_logger()
 ABSENT_FOR: Final = timedelta(minutes=10)
 """How long one is absent at least before that may count: a second look comes then."""
 
-CONTROLS: Final = 10
-"""How many others of its kind are asked for at most, to see whether any is still shown to us."""
+LISTED_FOR: Final = timedelta(minutes=1)
+"""How long a listing serves, so that many that are judged together are counted by one."""
 
 LIVE: Final = ("created", "active")
 """States of the links of subscriptions that go on."""
@@ -40,10 +41,10 @@ LIVE: Final = ("created", "active")
 class Marketplace(Protocol):
     """What is read at Amplify."""
 
-    async def find_subscription(self, name: str) -> Subscription | None: ...
-    async def find_product_plan(self, name: str) -> ProductPlan | None: ...
     async def has_subscription(self, subscription_id: str) -> bool: ...
     async def has_product_plan(self, plan_id: str) -> bool: ...
+    async def survey_subscriptions(self) -> tuple[Subscription | Unreadable, ...]: ...
+    async def survey_product_plans(self) -> tuple[ProductPlan | Unreadable, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,15 @@ class Missing:
     """The plan of a subscription: it is deleted with it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All of one kind that Amplify listed, and what was linked before it did."""
+
+    began_at: datetime
+    before: frozenset[str]
+    here: frozenset[str]
+
+
 class Absences:
     """Judges one absence at a time; a person is asked about all that nothing else can settle, at once."""
 
@@ -68,14 +78,17 @@ class Absences:
         self._clock = clock
         self._marketplace = marketplace
         self._look_again = look_again
+        self._listings: dict[Kind, Listing] = {}
+        self._turn = asyncio.Lock()
 
-    async def judge(self, missing: Missing) -> datetime | Wait:
+    async def judge(self, missing: Missing, *, replaced: bool = False) -> datetime | Wait:
         """When it was over at the latest; or that this is not known yet, and why.
 
         1. Amplify has said that it was deleted, or its plan, or its product: it is believed.
         2. A person has said so: too.
         3. It is missing in the list too, now and ten minutes ago, while others of its kind are shown to us,
-           and not too many are missing with it: it was deleted.
+           and not too many of all that are linked are missing with it: it was deleted. One that was
+           `replaced`, for its name is another's now, needs neither the ten minutes nor the others.
         4. Otherwise a person is asked.
         """
         now = self._clock.now()
@@ -87,28 +100,33 @@ class Absences:
         if noted is not None and noted.confirmed_at is not None:
             return await self._over_since(noted, now)
         if await self._is_listed(missing):
-            await self.seen(missing.kind, missing.id)
-            log.warning("absence.contradicted", kind=missing.kind, id=missing.id)
-            return Wait(ABSENT_FOR, f"Amplify lists {missing.title}, and does not find it by its name")
-        shown = await self._sees_another(missing)
+            return await self._contradicted(missing)
         async with self._store.write() as tx:
             new = Absence(missing.kind, missing.id, missing.name, missing.title, now)
             await absences.note(tx, new)
             noted = await absences.find(tx, missing.kind, missing.id)
             assert noted is not None
-            left = noted.since + ABSENT_FOR - now
-            if left > timedelta(0) and not noted.held:
-                return Wait(min(left, ABSENT_FOR), f"{missing.title} is not found at Amplify; a second look")
-            open_ = [
-                one
-                for one in await absences.everything(tx)
-                if one.kind == missing.kind and one.confirmed_at is None
-            ]
-            many = resync.too_many(len(open_), await _linked(tx, missing.kind))
-            if shown and not many and not noted.held:
-                return await self._over_since(noted, now, tx)
-            await absences.hold(tx, missing.kind, [one.id for one in open_] if many else [missing.id])
-            await tell(tx, now)
+            if noted.held:
+                await tell(tx, now)
+        left = noted.since + ABSENT_FOR - now
+        if left > timedelta(0) and not noted.held and not replaced:
+            return Wait(left, f"{missing.title} is not found at Amplify; a second look")
+        if replaced or not noted.held:
+            listing = await self._list(missing.kind)
+            if missing.id in listing.here:
+                return await self._contradicted(missing)
+            async with self._store.write() as tx:
+                linked = await _linked(tx, missing.kind)
+                open_ = await _missing(tx, missing, linked, listing)
+                many = resync.too_many(len(open_), len(linked))
+                shown = not linked.keys().isdisjoint(listing.here)
+                if (shown or replaced) and not many:
+                    return await self._over_since(noted, now, tx)
+                if many:
+                    for one in open_.values():
+                        await absences.note(tx, Absence(one.kind, one.id, one.name, one.title, now))
+                await absences.hold(tx, missing.kind, [*open_] if many else [missing.id])
+                await tell(tx, now)
         return Wait(self._look_again, f"{missing.title} is not found at Amplify: see {MASS_ABSENCE}")
 
     async def seen(self, kind: Kind, id_: str) -> None:
@@ -124,21 +142,28 @@ class Absences:
             return await self._marketplace.has_product_plan(missing.id)
         return await self._marketplace.has_subscription(missing.id)
 
-    async def _sees_another(self, missing: Missing) -> bool:
-        """Whether Amplify shows us another one of its kind that is linked."""
-        async with self._store.read() as tx:
-            absent = {one.id for one in await absences.everything(tx) if one.kind == missing.kind}
-            others = await _others(tx, missing.kind)
-        absent.add(missing.id)
-        for id_, name in [one for one in others if one[0] not in absent][:CONTROLS]:
-            there: ProductPlan | Subscription | None
-            if missing.kind == "plan":
-                there = await self._marketplace.find_product_plan(name)
+    async def _contradicted(self, missing: Missing) -> Wait:
+        await self.seen(missing.kind, missing.id)
+        log.warning("absence.contradicted", kind=missing.kind, id=missing.id)
+        return Wait(ABSENT_FOR, f"Amplify lists {missing.title}, and does not find it by its name")
+
+    async def _list(self, kind: Kind) -> Listing:
+        """All of its kind, so that what is missing with it is counted, whether it was asked about or not."""
+        async with self._turn:
+            now = self._clock.now()
+            last = self._listings.get(kind)
+            if last is not None and last.began_at <= now < last.began_at + LISTED_FOR:
+                return last
+            async with self._store.read() as tx:
+                before = frozenset(await _linked(tx, kind))
+            listed: Sequence[ProductPlan | Subscription | Unreadable]
+            if kind == "plan":
+                listed = await self._marketplace.survey_product_plans()
             else:
-                there = await self._marketplace.find_subscription(name)
-            if there is not None and there.id == id_:
-                return True
-        return False
+                listed = await self._marketplace.survey_subscriptions()
+            made = Listing(now, before, frozenset(one.id for one in listed))
+            self._listings[kind] = made
+            return made
 
     async def _over_since(self, noted: Absence, now: datetime, tx: Tx | None = None) -> datetime:
         """Since it was first missed, unless it was served later, which is counted in any case."""
@@ -204,7 +229,7 @@ async def tell(tx: Tx, now: datetime) -> None:
         if any(set(ids) - set(before.get(kind, ())) for kind, ids in named.items()):
             # who was shown the shorter list cannot release the longer one
             await held.close_one(tx, item["id"], resolution="more is missing by now", now=now)
-    reason = resync.mass_reason(asked)
+    reason = resync.mass_reason(asked, examples=len(asked))
     again = Action(RESYNC, RESYNC, "", named)
     one_item = Hold(MASS_ABSENCE, ABSENCE, reason, again)
     if standing:
@@ -213,7 +238,7 @@ async def tell(tx: Tx, now: datetime) -> None:
     title = (
         "Much is missing at Amplify at once" if len(asked) > 1 else f"{asked[0].title} is missing at Amplify"
     )
-    notice = provider_notice(f"held:{MASS_ABSENCE}:{now.isoformat()}", title, reason)
+    notice = provider_notice(f"held:{MASS_ABSENCE}:{now.isoformat()}", title, resync.mass_reason(asked))
     await hold(tx, one_item, notice, now=now)
 
 
@@ -228,12 +253,25 @@ async def confirmed(tx: Tx, named: Mapping[str, Collection[str]], now: datetime)
             await outbox.retry(tx, waiting, now=now)
 
 
-async def _others(tx: Tx, kind: Kind) -> list[tuple[str, str]]:
-    """Ids and names of what is linked and live, the latest last."""
+async def _linked(tx: Tx, kind: Kind) -> dict[str, Missing]:
+    """What is linked and live, by id."""
     if kind == "plan":
-        return [(one.plan_id, one.name) for one in await links.plans(tx) if one.state != "removed"]
-    return [(one.subscription_id, one.name) for one in await links.subscriptions(tx, states=LIVE)]
+        return {one.plan_id: of_plan(one) for one in await links.plans(tx) if one.state != "removed"}
+    live = await links.subscriptions(tx, states=LIVE)
+    return {one.subscription_id: of_subscription(one.subscription_id, one.name, one) for one in live}
 
 
-async def _linked(tx: Tx, kind: Kind) -> int:
-    return len(await _others(tx, kind))
+async def _missing(
+    tx: Tx, missing: Missing, linked: Mapping[str, Missing], listing: Listing
+) -> dict[str, Missing]:
+    """Whatever of a kind is not listed, and is neither known nor said to be deleted; by id."""
+    kind = missing.kind
+    noted = {one.id: one for one in await absences.everything(tx) if one.kind == kind}
+    gone = {id_: one for id_, one in linked.items() if id_ in listing.before and id_ not in listing.here}
+    for id_, one in noted.items():
+        if id_ not in listing.here:
+            gone.setdefault(id_, Missing(kind, id_, one.name, one.title))
+    gone[missing.id] = missing
+    explained = await deletions(tx, {id_: one.plan_id for id_, one in gone.items()}, kind)
+    settled_ = explained.keys() | {id_ for id_, one in noted.items() if one.confirmed_at is not None}
+    return {id_: one for id_, one in gone.items() if id_ not in settled_}

@@ -18,7 +18,7 @@ from billingd.domain.sending import body_hash, idempotency_key
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.provisioning.holding import hold
-from billingd.store import held, history, intents, links, outbox, usage, watermarks
+from billingd.store import held, history, intents, links, marks, outbox, usage, watermarks
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
@@ -69,17 +69,27 @@ def end_action(
     )
 
 
-async def hold_served(tx: Tx, link: SubscriptionLink, *, now: datetime) -> None:
-    """Hold one that Amplify serves although it is ended at Recurly: nothing bills it any more."""
+HELD_SERVED: Final = ("approved", "pending")
+"""Approvals at which one that was ended at Recurly is held: it is served, or asks to be, and never billed."""
+
+
+async def hold_served(tx: Tx, link: SubscriptionLink, approval: str, *, now: datetime) -> None:
+    """Hold one that Amplify serves, or may, although it is ended at Recurly: nothing bills it any more."""
     subject = served_subject(link.subscription_id)
-    reason = (
-        f"Subscription {link.title} ({link.name}) was ended at Recurly ({link.uuid}) when it was over at "
-        "Amplify, which serves it again by now: nothing of it is billed. Cancel it in the Marketplace, and "
-        "let the subscriber subscribe anew; then this closes by itself."
-    )
-    notice = provider_notice(
-        f"held:{subject}:{now.isoformat()}", f"{link.title} is served, and was ended at Recurly", reason
-    )
+    ended = f"Subscription {link.title} ({link.name}) was ended at Recurly ({link.uuid}) when it was over at "
+    if approval == "pending":
+        title = f"{link.title} asks for approval, and was ended at Recurly"
+        reason = (
+            f"{ended}Amplify, and asks for approval again: what has ended cannot be billed. Reject it in the "
+            "Marketplace, and let the subscriber subscribe anew; then this closes by itself."
+        )
+    else:
+        title = f"{link.title} is served, and was ended at Recurly"
+        reason = (
+            f"{ended}Amplify, which serves it again by now: nothing of it is billed. Cancel it in the "
+            "Marketplace, and let the subscriber subscribe anew; then this closes by itself."
+        )
+    notice = provider_notice(f"held:{subject}:{now.isoformat()}", title, reason)
     await hold(tx, Hold(SERVED, subject, reason, None, link.subscription_id), notice, now=now)
 
 
@@ -171,11 +181,15 @@ class SubscriptionEnder:
             link = await links.find_subscription(tx, action.args["id"])
             watermark = await watermarks.find(tx, self._traffic_source)
             unreported = await usage.unreported_of(tx, action.args["id"])
+            used_at = await usage.last_served(tx, action.args["id"])
+            unread = await marks.find(tx, marks.unread(action.args["id"]))
         if link is None or link.state != "ending" or link.usage_until is None:
             return None
         theirs = await self._seen_if_there(link)
         if isinstance(theirs, Wait):
             return theirs
+        if theirs is not None and unread is not None:
+            return Wait(self._pause(theirs), "waits until what Recurly has of its usage is read back")
         how = MISSING if theirs is None else self._ended_as(link, theirs.state)
         if how != CANCELED and link.approved_at is not None:  # what was never approved was never served
             # A pass that reads past `linked_at` began after the link was there: it read older windows again.
@@ -212,7 +226,8 @@ class SubscriptionEnder:
             f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
             + _told(link, how),
         )
-        served_until = min(link.usage_until, _served_until(action) or link.usage_until)
+        known = [moment for moment in (_served_until(action) or link.usage_until, used_at) if moment]
+        served_until = min(link.usage_until, max(known))
         charged = [] if theirs is None else await self._charged_since(link, served_until)
         async with self._store.write() as tx:
             if charged:
@@ -220,8 +235,8 @@ class SubscriptionEnder:
             if not await links.end(tx, link.subscription_id, billed_state=how, now=now):
                 return None
             await held.close(tx, subject=_blocked(link), resolution="it has ended", now=now)
-            if served is not None and served.approval == "approved":
-                await hold_served(tx, link, now=now)
+            if served is not None and served.approval in HELD_SERVED:
+                await hold_served(tx, link, served.approval, now=now)
             await outbox.insert(tx, [notice], now=now)
         return None
 

@@ -341,11 +341,11 @@ class PlanProvisioner:
         async with self._store.read() as tx:
             linked = await links.find_plans_by_name(tx, name)
         for link in linked:
-            if plan is None:
-                over = await self._absences.judge(absence.of_plan(link))
+            if plan is None or plan.id != link.plan_id:
+                over = await self._absences.judge(absence.of_plan(link), replaced=plan is not None)
                 if isinstance(over, Wait):
                     return over
-            elif plan.id == link.plan_id:
+            else:
                 await self._absences.seen("plan", link.plan_id)
                 if not plan.deleting and plan.state != "archived":
                     continue

@@ -19,7 +19,7 @@ from billingd.once import Once
 from billingd.provisioning import absence
 from billingd.provisioning.absence import Absences
 from billingd.provisioning.account import MISSING, Accounts, NoAccount
-from billingd.provisioning.ending import end_action, end_again, hold_served
+from billingd.provisioning.ending import HELD_SERVED, end_action, end_again, hold_served
 from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
@@ -180,15 +180,15 @@ class SubscriptionProvisioner:
         async with self._store.read() as tx:
             at = await absence.deleted_at(tx, missing)
             made = await intents.find(tx, f"subscription:{missing.id}")
-        if at is not None or replaced:
+        if at is not None:
             return at
         if link is None and "uuid" not in args and (made is None or made.state == "refused"):
-            if first:
+            if first and not replaced:
                 raise Retryable(
                     f"{args['name']} is not found at Amplify: a read may lag", retry_after=SECOND_LOOK
                 )
             return None  # there is nothing at Recurly to end
-        return await self._absences.judge(missing)
+        return await self._absences.judge(missing, replaced=replaced)
 
     async def _served_after_all(self, subscription: Subscription, link: SubscriptionLink) -> None:
         """Amplify serves what was over: its end looks again before it comes; one that came is held."""
@@ -196,8 +196,8 @@ class SubscriptionProvisioner:
         now = self._clock.now()
         async with self._store.write() as tx:
             if link.state == "ended":
-                if subscription.approval == "approved":
-                    await hold_served(tx, link, now=now)
+                if subscription.approval in HELD_SERVED:
+                    await hold_served(tx, link, subscription.approval, now=now)
                 return
             waiting = [State.PENDING, State.DEAD]
             ends = await outbox.select(tx, states=waiting, subject=f"end:{subscription.id}")

@@ -6,7 +6,7 @@ from typing import Final, Literal, Protocol
 
 from billingd.domain.billing import BilledUsage, NewUsage
 from billingd.domain.delivery import CORRECTABLE, PAUSED, obstacle
-from billingd.domain.drift import decided_subjects
+from billingd.domain.drift import DOUBLE_RECORD, decides_on
 from billingd.domain.drift_usage import kept_first
 from billingd.domain.errors import NotFound, Permanent, Retryable
 from billingd.domain.usage import corrected_tag, correction_tag, usage_intent
@@ -91,15 +91,19 @@ class AtRecurly:
         record = recorded.record
         tag = record.merchant_tag
         async with self._store.read() as tx:
-            if await held.by_person(tx, decided_subjects(found.drift)):
-                return  # refunded by hand, or let go: correcting it too would give it back twice
+            decided = await held.by_person(tx, record.subscription_id)
+        if any(decides_on(subject, tag) for subject in decided):
+            return  # refunded by hand, or let go: correcting it too would give it back twice
         there = [
             one
             for one in await self.listed(recorded, record.usage_timestamp)
             if one.merchant_tag == tag or corrected_tag(one.merchant_tag or "") == tag
         ]
         ours = [one for one in there if one.merchant_tag == tag]
-        if not ours or not await self.takes(recorded, removing=True):
+        seen = any(one.id == found.drift.detail["usage"] for one in there)
+        if not seen or len(ours) < (2 if found.drift.kind == DOUBLE_RECORD else 1):
+            return  # moved or removed since: the next run says what is so now
+        if not await self.takes(recorded, removing=True):
             return
         shown = {one.merchant_tag or "": one.id for one in there if one.merchant_tag != tag}
         free = await self._free(tag, shown)

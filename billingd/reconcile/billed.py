@@ -1,7 +1,7 @@
 """Billed: every usage record at Recurly, billed or not, against the ledger; one subscription at a time."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final, Literal, Protocol
@@ -10,12 +10,13 @@ from billingd.domain.attempts import UNFINISHED
 from billingd.domain.billing import BilledSubscription, BilledUsage
 from billingd.domain.drift import Drift
 from billingd.domain.drift_usage import Entry, Place, compare_billed
-from billingd.domain.errors import NotFound
+from billingd.domain.errors import NotFound, Permanent, Retryable
 from billingd.domain.events import REPORT_USAGE
 from billingd.domain.usage import corrected_tag
 from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.reconcile.places import place_of
+from billingd.reconcile.scope import billed_since
 from billingd.store import links, outbox, usage
 from billingd.store.drift import Run
 from billingd.store.engine import Store, Tx
@@ -28,6 +29,9 @@ SLICE_WINDOWS: Final = 5_000
 
 PAGE: Final = 200
 """Usage records in one answer of Recurly's (recurly.md 4.7)."""
+
+ASKED: Final = 3
+"""How many others are asked for before it is believed that nobody answers."""
 
 AROUND: Final = timedelta(seconds=1)
 BEFORE: Final = timedelta(hours=1)
@@ -76,7 +80,7 @@ class BilledSurvey:
             add_ons = await links.add_ons_of(tx, link.plan_id)
         found: list[Drift] = []
         records = held_units = calls = 0
-        since = max(run.since, floor(link.usage_from, mark.length))
+        since = max(billed_since(run, link, mark.length), floor(link.usage_from, mark.length))
         for add_on in add_ons:
             for start, end in _slices(since, run.until, mark.length * SLICE_WINDOWS):
                 one = await self._slice(link, add_on, start, end, mark.length)
@@ -85,6 +89,18 @@ class BilledSurvey:
                 held_units += one.held_units
                 calls += one.calls
         return Surveyed(found, records, held_units, calls)
+
+    async def answers(self, others: Sequence[SubscriptionLink]) -> bool:
+        """Whether Recurly says anything of these, or the first few of them: then it is not away."""
+        for other in others[:ASKED]:
+            try:
+                await self._billing.get_subscription(other.uuid)
+            except Permanent:
+                return True
+            except Retryable:
+                continue
+            return True
+        return False
 
     async def _slice(
         self, link: SubscriptionLink, add_on: AddOnLink, start: datetime, end: datetime, length: timedelta

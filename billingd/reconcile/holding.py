@@ -8,6 +8,7 @@ from typing import Any
 from billingd.domain.attempts import Action
 from billingd.domain.drift import (
     AUDIT,
+    AUDITED,
     CORRECT,
     HELD,
     READ,
@@ -15,10 +16,11 @@ from billingd.domain.drift import (
     Drift,
     WrittenOff,
     accepted,
-    decided_subjects,
+    decides_on,
     held_subject,
 )
 from billingd.domain.notices import provider_notice
+from billingd.reconcile.scope import Scope
 from billingd.store import drift, held, links
 from billingd.store.drift import Run, Totals
 from billingd.store.engine import Tx
@@ -31,7 +33,7 @@ async def hold(tx: Tx, found: Drift, now: datetime, *, stands: bool = False) -> 
     Late usage is held by its report once it is read, what is in the open cycle by the audit. A reading that
     shrank is held as the poll does it, which reads only so far back.
     """
-    if found.detail.get("how") == READ and not stands:
+    if (found.detail.get("how") == READ and not stands) or await _audited(tx, found):
         return
     if found.subscription_id is not None and found.detail.get("how") == AUDIT and found.kind != WRONG_PERIOD:
         link = await links.find_subscription(tx, found.subscription_id)
@@ -60,45 +62,60 @@ async def hold_standing(tx: Tx, run_id: int, before: set[tuple[str, str]], now: 
                 await hold(tx, one.drift, now, stands=True)
 
 
-async def close_gone(tx: Tx, run: Run, now: datetime) -> None:
-    """What was held of a difference that this run looked for and found no more needs nobody."""
+async def close_gone(tx: Tx, scope: Scope, now: datetime) -> None:
+    """What was held of a difference that this run looked for and found no more needs nobody.
+
+    Nor does what an audit holds by now.
+    """
     for item in await held.standing(tx):
         if not item["subject"].startswith(HELD):
             continue
-        if run.subscription_id not in {None, item["subscription_id"]}:
-            continue
-        if any(one["subscription"] == item["subscription_id"] for one in run.not_compared):
-            continue
         kind, _, subject = item["subject"].removeprefix(HELD).partition(":")
         said = await drift.last_said(tx, kind, subject)
-        if said is None or said[0] == run.id:
+        if said is None:
             continue
-        if said[1] is not None and not run.since <= said[1] < run.until:
+        if await _audited(tx, said.drift):
+            why = "the audit of its subscription holds it"
+        elif said.run_id != scope.run.id and scope.covers(said.drift):
+            why = "it was reconciled, and is no more"
+        else:
             continue
-        await held.close_one(tx, item["id"], resolution="it was reconciled, and is no more", now=now)
+        await held.close_one(tx, item["id"], resolution=why, now=now)
+
+
+async def _audited(tx: Tx, found: Drift) -> bool:
+    """Whether an audit holds just this: one difference is one item."""
+    if not found.subject.startswith("usage:"):
+        return False
+    about = f"{AUDITED}{found.subject.removeprefix('usage:')}"
+    return bool(await held.standing(tx, subject=about, kind=found.kind))
 
 
 async def not_accepted(tx: Tx, found: Sequence[Drift]) -> list[Drift]:
     """What no person has seen and written off.
 
-    A billed double that a person has closed the audit's item of may be refunded by hand: it is shown, but not
-    corrected a second time.
+    A billed record that a person has closed an item of, be it the audit's or a run's, may be refunded by
+    hand: it is shown, but not corrected a second time.
     """
     known: dict[str | None, list[WrittenOff]] = {}
+    decided: dict[str | None, set[str]] = {}
     for name in {one.subscription_id for one in found}:
         known[name] = [_written_off(row) for row in await held.written_off(tx, name)]
+        decided[name] = await held.by_person(tx, name)
     left = []
     for one in found:
         if accepted(one, known[one.subscription_id]):
             continue
-        by_hand = one.detail.get("how") == CORRECT and await held.by_person(tx, decided_subjects(one))
+        its = decided[one.subscription_id] if one.detail.get("how") == CORRECT else ()
+        by_hand = any(decides_on(subject, one.tag or "") for subject in its)
         left.append(_decided(one) if by_hand else one)
     return left
 
 
 def _written_off(row: Mapping[str, Any]) -> WrittenOff:
-    usages = ((row["action"] or {}).get("args") or {}).get("usages") or ()
-    return WrittenOff(row["kind"], row["subject"], row["reason"], row["units"], frozenset(usages))
+    usages = ((row["action"] or {}).get("args") or {}).get("usages") or {}
+    known = usages if isinstance(usages, Mapping) else dict.fromkeys(usages)
+    return WrittenOff(row["kind"], row["subject"], row["reason"], row["units"], known)
 
 
 def _decided(one: Drift) -> Drift:
@@ -120,7 +137,9 @@ def notice(run: Run, totals: Totals, unread: int) -> Action:
             "off if it is meant."
         )
         if unread:
-            body += f" {unread} subscription(s) could not be compared."
+            body += (
+                f" {unread} subscription(s) or plan(s) could not be compared: `billingd reconcile` says why."
+            )
     else:
         title = "Amplify, the ledger and Recurly agree again"
         body = f"Nothing differs {span}."

@@ -251,6 +251,12 @@ class UsageRepairer:
         now, name = self._clock.now(), usage_intent(recorded.record.merchant_tag)
         said = {"usage_id": theirs.id, "run": found.run_id}
         async with self._store.write() as tx:
+            rows = await outbox.select(tx, kind=REPORT_USAGE, subject=_subject(recorded))
+            its = [row for row in rows if row["args"].get("record") == recorded.id]
+            if any(row["state"] in UNFINISHED for row in its):
+                return  # it looks for itself; the next run says what it found
+            # with a new life they find it reported, and are done
+            await outbox.retry(tx, [row["id"] for row in its if row["state"] == State.DEAD], now=now)
             await intents.done(tx, name, result=theirs.id)
             await usage.reported(tx, recorded.id, usage_id=theirs.id, now=now)
             await held.close(tx, subject=name, resolution="Recurly has it after all", now=now)

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from billingd.domain.drift import Drift
-from billingd.domain.errors import BillingdError, NotFound, Permanent, Retryable
+from billingd.domain.errors import BillingdError, Illegible, NotFound, Permanent, Retryable
 from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.reconcile import document
@@ -24,6 +24,7 @@ from billingd.reconcile.holding import (
 )
 from billingd.reconcile.linkage import Linkage
 from billingd.reconcile.places import overlapping
+from billingd.reconcile.scope import BILLED, LINKS, REPAIR, SERVED, Scope, billed_since, is_open, not_compared
 from billingd.reconcile.served import ServedSurvey
 from billingd.store import drift, links, outbox, watermarks
 from billingd.store.drift import Run
@@ -33,15 +34,12 @@ from billingd.store.watermarks import Watermark
 
 log = structlog.get_logger()
 
-SERVED, BILLED, LINKS, REPAIR = "served", "billed", "links", "repair"
-PHASES: Final = (SERVED, BILLED, LINKS, REPAIR)
-
 CHUNK_WINDOWS: Final = 24
 """Windows of all subscriptions in one step, as in a poll."""
 
 REPAIR_PAGE: Final = 500
 SINCE_MAX: Final = timedelta(days=31)
-"""How far back a run goes for open periods by itself."""
+"""How far back a run goes for open periods by itself; at Recurly, to the beginning of each."""
 
 UNSEEN_MAX: Final = timedelta(days=92)
 """How far back it goes for what no run has looked at yet."""
@@ -52,10 +50,18 @@ CUT_OFF: Final = timedelta(hours=1)
 DAILY_AT: Final = time(3, 40)
 """When the daily run is due, in UTC."""
 
+TOO_LONG: Final = (
+    f"Amplify and the ledger are compared for {SINCE_MAX.days} days, and billing periods began earlier: "
+    "`billingd reconcile --since` looks further"
+)
+
 STALE: Final = "it was cut off, and what it saw is too old to go on from; reconcile anew"
 
 GIVE_UP: Final = timedelta(days=1)
 """How long a run is tried while a far side is away."""
+
+PASS_OVER: Final = timedelta(minutes=15)
+"""How long it is tried to compare one subscription while Recurly answers for others."""
 
 
 class Poller(Protocol):
@@ -96,6 +102,7 @@ class Reconciler:
         self._length = length
         self._late = late
         self._held_up: dict[int, str] = {}
+        self._stuck: dict[str, tuple[int, datetime]] = {}
         self._seconds_per_call = 60 / requests_per_minute
         self._wake_outbox = wake_outbox
         self._may_read = may_read
@@ -145,6 +152,10 @@ class Reconciler:
                 begin -= self._late
             begin = floor(begin, mark.length)
             begin = min(begin, floor(stop, mark.length) - mark.length)
+            unseen = self._served_survey.not_compared(linked, mark, begin, stop, now)
+            opened = floor(_opened(linked, begin), mark.length)
+            if since is None and opened < begin:
+                unseen.insert(0, not_compared(SERVED, opened, begin, TOO_LONG))
             span = CHUNK_WINDOWS * mark.length
             served = max(0, -((begin - min(stop, mark.at)) // span))
             steps = served + len(overlapping(linked, begin, stop)) + 1 + int(repair)
@@ -157,7 +168,7 @@ class Reconciler:
                 asked=asked,
                 phase=SERVED,
                 steps=steps,
-                not_compared=self._served_survey.not_compared(linked, mark, begin, stop, now),
+                not_compared=unseen,
                 now=now,
             )
         log.info("reconcile.started", run=run_id, since=begin.isoformat(), until=stop.isoformat())
@@ -267,9 +278,10 @@ class Reconciler:
         """One subscription."""
         async with self._store.read() as tx:
             linked = await links.subscriptions(tx)
+        every = overlapping(linked, run.since, run.until)
         left = [
             one
-            for one in overlapping(linked, run.since, run.until)
+            for one in every
             if run.subscription_id in {None, one.subscription_id}
             and (run.cursor is None or one.subscription_id > run.cursor)
         ]
@@ -280,17 +292,14 @@ class Reconciler:
         failed = []
         try:
             one = await self._billed_survey.compare(run, mark, left[0])
-        except Permanent as error:  # of this one alone: the others are looked at all the same
+        except (Permanent, Retryable) as error:  # of this one alone: the others are looked at all the same
+            if isinstance(error, Retryable) and not await self._passed_over(run, left[0], every, error):
+                raise
             log.error("reconcile.not_compared", subscription=left[0].subscription_id, error=str(error))
             one = Surveyed([])
-            failed.append(
-                {
-                    "since": document.time_text(run.since),
-                    "until": document.time_text(run.until),
-                    "subscription": left[0].subscription_id,
-                    "reason": str(error),
-                }
-            )
+            name, begin = left[0].subscription_id, billed_since(run, left[0], mark.length)
+            failed.append(not_compared(BILLED, begin, run.until, str(error), subscription=name))
+        self._stuck.pop(left[0].subscription_id, None)
         last = len(left) == 1
         await self._keep(
             run,
@@ -305,18 +314,41 @@ class Reconciler:
         share = 2 * one.calls * self._seconds_per_call
         self._rest = timedelta(seconds=max(0.0, share - (self._clock.elapsed() - began)))
 
-    async def _links(self, run: Run, _mark: Watermark) -> None:
+    async def _passed_over(
+        self, run: Run, link: SubscriptionLink, every: Sequence[SubscriptionLink], error: Retryable
+    ) -> bool:
+        """Whether only this one cannot be read: told at once when it makes no sense, else after a while.
+
+        Where Recurly says nothing of others either, it is away, and waited for.
+        """
+        name, now = link.subscription_id, self._clock.now()
+        known = self._stuck.get(name)
+        if known is None or known[0] != run.id:
+            known = self._stuck[name] = (run.id, now)
+        if not isinstance(error, Illegible) and now - known[1] < PASS_OVER:
+            return False
+        later = [one for one in every if one.subscription_id > name]
+        before = [one for one in every if one.subscription_id < name]
+        return await self._billed_survey.answers([*later, *before] or [link])
+
+    async def _links(self, run: Run, mark: Watermark) -> None:
         """All plans and subscriptions at once."""
-        found = await self._linkage.compare(run)
+        found: Sequence[Drift] = ()
+        try:
+            found, unread = await self._linkage.compare(run)
+        except Permanent as error:  # what is billed can be mended all the same
+            log.error("reconcile.links_not_compared", error=str(error))
+            unread = [not_compared(LINKS, run.since, run.until, f"links: {error}")]
         if run.repair:
-            await self._keep(run, found, phase=REPAIR, cursor=None)
+            await self._keep(run, found, phase=REPAIR, cursor=None, not_compared=unread)
             return
         async with self._store.write() as tx:
-            if await drift.step(tx, run, phase=LINKS, cursor=None, now=self._clock.now()):
+            now = self._clock.now()
+            if await drift.step(tx, run, phase=LINKS, cursor=None, now=now, not_compared=unread):
                 await drift.add(tx, run.id, await not_accepted(tx, found))
-                await self._over(tx, run)
+                await self._over(tx, run, mark)
 
-    async def _repair(self, run: Run, _mark: Watermark) -> None:
+    async def _repair(self, run: Run, mark: Watermark) -> None:
         """A page of findings: what can be mended is asked for, the rest is held."""
         now = self._clock.now()
         async with self._store.write() as tx:
@@ -330,7 +362,7 @@ class Reconciler:
                 if not one.drift.repairable:
                     await hold(tx, one.drift, now)
             if len(page) < REPAIR_PAGE:
-                await self._over(tx, run)
+                await self._over(tx, run, mark)
         self._wake_outbox.set()
 
     async def _keep(
@@ -369,22 +401,32 @@ class Reconciler:
         self._held_up.pop(run.id, None)
         self._wake_outbox.set()
 
-    async def _over(self, tx: Tx, run: Run) -> None:
-        """The run is done; people are told when it changes from clean to drifting, or back."""
+    async def _over(self, tx: Tx, run: Run, mark: Watermark) -> None:
+        """The run is done; people are told when it changes from clean to drifting, or back.
+
+        What the one before it found, and this one could not look at, still stands.
+        """
         now = self._clock.now()
-        totals = await drift.totals(tx, run.id)
         latest = await drift.find(tx, run.id)
         assert latest is not None
-        unread = sum(one["subscription"] is not None for one in latest.not_compared)
+        scope = await Scope.of(tx, latest, mark)
+        before = await drift.latest(tx, before=run.id)
+        lost = [] if before is None else await drift.not_again(tx, before.id, by=run.id)
+        if run.asked in drift.WHOLE:
+            unseen = [one.drift for one in lost if scope.hides(one.drift)]
+            await drift.add(tx, run.id, await not_accepted(tx, unseen))
+        totals = await drift.totals(tx, run.id)
+        unread = sum(
+            one["subscription"] is not None or one.get("phase") == LINKS for one in latest.not_compared
+        )
         drifting = totals.drifting > 0 or unread > 0
         await drift.finish(tx, run.id, now=now, drifting=drifting)
         log.info("reconcile.done", run=run.id, units=totals.units, findings=totals.findings)
-        await close_gone(tx, latest, now)
+        await close_gone(tx, scope, now)
         if run.asked not in drift.WHOLE:
-            if not latest.not_compared:
-                await drift.gone(tx, run, f"run {run.id} found it no more")
+            mended = [one.id for one in lost if scope.covers(one.drift)]
+            await drift.gone(tx, mended, f"run {run.id} found it no more")
             return
-        before = await drift.latest(tx, before=run.id)
         if before is not None:
             await hold_standing(tx, run.id, await drift.found_by(tx, before.id), now)
         if drifting != (before is not None and before.drifting is True):
@@ -400,12 +442,13 @@ class Reconciler:
 
 def _earliest(linked: Sequence[SubscriptionLink], now: datetime) -> datetime:
     """Where the earliest open billing period began, a month ago at most."""
-    begins = [
-        one.period_started_at or one.usage_from
-        for one in linked
-        if one.state != "ended" and one.billed_state not in {"expired", "failed"}
-    ]
-    return max(min(begins, default=now - SINCE_MAX), now - SINCE_MAX)
+    return max(_opened(linked, now - SINCE_MAX), now - SINCE_MAX)
+
+
+def _opened(linked: Sequence[SubscriptionLink], default: datetime) -> datetime:
+    """Where the earliest open billing period began, or the usage of a subscription in it."""
+    begins = [max(one.period_started_at or one.usage_from, one.usage_from) for one in linked if is_open(one)]
+    return min(begins, default=default)
 
 
 def _due_at(now: datetime) -> datetime:

@@ -9,7 +9,7 @@ from billingd.domain.drift import Drift
 from billingd.domain.drift_usage import compare_served
 from billingd.domain.usage import Reading
 from billingd.domain.windows import Window, floor
-from billingd.reconcile.document import time_text
+from billingd.reconcile import scope
 from billingd.reconcile.places import place_of
 from billingd.store import links, usage
 from billingd.store.drift import Run
@@ -82,8 +82,7 @@ class ServedSurvey:
             ends = min(upto, until)
             if begins < ends:
                 reason = f"Amplify and the ledger are not compared: {why}"
-                span = {"since": time_text(begins), "until": time_text(ends)}
-                told.append({**span, "subscription": None, "reason": reason})
+                told.append(scope.not_compared(scope.SERVED, begins, ends, reason))
                 begins = ends
         return told
 
@@ -119,6 +118,8 @@ class ServedSurvey:
             link, add_on = linked.get(key[0]), add_ons.get(key[1])
             if link is None or add_on is None or add_on.plan_id != link.plan_id:
                 continue  # traffic of nobody: counted as such by the poll
+            if key not in counted and not link.organization_id:
+                continue  # one whose organization is not known may not have been counted: that is no zero
             served, low, high = counted.get(key, 0), before.get(key, 0), after.get(key, 0)
             if not min(low, high) <= served <= max(low, high) and key[2].end > link.usage_from:
                 differing[key] = served

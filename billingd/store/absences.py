@@ -63,9 +63,12 @@ async def everything(tx: Tx) -> list[Absence]:
 
 
 async def note(tx: Tx, absence: Absence) -> None:
-    """One is absent; what is noted of it already stays as it is."""
+    """One is absent; what is noted of it already stays as it is, unless by a clock that was ahead."""
     row: dict[str, Any] = {name: getattr(absence, name) for name in Absence.__slots__}
-    await insert_new(tx, absences, [row])
+    if not await insert_new(tx, absences, [row]):
+        this = sa.and_(absences.c.kind == absence.kind, absences.c.id == absence.id)
+        ahead = sa.update(absences).where(this, absences.c.since > absence.since)
+        await tx.execute(ahead.values(since=absence.since))
 
 
 async def hold(tx: Tx, kind: Kind, ids: Collection[str]) -> None:

@@ -50,6 +50,11 @@ class Run:
     drifting: bool | None
     error: str | None
 
+    @property
+    def whole_periods(self) -> bool:
+        """Whether nobody said from when on: then all open periods are meant."""
+        return self.asked == DAILY or self.asked.startswith("-/")
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -205,16 +210,16 @@ async def _end(tx: Tx, run_id: int, **values: Any) -> None:
     )
 
 
-async def last_said(tx: Tx, kind: str, subject: str) -> tuple[int, datetime | None] | None:
-    """The newest run that found this, and the window it is about; None when none is remembered."""
+async def last_said(tx: Tx, kind: str, subject: str) -> Found | None:
+    """What the newest run that found this said of it; None when none is remembered."""
     statement = (
-        sa.select(drift.c.reconciliation_id, drift.c.window_start)
+        sa.select(drift)
         .where(drift.c.kind == kind, drift.c.subject == subject)
         .order_by(drift.c.id.desc())
         .limit(1)
     )
     row = (await tx.execute(statement)).one_or_none()
-    return None if row is None else (row.reconciliation_id, row.window_start)
+    return None if row is None else _found(row)
 
 
 async def add(tx: Tx, run_id: int, found: Sequence[Drift]) -> None:
@@ -274,26 +279,23 @@ async def mended(tx: Tx, finding_ids: Sequence[int], how: str) -> None:
     await tx.execute(sa.update(drift).where(is_open, same).values(mended=how))
 
 
-async def gone(tx: Tx, run: Run, how: str) -> None:
-    """What the latest run over everything found, and a later one of a part looked for in vain, is mended.
-
-    Amounts without a window are links, which are compared all at once.
-    """
-    whole = await latest(tx, before=run.id)
-    if whole is None:
-        return
+async def not_again(tx: Tx, run_id: int, *, by: int) -> list[Found]:
+    """What a run found, nothing has mended, and another run did not find again."""
     again = drift.alias()
     found_again = sa.exists().where(
-        again.c.reconciliation_id == run.id, again.c.kind == drift.c.kind, again.c.subject == drift.c.subject
+        again.c.reconciliation_id == by, again.c.kind == drift.c.kind, again.c.subject == drift.c.subject
     )
-    window = drift.c.window_start
-    looked = sa.or_(window.is_(None), sa.and_(window >= run.since, window < run.until))
-    statement = sa.update(drift).where(
-        drift.c.reconciliation_id == whole.id, drift.c.mended.is_(None), looked, ~found_again
+    statement = sa.select(drift).where(
+        drift.c.reconciliation_id == run_id, drift.c.mended.is_(None), ~found_again
     )
-    if run.subscription_id is not None:
-        statement = statement.where(drift.c.subscription_id == run.subscription_id)
-    await tx.execute(statement.values(mended=how))
+    return [_found(row) for row in await tx.execute(statement.order_by(drift.c.id))]
+
+
+async def gone(tx: Tx, finding_ids: Sequence[int], how: str) -> None:
+    """These were looked for, and are no more."""
+    for start in range(0, len(finding_ids), 500):
+        some = drift.c.id.in_(finding_ids[start : start + 500])
+        await tx.execute(sa.update(drift).where(some).values(mended=how))
 
 
 async def found_by(tx: Tx, run_id: int) -> set[tuple[str, str]]:

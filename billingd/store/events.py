@@ -2,14 +2,33 @@
 
 from collections.abc import Collection
 from datetime import datetime
-from typing import Literal
+from typing import Final, Literal
 
 import sqlalchemy as sa
 
 from billingd.domain.events import Event
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
-from billingd.store.schema import events
+from billingd.store.schema import events, outbox, plan_links, subscription_links
+
+_LINKED: Final = (
+    sa.exists().where(
+        events.c.kind == "Subscription",
+        subscription_links.c.subscription_id == events.c.resource_id,
+        subscription_links.c.state != "ended",
+    ),
+    sa.exists().where(
+        events.c.kind == "ProductPlan",
+        plan_links.c.plan_id == events.c.resource_id,
+        plan_links.c.state != "removed",
+    ),
+    sa.exists().where(
+        events.c.kind == "Product",
+        plan_links.c.product_name == events.c.name,
+        plan_links.c.state != "removed",
+    ),
+)
+"""That what an event is about is linked."""
 
 Via = Literal["webhook", "feed"]
 """The way an event came; what came by webhook after the feed had shown it is kept as `both`."""
@@ -80,5 +99,13 @@ async def first_change(tx: Tx, subscription_id: str, *, after: datetime) -> date
 
 
 async def forget(tx: Tx, *, before: datetime) -> int:
-    """Drop deliveries received before a moment; their ids may then be accepted anew."""
-    return (await tx.execute(sa.delete(events).where(events.c.received_at < before))).rowcount
+    """Drop deliveries received before a moment; their ids may then be accepted anew.
+
+    One that told of a deletion stays while what was deleted is linked: nothing else tells when it was over.
+    So does whatever an action is still to heed.
+    """
+    waits = sa.text("outbox.state IN ('pending', 'leased')")  # as the partial indexes have it
+    heeded = sa.select(outbox.c.event_id).where(waits, outbox.c.event_id.is_not(None))
+    deletion = sa.and_(events.c.type == "ResourceDeleted", sa.or_(*_LINKED))
+    old = sa.delete(events).where(events.c.received_at < before)
+    return (await tx.execute(old.where(events.c.id.not_in(heeded), ~deletion))).rowcount

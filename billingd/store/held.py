@@ -1,6 +1,6 @@
 """What waits for a person because it cannot be billed honestly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -8,6 +8,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from billingd.domain.attempts import Action
+from billingd.domain.drift import AUDITED, HELD
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
 from billingd.store.schema import held
@@ -136,14 +137,11 @@ async def written_off(tx: Tx, subscription_id: str | None) -> list[dict[str, Any
     return [dict(row) for row in (await tx.execute(statement)).mappings()]
 
 
-async def by_person(tx: Tx, subjects: Sequence[str]) -> set[str]:
-    """Those of the subjects of which a person has written an item off, or released one of the audit's.
-
-    The audit's say: refund that, then release this.
-    """
-    released = sa.and_(held.c.resolution == RELEASED, held.c.subject.startswith("audit:"))
-    by_hand = sa.or_(released, held.c.resolution.startswith(WRITTEN_OFF))
-    statement = sa.select(held.c.subject).where(held.c.subject.in_(subjects), by_hand)
+async def by_person(tx: Tx, subscription_id: str | None) -> set[str]:
+    """Subjects of what an audit or a run found of a subscription, and a person wrote off or released."""
+    found = sa.or_(*(held.c.subject.startswith(prefix) for prefix in (AUDITED, HELD)))
+    by_hand = sa.or_(held.c.resolution == RELEASED, held.c.resolution.startswith(WRITTEN_OFF))
+    statement = sa.select(held.c.subject).where(held.c.subscription_id == subscription_id, found, by_hand)
     return set((await tx.execute(statement)).scalars())
 
 

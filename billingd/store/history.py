@@ -20,7 +20,7 @@ CORRECTED: Final = "corrected"
 """A repair posted `units` under a `tag` of their own, beside a record that was billed already."""
 
 CORRECTION_READ_BACK: Final = "correction_read_back"
-"""The same, learnt of from Recurly; when it was posted is not known."""
+"""The same, learnt of from Recurly, which mostly says when it was `posted_at`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,12 @@ async def append_all(tx: Tx, entries: Sequence[tuple[str, str, Mapping[str, Any]
 def text_of(moment: datetime | None) -> str | None:
     """A time as it stands in a detail: RFC 3339 in UTC, with a Z."""
     return None if moment is None else moment.isoformat().replace("+00:00", "Z")
+
+
+def posted_at(entry: Entry) -> datetime:
+    """When Recurly took what an entry tells of."""
+    said = entry.detail.get("posted_at")
+    return entry.at if said is None else datetime.fromisoformat(said)
 
 
 def sent(intent: Intent | None) -> dict[str, Any]:

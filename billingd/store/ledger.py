@@ -7,11 +7,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from billingd.domain.events import REPORT_USAGE
 from billingd.domain.usage import TAG_PREFIX, corrected_tag, pair_hash, usage_intent
 from billingd.domain.windows import Window
 from billingd.store import history, usage
 from billingd.store.engine import Tx
 from billingd.store.schema import held, outbox, usage_records
+from billingd.store.usage import Recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ async def corrections(
 ) -> list[Correction]:
     """What reached Recurly only since a moment, or still will, with a time before that.
 
-    Late records, and what repairs posted beside records that were billed already.
+    Late records, and what repairs posted beside records that were billed already, in whichever life.
     """
     columns = usage_records.c
     late = (
@@ -130,17 +132,30 @@ async def corrections(
     found = [Correction(*row) for row in await tx.execute(late)]
     for quota_id in quota_ids:
         begins = usage_intent(f"{TAG_PREFIX}{pair_hash(subscription_id, quota_id)}:")
-        for entry in await history.beginning(tx, begins, history.CORRECTED, since=since):
+        posted = await history.beginning(tx, begins, history.CORRECTED, since=since)
+        read_back = await history.beginning(tx, begins, history.CORRECTION_READ_BACK, since=since)
+        for entry in (*posted, *(one for one in read_back if history.posted_at(one) >= since)):
             tag = str(corrected_tag(entry.detail["tag"]))
-            at = (await usage.by_tags(tx, [tag]))[tag].record.usage_timestamp
-            if at < since:
-                found.append(Correction(quota_id, at, entry.detail["units"]))
+            known = (await usage.by_tags(tx, [tag])).get(tag)
+            if known is not None and known.record.usage_timestamp < since:
+                found.append(Correction(quota_id, known.record.usage_timestamp, entry.detail["units"]))
     return found
 
 
-async def action_of(tx: Tx, key: str) -> Mapping[str, Any] | None:
-    """The action of that key, while retention keeps it."""
-    row = (await tx.execute(sa.select(outbox).where(outbox.c.key == key))).mappings().one_or_none()
+async def action_of(tx: Tx, recorded: Recorded) -> Mapping[str, Any] | None:
+    """The newest action that reports a record, while retention keeps it."""
+    record = recorded.record
+    statement = (
+        sa.select(outbox)
+        .where(
+            outbox.c.kind == REPORT_USAGE,
+            outbox.c.subject == f"usage:{record.subscription_id}:{record.quota_id}",
+            outbox.c.args["record"].as_integer() == recorded.id,
+        )
+        .order_by(outbox.c.id.desc())
+        .limit(1)
+    )
+    row = (await tx.execute(statement)).mappings().one_or_none()
     return None if row is None else dict(row)
 
 

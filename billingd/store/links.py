@@ -290,6 +290,15 @@ async def billing(tx: Tx) -> list[SubscriptionLink]:
     return [subscription_of(row) for row in await tx.execute(_BILLING)]
 
 
+async def billing_since(tx: Tx, moment: datetime) -> list[SubscriptionLink]:
+    """Subscriptions that Recurly may still have billed after a moment: it showed the others as over before.
+
+    Where nobody noted when an end was seen, it was long ago.
+    """
+    lately = sa.or_(_MAY_BE_BILLED, subscription_links.c.seen_at > moment)
+    return [subscription_of(row) for row in await tx.execute(_SUBSCRIPTIONS_IN_ORDER.where(lately))]
+
+
 async def next_period_end(tx: Tx, *, after: datetime) -> datetime | None:
     """When the next billing period ends after a moment, of all subscriptions that may still be invoiced."""
     ends_at: datetime | None = (await tx.execute(_NEXT_PERIOD_END, {"after": after})).scalar_one()

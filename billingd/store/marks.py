@@ -1,5 +1,6 @@
 """Marks: moments that one part leaves for another, or for the next start (a restore, the last resync)."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,9 @@ RESTORED: Final = "restored"
 
 RECOVERING: Final = "recovering"
 """Recurly was read back since; Amplify is yet to be listed, or what that leads to is under way."""
+
+UNREAD: Final = "unread:"
+"""How the mark begins of a subscription that Recurly did not show while all were read back."""
 
 COPIED: Final = "copied"
 """Only in a safety copy: it was made at `at`, and held `detail.rows` rows of each table."""
@@ -49,6 +53,17 @@ async def find(tx: Tx, name: str) -> Mark | None:
     """The mark of that name, if there is one."""
     row = (await tx.execute(_FIND, {"of_name": name})).one_or_none()
     return None if row is None else Mark(row.name, row.at, row.detail)
+
+
+def unread(subscription_id: str) -> str:
+    """The mark of a subscription that is yet to be read back (`detail.subscription` names it)."""
+    return UNREAD + hashlib.sha256(subscription_id.encode()).hexdigest()[:24]
+
+
+async def unread_ones(tx: Tx) -> dict[str, Mark]:
+    """What is yet to be read back, by subscription: until then nothing more is booked of it."""
+    found = await tx.execute(sa.select(marks).where(marks.c.name.startswith(UNREAD)))
+    return {row.detail["subscription"]: Mark(row.name, row.at, row.detail) for row in found}
 
 
 async def clear(tx: Tx, name: str) -> None:

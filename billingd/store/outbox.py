@@ -3,7 +3,7 @@
 Its hot statements are made once, here and in the other modules: building one takes longer than running it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -18,6 +18,9 @@ from billingd.store.schema import UtcDateTime, events, outbox
 
 CAUSE: Final[ContextVar[str | None]] = ContextVar("outbox_cause", default=None)
 """The event whose action is attempted in this context: what is added meanwhile is due to it too."""
+
+SUBJECTS_MAX: Final = 10_000
+"""Subjects in one statement: both databases bound its parameters."""
 
 
 class LeaseLost(Retryable):
@@ -313,6 +316,21 @@ async def dead_causes(tx: Tx, *, limit: int) -> list[tuple[str, str | None]]:
     return [
         (row.kind, row.error) for row in await tx.execute(statement.order_by(outbox.c.id.desc()).limit(limit))
     ]
+
+
+async def newest_done(tx: Tx, subjects: Collection[str], *, after: int) -> dict[tuple[str, str], int]:
+    """The id of the newest done action of each of these subjects behind an id, by kind and subject."""
+    found: dict[tuple[str, str], int] = {}
+    asked = sorted(set(subjects))
+    for start in range(0, len(asked), SUBJECTS_MAX):
+        statement = (
+            sa.select(outbox.c.kind, outbox.c.subject, sa.func.max(outbox.c.id))
+            .where(outbox.c.subject.in_(asked[start : start + SUBJECTS_MAX]))
+            .where(outbox.c.state == State.DONE, outbox.c.id > after)
+            .group_by(outbox.c.kind, outbox.c.subject)
+        )
+        found |= {(kind, subject): newest for kind, subject, newest in await tx.execute(statement)}
+    return found
 
 
 async def forget(tx: Tx, *, before: datetime) -> int:

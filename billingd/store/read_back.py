@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from billingd.domain.sending import idempotency_key
 from billingd.domain.usage import UsageRecord, usage_intent
-from billingd.domain.windows import floor
+from billingd.domain.windows import BRIDGE_MAX, floor
 from billingd.store import intents
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
@@ -37,8 +37,17 @@ async def waiting(tx: Tx, subscription_id: str) -> list[Waiting]:
     return [Waiting(*row) for row in await tx.execute(statement)]
 
 
-async def insert(tx: Tx, records: Sequence[tuple[UsageRecord, str]], *, now: datetime) -> int:
-    """Put records into the ledger as reported, each with its id at Recurly; return how many were new."""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A record that Recurly has, its id there, and since when."""
+
+    record: UsageRecord
+    usage_id: str
+    at: datetime
+
+
+async def insert(tx: Tx, taken: Sequence[Taken], *, now: datetime) -> int:
+    """Put records into the ledger as reported; return how many were new."""
     rows = [
         {
             "subscription_id": record.subscription_id,
@@ -51,10 +60,11 @@ async def insert(tx: Tx, records: Sequence[tuple[UsageRecord, str]], *, now: dat
             "merchant_tag": record.merchant_tag,
             "state": "reported",
             "recorded_at": now,
-            "reported_at": now,
-            "usage_id": usage_id,
+            "reported_at": one.at,
+            "usage_id": one.usage_id,
         }
-        for record, usage_id in records
+        for one in taken
+        for record in [one.record]
     ]
     return await insert_new(tx, usage_records, rows) if rows else 0
 
@@ -82,20 +92,29 @@ async def begin_earlier(tx: Tx, subscription_id: str, usage_from: datetime) -> N
     )
 
 
-async def read_again(tx: Tx, subscription_id: str, since: datetime, *, horizon: timedelta) -> datetime | None:
+async def read_again(
+    tx: Tx, subscription_id: str, since: datetime, *, horizon: timedelta, now: datetime
+) -> datetime | None:
     """Let traffic since a moment be read again, of which this subscription's may have been nobody's.
 
-    What lies within `horizon` of a watermark is read again anyhow. Returns the earliest moment that is read
-    again because of this, None when none is.
+    What lies within `horizon` of a watermark is read again anyhow, where its windows have their length since
+    then. Else all is read from there on, also what was read in another length or never: the poll reads each
+    window that is recorded as a whole (`domain.windows.next_length`). Returns the earliest moment that is
+    read again because of this, None when none is.
     """
     moved: list[datetime] = []
     first = since
     for row in (await tx.execute(sa.select(watermarks).with_for_update())).all():
-        edge = floor(since, timedelta(seconds=row.window_seconds))
-        first, to = min(first, edge), max(row.regular_since, edge)
-        if to < row.at - horizon:
-            await tx.execute(sa.update(watermarks).where(watermarks.c.source == row.source).values(at=to))
-            moved.append(to)
+        length = timedelta(seconds=row.window_seconds)
+        edge = floor(since, length)
+        first = min(first, edge)
+        if edge < max(row.regular_since, row.at - horizon) and edge < row.at:
+            while (cut := await _cut_at(tx, edge)) is not None:  # no record may be left out in part
+                edge = floor(cut, length)
+            since_then = min(row.regular_since, edge)
+            mine = sa.update(watermarks).where(watermarks.c.source == row.source)
+            await tx.execute(mine.values(at=edge, regular_since=since_then, read_at=now))
+            moved.append(edge)
     columns = unlinked_traffic.c
     await tx.execute(
         sa.delete(unlinked_traffic).where(
@@ -103,3 +122,21 @@ async def read_again(tx: Tx, subscription_id: str, since: datetime, *, horizon: 
         )
     )
     return min(moved, default=None)
+
+
+async def _cut_at(tx: Tx, moment: datetime) -> datetime | None:
+    """Where the earliest window begins of which something is recorded and that lies on either side."""
+    columns = usage_records.c
+    statement = sa.select(sa.func.min(columns.window_start)).where(
+        columns.window_start >= moment - BRIDGE_MAX,  # none is longer
+        columns.window_start < moment,
+        columns.window_end > moment,
+    )
+    begins: datetime | None = (await tx.execute(statement)).scalar_one()
+    return begins
+
+
+async def read_from(tx: Tx, *, horizon: timedelta, now: datetime) -> datetime:
+    """From where on every poll reads traffic now."""
+    rows = (await tx.execute(sa.select(watermarks))).all()
+    return min((max(row.regular_since, row.at - horizon) for row in rows), default=now)

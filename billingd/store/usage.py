@@ -96,6 +96,13 @@ async def sums(tx: Tx, start: datetime, end: datetime) -> dict[Pair, dict[Window
     return found
 
 
+async def pieces_from(tx: Tx, moment: datetime) -> set[Window]:
+    """Every window, or piece of one, of which anything is recorded, from a moment on."""
+    columns = usage_records.c
+    statement = sa.select(columns.window_start, columns.window_end).where(columns.window_start >= moment)
+    return {Window(*row) for row in await tx.execute(statement.distinct())}
+
+
 async def recorded_before(tx: Tx, moment: datetime) -> bool:
     """Whether anything is recorded of a window that begins before a moment."""
     one = sa.select(usage_records.c.id).where(usage_records.c.window_start < moment).limit(1)
@@ -122,6 +129,12 @@ async def find(tx: Tx, record_id: int) -> Recorded:
         plan.currency,
         row.reported_at,
     )
+
+
+async def tag_of(tx: Tx, record_id: int) -> str:
+    """The merchant tag of a record, which must exist."""
+    statement = sa.select(usage_records.c.merchant_tag).where(usage_records.c.id == record_id)
+    return str((await tx.execute(statement)).scalar_one())
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +254,15 @@ async def write_off(tx: Tx, record_id: int) -> bool:
 async def _move(tx: Tx, record_id: int, leaves: tuple[str, ...], **values: Any) -> bool:
     given = {"of_id": record_id, "leaves": leaves, **values}
     return (await tx.execute(_MOVE, given)).rowcount == 1
+
+
+async def last_served(tx: Tx, subscription_id: str) -> datetime | None:
+    """When the newest window began in which it was used: then it was still served. None: it never was."""
+    newest = sa.select(sa.func.max(usage_records.c.window_start)).where(
+        usage_records.c.subscription_id == subscription_id, usage_records.c.units > 0
+    )
+    began: datetime | None = (await tx.execute(newest)).scalar_one()
+    return began
 
 
 async def unreported_of(tx: Tx, subscription_id: str) -> int:

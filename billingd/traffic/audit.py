@@ -19,7 +19,7 @@ from billingd.domain.sending import idempotency_key
 from billingd.domain.usage import TAG_PREFIX, corrected_tag, usage_intent
 from billingd.loops import Clock
 from billingd.once import DOUBTED, IGNORED, KEYS, mistrust
-from billingd.store import held, history, intents, links, outbox, periods, usage
+from billingd.store import held, history, intents, links, marks, outbox, periods, usage
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
@@ -69,8 +69,8 @@ class UsageAuditor:
         began = self._clock.now()
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, action.args["id"])
-            if link is None:
-                return
+            if link is None or await marks.find(tx, marks.unread(link.subscription_id)) is not None:
+                return  # what of it is ours is not known before it is read back
             known = await periods.of(tx, link.subscription_id)
             add_ons = await links.add_ons_of(tx, link.plan_id)
         # what an adopted subscription was billed for before its cut-over is the original integration's
@@ -210,7 +210,7 @@ class UsageAuditor:
                 log.error("usage.double_removed", tag=tag, usage=extra.id, units=extra.units)
                 await self._tell(tag, "double_removed", usage_id=extra.id)
                 return
-        mend = "refund that line there, then release this"
+        mend = "refund that line there, then write this off"
         if add_on.tier_type in CORRECTABLE:
             mend = f"`billingd reconcile --repair` corrects it; or {mend}, never both"
         reason = f"Recurly billed {extra.units} unit(s) twice under {tag} ({extra.id}): {mend}"
@@ -238,9 +238,8 @@ class UsageAuditor:
             "refund them; write them off here if they are meant."
         )
         about = subject.removeprefix("foreign:")
-        await self._hold(
-            link, add_on, FOREIGN, about, reason, units, usages=sorted(one.id for one in foreign)
-        )
+        usages = {one.id: one.units for one in sorted(foreign, key=lambda one: one.id)}
+        await self._hold(link, add_on, FOREIGN, about, reason, units, usages=usages)
 
     async def _hold(
         self,
@@ -251,14 +250,14 @@ class UsageAuditor:
         reason: str,
         units: int,
         *,
-        usages: Sequence[str] = (),
+        usages: Mapping[str, int] | None = None,
     ) -> None:
-        """Hold a difference; `usages` are the records at Recurly that make it, where it names no tag."""
+        """Hold a difference; `usages` are the units of the records that make it, where it names no tag."""
         now = self._clock.now()
         prefix = "foreign" if kind == FOREIGN else "audit"
         again = audit_action(link.subscription_id, because="released")
         if usages:
-            again = replace(again, args={**again.args, "usages": list(usages)})
+            again = replace(again, args={**again.args, "usages": dict(usages)})
         item = Hold(
             kind,
             f"{prefix}:{about}",

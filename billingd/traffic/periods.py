@@ -1,5 +1,6 @@
 """Periods: the state of each subscription as Recurly shows it, and where one bill ends."""
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
@@ -11,8 +12,8 @@ from billingd.domain.delivery import MISSING
 from billingd.domain.errors import BillingdError, NotFound
 from billingd.domain.periods import Period, between
 from billingd.loops import Clock
-from billingd.store import links, periods
-from billingd.store.engine import Store
+from billingd.store import links, marks, periods
+from billingd.store.engine import Store, Tx
 from billingd.store.links import SubscriptionLink
 from billingd.traffic import far_ends
 
@@ -49,6 +50,8 @@ class PeriodWatch:
         self._store = store
         self._clock = clock
         self._billing = billing
+        self.read_first: Callable[[SubscriptionLink], Awaitable[str]] | None = None
+        """Reads back one that Recurly did not show after a restore, before it counts as there again."""
         self._refreshed_at: datetime | None = None
         self._unseen: dict[str, datetime] = {}
         """Since when this process waits to see the period after one that is over, by subscription."""
@@ -74,7 +77,7 @@ class PeriodWatch:
                 if theirs is None:
                     await self.look_at(link)
                 elif _differs(link, theirs) or _unseen_since_its_end(link, now):
-                    await self._keep(link, theirs)
+                    await self.keep(link, theirs)
             except BillingdError as error:  # of one; the others must not wait for it
                 log.warning("subscription.not_seen", subscription=link.subscription_id, error=str(error))
         self._refreshed_at = now
@@ -92,24 +95,38 @@ class PeriodWatch:
         try:
             theirs = await self._billing.get_subscription(link.uuid)
         except NotFound as error:
-            if link.billed_state != MISSING:
-                log.error("subscription.missing", subscription=link.subscription_id, error=str(error))
-            async with self._store.write() as tx:
-                now = self._clock.now()
-                await periods.seen(tx, link.subscription_id, state=MISSING, current=None, now=now)
-                await far_ends.heed(tx, link, MISSING, ends_at=None, now=now)
-            return MISSING
-        await self._keep(link, theirs)
-        return theirs.state
+            return await self.missing(link, error)
+        return await self.keep(link, theirs)
 
-    async def _keep(self, link: SubscriptionLink, theirs: BilledSubscription) -> None:
+    async def missing(self, link: SubscriptionLink, error: NotFound) -> str:
+        """Write down that Recurly does not show it; return MISSING."""
+        if link.billed_state != MISSING:
+            log.error("subscription.missing", subscription=link.subscription_id, error=str(error))
+        async with self._store.write() as tx:
+            now = self._clock.now()
+            await periods.seen(tx, link.subscription_id, state=MISSING, current=None, now=now)
+            await far_ends.heed(tx, link, MISSING, ends_at=None, now=now)
+        return MISSING
+
+    async def keep(
+        self,
+        link: SubscriptionLink,
+        theirs: BilledSubscription,
+        *,
+        along: Callable[[Tx], Awaitable[None]] | None = None,
+    ) -> str:
         """Write down what was seen; where renewals were missed meanwhile, read from the invoices when.
 
-        Without their dates, windows of that time would not be cut where they were billed.
+        Without their dates, windows of that time would not be cut where they were billed. What was read back
+        of it is written `along` with that; until it was, one that a restore left unread is still MISSING.
+        Returns the state that counts.
         """
         current = theirs.period
         async with self._store.read() as tx:
             known = await periods.of(tx, link.subscription_id)
+            unread = along is None and await marks.find(tx, marks.unread(link.subscription_id)) is not None
+        if unread:
+            return MISSING if self.read_first is None else await self.read_first(link)
         last = max(known, default=None)
         missed: list[Period] = []
         if current is not None and last is not None and last.ends_at < current.started_at:
@@ -126,6 +143,8 @@ class PeriodWatch:
                     now=now,
                     unit_amount=theirs.unit_amount,
                 )
+            if along is not None:
+                await along(tx)
             ends_at = None if current is None else current.ends_at
             await far_ends.heed(tx, link, theirs.state, ends_at=ends_at, now=now)
         log.info(
@@ -134,6 +153,7 @@ class PeriodWatch:
             state=theirs.state,
             period_ends_at=None if current is None else current.ends_at.isoformat(),
         )
+        return theirs.state
 
     async def known_until(self) -> datetime | None:
         """From when on some subscription's period is not known, because it is over and was not seen since.

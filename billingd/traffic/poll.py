@@ -15,9 +15,9 @@ from billingd.domain.errors import BillingdError, NotFound, Retryable
 from billingd.domain.events import audit_action
 from billingd.domain.periods import cut, edges
 from billingd.domain.usage import Booked, Reading
-from billingd.domain.windows import Window, floor, settled_end, shared_edge
+from billingd.domain.windows import Window, floor, next_length, settled_end
 from billingd.loops import Clock
-from billingd.store import links, outbox, periods, usage, watermarks
+from billingd.store import links, marks, outbox, periods, usage, watermarks
 from billingd.store.engine import Store, Tx
 from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.usage import Pair
@@ -149,13 +149,18 @@ class TrafficPoller:
 
     async def _poll(self) -> Watermark:
         mark = await self._begin()
-        while mark.length != self._length:  # stop at the edge where the new length comes into force
-            edge = shared_edge(mark.at, mark.length, self._length)
+        while (change := await self._next_length(mark)) is not None:  # stop where it comes into force
+            edge, _ = change
             mark = await self._read_settled(mark, before=edge)
             if mark.at < edge:
                 return mark
             mark = await self._begin()
         return await self._read_settled(mark)
+
+    async def _next_length(self, mark: Watermark) -> tuple[datetime, timedelta] | None:
+        async with self._store.read() as tx:
+            pieces = await usage.pieces_from(tx, mark.at)
+        return next_length(mark.at, mark.length, self._length, pieces)
 
     async def _read_settled(self, mark: Watermark, *, before: datetime | None = None) -> Watermark:
         now = self._clock.now()
@@ -182,6 +187,9 @@ class TrafficPoller:
         if not only:
             return
         start, end = mark.at, _ceil(now, mark.length)
+        change = await self._next_length(mark)
+        if change is not None and change[1] != self._length:  # beyond it, pieces that these windows would cut
+            end = min(end, change[0])
         before = (now - FLUSH_MARGIN).replace(microsecond=0)
         while start < end:
             upto = min(start + mark.length * WINDOWS_MAX, end)
@@ -271,8 +279,9 @@ class TrafficPoller:
         """The watermark; on the first start it begins with the current window.
 
         A changed `traffic.window` comes into force at the first edge that both lengths share, so that no
-        window is ever read in two sizes. A changed `traffic.source` goes on where the other one is, so that
-        no window is left out, or read in another size.
+        window is ever read in two sizes; not before the end of what is recorded in another size. A changed
+        `traffic.source` goes on where the other one is, so that no window is left out, or read in another
+        size.
         """
         now = self._clock.now()
         async with self._store.write() as tx:
@@ -283,12 +292,14 @@ class TrafficPoller:
             await watermarks.begin(tx, self._source.name, floor(now, self._length), self._length, now=now)
             mark = await watermarks.find(tx, self._source.name)
             assert mark is not None
-            if mark.length != self._length and shared_edge(mark.at, mark.length, self._length) == mark.at:
-                await watermarks.change_length(tx, mark, self._length, now=now)
-                log.warning(
-                    "traffic.window_changed", at=mark.at.isoformat(), seconds=self._length.total_seconds()
-                )
-                mark = Watermark(mark.source, mark.at, self._length, mark.at)
+            pieces = await usage.pieces_from(tx, mark.at)
+            while (change := next_length(mark.at, mark.length, self._length, pieces)) is not None:
+                edge, length = change
+                if edge != mark.at:
+                    break
+                await watermarks.change_length(tx, mark, length, now=now)
+                log.warning("traffic.window_changed", at=mark.at.isoformat(), seconds=length.total_seconds())
+                mark = Watermark(mark.source, mark.at, length, mark.at)
         return mark
 
     async def _read(
@@ -304,6 +315,7 @@ class TrafficPoller:
         """Read [start, end) and keep what it says, in one transaction with the watermark.
 
         `only` bounds what is kept to some subscriptions; `before`: no record's time is that late or later.
+        Nothing is kept of what is yet to be read back from Recurly: it is read again then.
         """
         async with self._store.read() as tx:
             known = await self._known(tx, start, end, mark.length, only)
@@ -319,13 +331,14 @@ class TrafficPoller:
                 length=mark.length,
             )
         totals = _by_window(readings, mark.length)
+        totals = {key: units for key, units in totals.items() if key[0] not in known.unread}
         if only is not None:
             totals = {key: units for key, units in totals.items() if key[0] in only}
         counted = await self._cut(totals, known)
         now = self._clock.now()
         async with self._store.write() as tx:
             await watermarks.advance(tx, mark, advance_to, now=now)  # first: it locks out a second reader
-            cuts = known.cuts
+            cuts, unread = known.cuts, known.unread
             known = await self._known(tx, start, end, mark.length, only)  # some ended since
             if any(known.cuts.get(name) != cuts.get(name) for name, _, _ in counted):
                 raise Retryable("a bill date became known while traffic was read; it is read again")
@@ -334,6 +347,7 @@ class TrafficPoller:
                 key: pieces
                 for key, pieces in known.recorded.items()
                 if key in totals or key[0] not in known.linked or known.linked[key[0]].organization_id
+                if key[0] not in unread
             }
             await keeper.keep(totals, counted, recorded, before=before or end)
         if keeper.records or advance_to > mark.at:
@@ -354,23 +368,24 @@ class TrafficPoller:
     async def _known(
         tx: Tx, start: datetime, end: datetime, length: timedelta, only: Collection[str] | None
     ) -> "Known":
+        unread = set(await marks.unread_ones(tx))
         linked = {
             one.subscription_id: one
             for one in await links.subscriptions(tx)
-            if only is None or one.subscription_id in only
+            if (only is None or one.subscription_id in only) and one.subscription_id not in unread
         }
         cuts = {name: edges(known) for name, known in (await periods.since(tx, start)).items()}
         for link in linked.values():
             cuts.setdefault(link.subscription_id, set()).add(link.usage_from)
         recorded: dict[Key, dict[Window, Booked]] = {}
         for (subscription_id, quota_id), pieces in (await usage.sums(tx, start, end)).items():
-            if only is not None and subscription_id not in only:
+            if (only is not None and subscription_id not in only) or subscription_id in unread:
                 continue
             for piece, booked in pieces.items():
                 window = floor(piece.start, length)
                 key = (subscription_id, quota_id, Window(window, window + length))
                 recorded.setdefault(key, {})[piece] = booked
-        return Known(linked, await links.add_ons(tx), cuts, recorded)
+        return Known(linked, await links.add_ons(tx), cuts, recorded, unread)
 
     async def _cut(self, totals: dict[Key, int], known: "Known") -> dict[Key, dict[Window, int]]:
         """What was counted, by the pieces of its window. A window that a bill cuts is asked for by piece.
@@ -432,12 +447,17 @@ def audit_spread(subscription_id: str) -> timedelta:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the store has about a range: links, where bills cut, and what is recorded of each window."""
+    """What the store has about a range: links, where bills cut, and what is recorded of each window.
+
+    What is yet to be read back from Recurly is in none of them.
+    """
 
     linked: dict[str, SubscriptionLink]
     add_ons: dict[str, AddOnLink]
     cuts: dict[str, set[datetime]]
     recorded: dict[Key, dict[Window, Booked]]
+    unread: set[str]
+    """Of these nobody knows what is recorded at Recurly."""
 
 
 def _organizations(linked: Iterable[SubscriptionLink], start: datetime) -> set[str]:

@@ -35,6 +35,7 @@ from billingd.store import held, history, intents, links, marks, outbox, read_ba
 from billingd.store.engine import Store, Tx
 from billingd.store.links import PlanLink, SubscriptionLink
 from billingd.store.marks import RECOVERING, RESTORED, RESYNCED, Mark
+from billingd.store.read_back import Taken
 from billingd.traffic import far_ends
 from billingd.traffic.periods import PeriodWatch
 from billingd.traffic.report import AROUND, staying
@@ -50,10 +51,16 @@ STRETCH: Final = timedelta(days=7)
 BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Before any usage of ours."""
 
+AGAIN: Final = timedelta(minutes=1)
+"""How far apart two 404s of a subscription are that are believed: a read may lag."""
+
 PAUSE: Final = timedelta(seconds=1)
 SLOWLY: Final = timedelta(minutes=1)
 NEVER: Final = timedelta(days=1)
 """How often to look when there is nothing to read back: only a restore makes it, with no daemon running."""
+
+UNKNOWN: Final = "an unknown time"
+"""When a copy was made that does not say it."""
 
 READ_BACK: Final = "read_back"
 CORRECTION_READ_BACK: Final = history.CORRECTION_READ_BACK
@@ -66,6 +73,7 @@ Found = Mapping[str, tuple[BilledUsage, ...]]
 class Billing(Protocol):
     """What is read at Recurly."""
 
+    async def get_subscription(self, uuid: str) -> BilledSubscription: ...
     async def list_usage(
         self, subscription_uuid: str, add_on_code: str, *, begin: datetime, end: datetime
     ) -> tuple[BilledUsage, ...]: ...
@@ -101,6 +109,7 @@ class ReadBack:
         self._may_send: bool | None = None
         self._began_at: datetime | None = None
         self._left: int | None = None
+        watch.read_first = self._read_first
 
     # After a restore.
 
@@ -146,11 +155,13 @@ class ReadBack:
         """Read one subscription back, the next after the last; the mark is gone after the last of all.
 
         Whoever was billing until the restore may have sent something that is not there yet: that is waited
-        out first. After the last one, wait for Amplify to be listed, and for what that leads to.
+        out first. What Recurly did not show is looked at again then, and left unread when it still does not.
+        After the last one, wait for Amplify to be listed, and for what that leads to.
         """
         async with self._store.read() as tx:
             mark = await marks.find(tx, RESTORED)
-            billing = [] if mark is None else await links.billing(tx)
+            billing = [] if mark is None else await links.billing_since(tx, _copied_at(mark))
+            unread = await marks.unread_ones(tx)
         self._done = mark is None
         if mark is None:
             return await self._recover()
@@ -164,27 +175,63 @@ class ReadBack:
         left = sorted(
             (link for link in billing if link.subscription_id > after), key=lambda link: link.subscription_id
         )
-        self._left = len(left)
+        missing = [
+            link
+            for link in billing
+            if link.billed_state == MISSING
+            and link.subscription_id <= after
+            and link.subscription_id not in unread
+        ]
+        self._left = len(left) + len(missing)
         if left:
-            await self._next(mark, left[0])
+            if await self.subscription(left[0], since=_copied_at(mark)) is None:
+                async with self._store.write() as tx:
+                    await _note(tx, left[0], 0)
+        elif missing:
+            return await self._look_again(mark, missing)
         else:
             await self._finish(mark)
         return True
 
-    async def _next(self, mark: Mark, link: SubscriptionLink) -> None:
-        records = await self.subscription(link, since=_copied_at(mark))
+    async def _look_again(self, mark: Mark, missing: Sequence[SubscriptionLink]) -> bool:
+        """Look at the first of those that Recurly did not show, once a minute has passed since."""
+        now = self._clock.now()
+        due = [one for one in missing if one.seen_at is None or not one.seen_at <= now < one.seen_at + AGAIN]
+        if not due:
+            return False
+        if await self.subscription(due[0], since=_copied_at(mark)) is None:
+            await self._leave(due[0], since=_copied_at(mark))
+        return True
+
+    async def _leave(self, link: SubscriptionLink, *, since: datetime) -> None:
+        """Nothing more is booked of it until Recurly shows it again, and it is read back (`_read_first`)."""
+        now = self._clock.now()
         async with self._store.write() as tx:
             detail = {
-                **mark.detail,
-                "read": link.subscription_id,
-                "records": mark.detail.get("records", 0) + records,
+                "subscription": link.subscription_id,
+                "since": since.isoformat(),
+                "traffic_from": (await read_back.read_from(tx, horizon=self._horizon, now=now)).isoformat(),
             }
-            await marks.note(tx, RESTORED, at=mark.at, detail=detail)
+            await marks.note(tx, marks.unread(link.subscription_id), at=now, detail=detail)
+        log.error("read_back.left_unread", subscription=link.subscription_id, uuid=link.uuid)
+
+    async def _read_first(self, link: SubscriptionLink) -> str:
+        """One that was left unread is there again: read it back; the state that counts from now on."""
+        async with self._store.read() as tx:
+            unread = await marks.find(tx, marks.unread(link.subscription_id))
+        if unread is None:
+            return await self._watch.look_at(link)
+        since = datetime.fromisoformat(unread.detail["since"])
+        if await self.subscription(link, since=since) is None:
+            return MISSING
+        async with self._store.read() as tx:
+            seen = await links.find_subscription(tx, link.subscription_id)
+        return MISSING if seen is None or seen.billed_state is None else seen.billed_state
 
     async def _finish(self, mark: Mark) -> None:
         now = self._clock.now()
         records = mark.detail.get("records", 0)
-        copied_at = mark.detail.get("copied_at") or "an unknown time"
+        copied_at = mark.detail.get("copied_at") or UNKNOWN
         body = (
             f"The store was put back from {mark.detail['file']}, which was copied at {copied_at}. {records} "
             "usage record(s) that Recurly has and the copy lacked were read back; billing goes on. What "
@@ -227,16 +274,23 @@ class ReadBack:
             log.warning("read_back.amplify_listed")
         return opened
 
-    async def subscription(self, link: SubscriptionLink, *, since: datetime) -> int:
+    async def subscription(self, link: SubscriptionLink, *, since: datetime) -> int | None:
         """Read one subscription back: its periods, what was recorded since, and what waits to be reported.
 
-        Returns how many records the ledger lacked. Doing it again changes nothing.
+        Returns how many records the ledger lacked; None: Recurly does not show the subscription. All of it
+        is written in one transaction, and doing it again changes nothing.
         """
-        if await self._watch.look_at(link) == MISSING:  # also learns where bills were cut meanwhile
-            return 0
+        try:
+            theirs = await self._billing.get_subscription(link.uuid)
+        except NotFound as error:
+            await self._watch.missing(link, error)
+            return None
         async with self._store.read() as tx:
             add_ons = await links.add_ons_of(tx, link.plan_id)
             waiting = await read_back.waiting(tx, link.subscription_id)
+            unread = await marks.find(tx, marks.unread(link.subscription_id))
+        if unread is not None:  # by an earlier restore
+            since = min(since, datetime.fromisoformat(unread.detail["since"]))
         found: dict[str, tuple[BilledUsage, ...]] = {}
         for add_on in add_ons:
             uuid, code = link.uuid, add_on.add_on_code
@@ -249,12 +303,24 @@ class ReadBack:
                     there += await self._billing.list_usage(
                         uuid, code, begin=begin - AROUND, end=end + AROUND
                     )
-            except NotFound:
-                continue  # a quota that came after this subscription: it has no such add-on
+            except NotFound as error:
+                _lacks(theirs, code, error)
+                continue
             found[code] = there
-        async with self._store.write() as tx:
-            new, _ = await self._keep(tx, link, found, now=self._clock.now())
-        if new:
+        new = 0
+
+        async def along(tx: Tx) -> None:
+            nonlocal new
+            now = self._clock.now()
+            new, _ = await self._keep(tx, link, found, now=now)
+            await _note(tx, link, new)
+            if unread is not None:
+                begins = datetime.fromisoformat(unread.detail["traffic_from"])
+                await marks.clear(tx, unread.name)
+                await read_back.read_again(tx, link.subscription_id, begins, horizon=self._horizon, now=now)
+
+        await self._watch.keep(link, theirs, along=along)  # and where bills were cut meanwhile
+        if new or unread is not None:
             log.info("read_back.subscription", subscription=link.subscription_id, records=new)
         return new
 
@@ -271,8 +337,12 @@ class ReadBack:
     ) -> Sequence[tuple[SubscriptionLink, Found]]:
         """The same of add-ons that a linked plan gains, for each of its subscriptions that has any."""
         async with self._store.read() as tx:
-            subscribed = [one for one in await links.billing(tx) if one.plan_id == plan_id]
-        found = [(link, await self._all(link.uuid, add_on_codes)) for link in subscribed]
+            subscribed = [one for one in await self._may_have_any(tx) if one.plan_id == plan_id]
+        found = [
+            (link, await self._all(link.uuid, add_on_codes))
+            for link in subscribed
+            if link.billed_state != MISSING
+        ]
         return [(link, there) for link, there in found if any(there.values())]
 
     async def keep(self, tx: Tx, link: SubscriptionLink, found: Found, *, now: datetime) -> None:
@@ -284,7 +354,8 @@ class ReadBack:
         new, earliest = await self._keep(tx, link, found, now=now)
         begins = min(link.usage_from, earliest or link.usage_from)
         await read_back.begin_earlier(tx, link.subscription_id, begins)
-        moved = await read_back.read_again(tx, link.subscription_id, begins, horizon=self._horizon)
+        of, horizon = link.subscription_id, self._horizon
+        moved = await read_back.read_again(tx, of, begins, horizon=horizon, now=now)
         if new or moved:
             log.warning(
                 "read_back.linked_again",
@@ -293,13 +364,25 @@ class ReadBack:
                 traffic_from=None if moved is None else moved.isoformat(),
             )
 
+    @staticmethod
+    async def _may_have_any(tx: Tx) -> Sequence[SubscriptionLink]:
+        """What Recurly may have billed in a life of the store that is forgotten."""
+        restored = [one for one in await history.of(tx, "store") if one.kind == "restored"]
+        if not restored:
+            return await links.billing(tx)
+        return await links.billing_since(tx, _moment(restored[-1].detail["copied_at"]))
+
     async def _all(self, uuid: str, add_on_codes: Iterable[str]) -> Found:
         found: dict[str, tuple[BilledUsage, ...]] = {}
         for code in add_on_codes:
             try:
                 found[code] = await self._billing.list_recorded_usage(uuid, code, since=BEGINNING)
-            except NotFound:
-                continue  # it was made without that add-on
+            except NotFound as error:
+                try:
+                    theirs = await self._billing.get_subscription(uuid)
+                except NotFound:
+                    raise Retryable(f"Recurly does not show {uuid}: {error}") from error
+                _lacks(theirs, code, error)
         return found
 
     async def _keep(
@@ -312,37 +395,62 @@ class ReadBack:
         for code, there in found.items():
             if code not in quotas:
                 continue
-            ours, corrections = _ours(link.subscription_id, quotas[code], there)
+            ours, corrections = _ours(link.subscription_id, quotas[code], there, now)
             known = await usage.by_tags(tx, list(ours))
             for tag, one in known.items():
-                record, usage_id = ours[tag]
+                record, usage_id = ours[tag].record, ours[tag].usage_id
                 if record.units != one.record.units:
                     log.error(
                         "read_back.units_differ", tag=tag, here=one.record.units, at_recurly=record.units
                     )
                 if one.state != "reported":
                     await intents.done(tx, usage_intent(tag), result=usage_id)
-                    await usage.reported(tx, one.id, usage_id=usage_id, now=now)
+                    await usage.reported(tx, one.id, usage_id=usage_id, now=ours[tag].at)
                     name = usage_intent(tag)
                     await history.append(tx, name, READ_BACK, now=now, was=one.state, usage_id=usage_id)
                     await held.close(tx, subject=f"usage:{tag}", resolution="Recurly has it", now=now)
             lacking = [each for tag, each in ours.items() if tag not in known]
             new += await read_back.insert(tx, lacking, now=now)
-            told = [(usage_intent(one.merchant_tag), READ_BACK, {"usage_id": id_}) for one, id_ in lacking]
+            told = [
+                (usage_intent(one.record.merchant_tag), READ_BACK, {"usage_id": one.usage_id})
+                for one in lacking
+            ]
             await history.append_all(tx, told, now=now)
-            for one_tag, id_, units in corrections:
-                if await read_back.learn_correction(tx, one_tag, id_, now=now):
+            for each in corrections:
+                one_tag = each.merchant_tag or ""
+                if await read_back.learn_correction(tx, one_tag, each.id, now=now):
                     name = usage_intent(corrected_tag(one_tag) or one_tag)
-                    said = {"tag": one_tag, "units": units, "usage_id": id_}
+                    said = {"tag": one_tag, "units": each.units, "usage_id": each.id}
+                    if each.created_at is not None:
+                        said["posted_at"] = history.text_of(each.created_at)
                     await history.append(tx, name, CORRECTION_READ_BACK, now=now, **said)
-            starts = [record.window.start for record, _ in ours.values()]
+            starts = [one.record.window.start for one in ours.values()]
             earliest = min([*starts, earliest] if earliest is not None else starts, default=None)
         return new, earliest
 
 
 def _copied_at(mark: Mark) -> datetime:
-    said = mark.detail.get("copied_at")
-    return BEGINNING + timedelta(days=366) if said is None else datetime.fromisoformat(said)
+    return _moment(mark.detail.get("copied_at") or UNKNOWN)
+
+
+def _moment(copied_at: str) -> datetime:
+    """When a copy was made, long ago when that is not known."""
+    return BEGINNING + timedelta(days=366) if copied_at == UNKNOWN else datetime.fromisoformat(copied_at)
+
+
+async def _note(tx: Tx, link: SubscriptionLink, records: int) -> None:
+    """How far reading back has come, in the transaction that keeps what was read."""
+    mark = await marks.find(tx, RESTORED)  # as it is now: another process may have gone on, or be done
+    if mark is not None:
+        read = max(mark.detail.get("read", ""), link.subscription_id)
+        counted = mark.detail.get("records", 0) + records
+        await marks.note(tx, RESTORED, at=mark.at, detail={**mark.detail, "read": read, "records": counted})
+
+
+def _lacks(theirs: BilledSubscription, code: str, error: NotFound) -> None:
+    """A 404 of an add-on's usage is no answer where the subscription has it. Raises Retryable then."""
+    if code in theirs.add_on_codes:
+        raise Retryable(f"Recurly does not show the usage of {code} on {theirs.uuid}: {error}") from error
 
 
 def _stretches(times: Sequence[datetime]) -> list[tuple[datetime, datetime]]:
@@ -361,12 +469,13 @@ def _sends(mark: Mark | None) -> bool:
 
 
 def _ours(
-    subscription_id: str, quota_id: str, there: Iterable[BilledUsage]
-) -> tuple[dict[str, tuple[UsageRecord, str]], list[tuple[str, str, int]]]:
-    """What carries a tag of this pair, by tag, with its id: of doubles the one that the audit keeps.
+    subscription_id: str, quota_id: str, there: Iterable[BilledUsage], now: datetime
+) -> tuple[dict[str, Taken], list[BilledUsage]]:
+    """What carries a tag of this pair, by tag: of doubles the one that the audit keeps.
 
-    Then the corrections: tag, id, units. Where a tag has any, the record has what all that is billed under
-    it comes to with them: as many units as it had when it was corrected.
+    Then the corrections. Where a tag has any, the record has what all that is billed under it comes to with
+    them: as many units as it had when it was corrected. `now` stands in where Recurly does not say since when
+    it has one.
     """
     pair = pair_hash(subscription_id, quota_id)
     by_tag: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
@@ -377,7 +486,7 @@ def _ours(
         said = parse_tag(corrected or tag)
         if said is not None and said.pair_hash == pair:
             (by_tag if corrected is None else corrections)[corrected or tag][one.id] = one
-    ours: dict[str, tuple[UsageRecord, str]] = {}
+    ours: dict[str, Taken] = {}
     for tag, records in by_tag.items():
         one, *extra = sorted(records.values(), key=staying)
         units = one.units
@@ -394,8 +503,5 @@ def _ours(
             log.error("read_back.time_differs", tag=tag, usage=one.id, at=at.isoformat())
             at = window.end - RECURLY_SECOND
         record = UsageRecord(subscription_id, quota_id, window, said.revision, units, at, tag)
-        ours[tag] = (record, one.id)
-    made = [
-        (each.merchant_tag or "", each.id, each.units) for of in corrections.values() for each in of.values()
-    ]
-    return ours, made
+        ours[tag] = Taken(record, one.id, one.created_at or now)
+    return ours, [each for of in corrections.values() for each in of.values()]

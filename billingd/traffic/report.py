@@ -11,10 +11,10 @@ from billingd.domain.delivery import AFTER_END, LATE, MISSING, NOT_THERE, PAUSED
 from billingd.domain.errors import NotFound, Permanent, Refused, Retryable
 from billingd.domain.events import attach_subject, report_action
 from billingd.domain.notices import provider_notice
-from billingd.domain.usage import usage_intent
+from billingd.domain.usage import corrected_tag, usage_intent
 from billingd.loops import Clock
 from billingd.once import Once
-from billingd.store import held, outbox, periods, usage
+from billingd.store import held, marks, outbox, periods, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.stakes import usage_hold
 from billingd.store.usage import Recorded
@@ -75,13 +75,18 @@ class UsageReporter:
         """
         async with self._store.read() as tx:
             recorded = await usage.find(tx, action.args["record"])
+            unread = await marks.find(tx, marks.unread(recorded.record.subscription_id))
         if recorded.state != "recorded":
             return None
         new = _new(recorded)
         if (ahead := new.usage_timestamp + SECOND - self._billing.far_now()) > timedelta(0):
             return Wait(ahead, "by Recurly's clock its time is still to come")
+        state = None if unread is None else await self._watch.look_at(recorded.link)
+        if state not in {None, MISSING}:
+            return Wait(AGAIN_SOON, "what Recurly has of it was read back only now")
         released = bool(action.args.get("released"))
-        if (stop := await self._obstacle(recorded)) is not None and not (released and stop.kind == LATE):
+        stop = await self._obstacle(recorded, state=state)
+        if stop is not None and not (released and stop.kind == LATE):
             return _lagging(recorded, stop) or await self._stopped(recorded, new, stop)
 
         async def send(key: str, *, retried: bool) -> str:
@@ -143,7 +148,10 @@ class UsageReporter:
         return None
 
     async def _find(self, new: NewUsage) -> str | None:
-        """The id of the record that carries this tag, billed or not; its units must be ours."""
+        """The id of the record that carries this tag, billed or not; its units must be ours.
+
+        What was corrected counts with its corrections, and with all that is billed under the tag.
+        """
         try:
             there = await self._billing.list_usage(
                 new.subscription_uuid,
@@ -156,12 +164,20 @@ class UsageReporter:
         ours = [one for one in there if one.merchant_tag == new.merchant_tag]
         if not ours:
             return None
-        if any(one.units != new.units for one in ours):
+        first, *extra = sorted(ours, key=staying)  # of doubles, the one that the audit keeps
+        corrections = [one for one in there if corrected_tag(one.merchant_tag or "") == new.merchant_tag]
+        if corrections:
+            billed = [one for one in extra if one.billed_at is not None]
+            right = sum(one.units for one in (first, *billed, *corrections)) == new.units
+        else:
+            right = all(one.units == new.units for one in ours)
+        if not right:
+            ours += corrections
             held_units = ", ".join(f"{one.units} ({one.id})" for one in ours)
             raise Permanent(
                 f"Recurly holds {held_units} under the tag {new.merchant_tag}, where {new.units} belong once"
             )
-        return min(ours, key=staying).id  # of doubles, the one that the audit keeps
+        return first.id
 
     async def _refused(self, recorded: Recorded, new: NewUsage, why: str) -> Wait | None:
         """Recurly will not take this record: later, if that is only for now; else hold it."""

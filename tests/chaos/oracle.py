@@ -106,7 +106,7 @@ def read_rows(path: Path) -> Rows:
                 row["subscription_id"],
                 row["quota_id"],
                 row["units"],
-                _time(row["usage_timestamp"]),
+                parse_time(row["usage_timestamp"]),
                 row["merchant_tag"],
                 row["state"],
             )
@@ -436,5 +436,6 @@ def _named(ledger: Ledger, pair: Pair) -> str:
     return f"{known.name if known else '?'} ({pair[0][:8]}), quota {pair[1][:8]}"
 
 
-def _time(text: str) -> datetime:
+def parse_time(text: str) -> datetime:
+    """A moment as the SQLite file says it: UTC without saying so."""
     return datetime.fromisoformat(text).replace(tzinfo=UTC)

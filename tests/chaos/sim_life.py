@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Final
 
 import structlog
-from oracle import Bounds, Known, Ledger, Served, check, read_rows
+from oracle import Bounds, Known, Ledger, Served, check, parse_time, read_rows
 from sim_loop import FarClock, OwnClock, SimLoop, spawn
 from sim_process import Process, Shape
 
@@ -88,6 +88,9 @@ STRIKES: Final = (
 )
 LATE_MAX: Final = 50
 """Seconds after which a request that was given up may still be carried out: less than the settling time."""
+
+REFUSED: Final = "subscription_refused"
+"""What is held when Recurly said for good that it makes no such subscription."""
 
 EXHAUSTED: Final = ("Retryable", "NotDone", "Unknown")
 """What an action is given up for after `attempts_max`, while a far side is away for hours."""
@@ -511,8 +514,19 @@ class Life:
             await operations.release(store, item["id"], now=self.clock.now())
 
     def _unfinished(self) -> bool:
-        rows = read_rows(self.path)
-        return any(one["state"] in ("pending", "leased") for one in rows.actions)
+        """Whether anything is left to do. What Recurly refused is held, and looks again for ever: no person
+        comes here, so that half a day of it, long after the last fault, is enough.
+        """
+        rows, now = read_rows(self.path), self.clock.now()
+        refused = {
+            one["subject"]
+            for one in rows.held
+            if one["kind"] == REFUSED and now - parse_time(one["since"]) > 12 * HOUR
+        }
+        return any(
+            one["state"] == "leased" or (one["state"] == "pending" and one["subject"] not in refused)
+            for one in rows.actions
+        )
 
     async def whole(self) -> list[str]:
         """The life from its beginning to its end; what the oracle finds wrong."""

@@ -124,7 +124,7 @@ def resync_document(*, dry_run: bool) -> dict[str, Any]:
         "withheld": [],
         "warnings": ["Much is missing."],
         "notes": [],
-        "counts": {"plans": 1, "subscriptions": 2},
+        "counts": {"plans": 1, "subscriptions": 2, "dead_letters": 0},
     }
 
 

@@ -251,12 +251,67 @@ async def test_remove_deletes_in_reverse_and_what_is_gone_is_gone(place: Place) 
         ["-", "WatchTopic"],
         ["-", "ResourceHook"],
         ["-", "Webhook"],
-        ["=", "Secret"],
         ["-", "Integration"],
     ]
     assert not any(place.world.tenant.resources.of_kind(kind) for kind in KINDS)
     steps = document(await place.run("remove", "--yes", "--json"))["resources"]
     assert {step["op"] for step in steps} == {"="}
+
+
+async def test_remove_finds_what_the_settings_name_no_more(place: Place) -> None:
+    """A topic that was renamed or is read no more, a Secret that nothing asks for."""
+    await place.apply()
+    place.configure('[webhooks]\nauth = "none"\n[catch_up]\nwatch_topic = "renamed"\n')
+    await place.apply()
+    place.configure('[webhooks]\nauth = "none"\n[catch_up]\nwatch_topic = ""\n')
+    assert (await place.run("remove", "--yes")).exit_code == 0
+    assert not any(place.world.tenant.resources.of_kind(kind) for kind in KINDS)
+
+
+@pytest.mark.parametrize("others", ["webhook", "integration"])
+async def test_remove_leaves_what_others_made(place: Place, others: str) -> None:
+    """The Integration too, when theirs would go with it; it says so before it asks."""
+    tenant = place.world.tenant
+    await place.apply()
+    if others == "integration":
+        made = place.there("Integration")
+        tenant.replace(made, {**made.body, "attributes": {}, "spec": {"description": "theirs"}})
+    else:
+        theirs = {"name": "theirs", "spec": {"enabled": True, "url": "https://other.example/"}}
+        tenant.create("Webhook", theirs, scope=place.there("Integration"))
+    topic = {"name": "agents", "spec": {"description": "of agents", "filters": list(hooks.WATCHED)}}
+    tenant.create("WatchTopic", topic)
+    asked = await place.run("remove")
+    assert asked.exit_code == 1
+    assert ("theirs" if others == "webhook" else "Integration billingd: is somebody else's") in asked.stderr
+    assert len(tenant.resources.of_kind("ResourceHook")) == 1
+    result = await place.run("remove", "--yes")
+    assert "! Integration billingd" in result.stdout
+    left = [one.name for kind in KINDS for one in tenant.resources.of_kind(kind)]
+    assert left == ["billingd", "theirs", "agents"] if others == "webhook" else ["billingd", "agents"]
+
+
+async def test_apply_overwrites_nothing_of_others(place: Place) -> None:
+    """A topic of that name that somebody else reads; the rest is made, and the exit code says to look."""
+    topic = {"name": "agents", "spec": {"description": "of agents", "filters": list(hooks.WATCHED)[:1]}}
+    place.world.tenant.create("WatchTopic", topic)
+    place.configure('[catch_up]\nwatch_topic = "agents"\n')
+    result = await place.run("apply", "--webhook-url", URL)
+    assert result.exit_code == 3
+    assert "! WatchTopic agents: is somebody else's, and left alone" in result.stdout
+    assert place.there("WatchTopic").body["spec"]["description"] == "of agents"
+    assert place.there("Webhook")
+
+
+async def test_what_an_earlier_release_made_is_ours(place: Place) -> None:
+    """It marked nothing."""
+    await place.apply()
+    for kind in KINDS:
+        made = place.there(kind)
+        place.world.tenant.replace(made, {**made.body, "attributes": {}})
+    assert await place.apply() == ["~"] * 5
+    assert await place.apply() == ["=", "~", "=", "=", "="]
+    assert all(place.there(kind).body["attributes"] == hooks.MARK for kind in KINDS)
 
 
 async def test_a_removal_that_goes_on_is_said(place: Place) -> None:
@@ -385,7 +440,10 @@ async def test_a_resource_that_changes_meanwhile_is_not_overwritten() -> None:
 
     class Management:
         async def find(self, kind: str, name: str, scope: str | None) -> dict[str, Any]:
-            return {"metadata": {"resourceVersion": "7"}, "spec": {}}
+            return {"metadata": {"resourceVersion": "7"}, "attributes": hooks.MARK, "spec": {}}
+
+        async def everything(self, *_: Any) -> Any:
+            raise AssertionError
 
         async def create(self, *_: Any) -> None:
             raise AssertionError
@@ -393,7 +451,7 @@ async def test_a_resource_that_changes_meanwhile_is_not_overwritten() -> None:
         async def remove(self, *_: Any) -> Any:
             raise AssertionError
 
-        async def replace(self, kind: str, name: str, scope: str | None, raw: Any, spec: Any) -> None:
+        async def replace(self, _kind: str, _name: str, _scope: str | None, raw: Any, *_: Any) -> None:
             seen.append(raw["metadata"]["resourceVersion"])
 
     steps = await hooks.apply(Management(), hooks.resources(Settings(), URL))

@@ -63,6 +63,28 @@ def test_what_is_withheld_is_something_to_look_at() -> None:
     ]
 
 
+@pytest.mark.parametrize("flag", [[], ["--dry-run"]])
+async def test_a_dead_letter_that_is_in_the_way_is_3(
+    flag: list[str], tmp_path: Path, sqlite_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be done before a person has settled it, and that is not nothing to do."""
+    left = {"plans": 1, "subscriptions": 2, "dead_letters": 1}
+    note = "plan Metered (p1): active and not linked, but action 7 is a dead letter: boom"
+    found = {"steps": [], "enqueued": 0, "warnings": [], "notes": [note], "counts": left}
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    monkeypatch.setattr("cli_bench.resync_document", lambda **flags: resync_document(**flags) | found)
+    async with bench.reached("unix"):
+        told = await bench.ask("resync", *flag)
+    assert told.exit_code == 3
+    assert told.stdout == (
+        f"  ! {note}\n\n"
+        "Nothing that can be done as it is. 1 plan(s) and 2 subscription(s) at Amplify were compared.\n"
+        "1 step(s) wait until a dead letter is replayed or discarded; `billingd outbox list --state dead` "
+        "shows them.\n"
+    )
+
+
 async def test_without_a_daemon_it_compares_and_asks_by_itself(tmp_path: Path, sqlite_template: Path) -> None:
     """On the store itself, against both far sides: dry run, run, then nothing to do."""
     store = tmp_path / "rig.db"

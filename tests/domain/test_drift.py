@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from billingd.domain.billing import BilledUsage
-from billingd.domain.drift import Drift, WrittenOff, accepted, held_subject
+from billingd.domain.drift import Drift, WrittenOff, accepted, decides_on, held_subject
 from billingd.domain.drift_usage import Entry, Place, compare_billed, compare_served
 from billingd.domain.periods import Period
 from billingd.domain.usage import UsageRecord, corrected_tag, correction_tag, merchant_tag
@@ -232,3 +232,20 @@ def test_what_a_person_wrote_off_is_accepted_as_it_was() -> None:
     assert less is not None
     assert accepted(less, [WrittenOff("reading_shrank", f"reading:s1:q1:{TEN.isoformat()}", "", 2)])
     assert not accepted(less, [])
+
+
+@pytest.mark.parametrize(
+    ("subject", "decides"),
+    [
+        (f"audit:{TAG}", True),
+        (f"audit:{TAG}:usage9", True),
+        (f"drift:wrong_amount:usage:{TAG}", True),
+        (f"drift:double_record:usage:{TAG}:usage9", True),
+        (f"audit:{TAG}0", False),
+        (f"drift:double_record:usage:{TAG}0:usage9", False),
+        (f"foreign:{TAG}", False),
+        (f"drift:foreign_record:foreign:{TAG}", False),
+    ],
+)
+def test_a_decision_is_about_a_whole_tag(subject: str, decides: bool) -> None:
+    assert decides_on(subject, TAG) is decides

@@ -110,6 +110,10 @@ DEARER = Decimal("0.6")
             [("link_missing", PLAN_SUBJECT)],
         ),
         ({"plans": {}, "specs": {}}, [("link_orphaned", PLAN_SUBJECT)]),
+        ({"plans": {}, "specs": {}, "absent": {"p1"}}, []),
+        ({"plans": {}, "specs": {}, "unread": {"p1"}}, []),
+        ({"plans": {}, "specs": {}, "unread": {"p1"}, "linked_plans": []}, []),
+        ({"plans": {}, "specs": {}, "deleted": {"p1"}, "absent": {"p1"}}, [("link_orphaned", PLAN_SUBJECT)]),
         ({"plans": {"p1": replace(PLAN, state="archived")}, "specs": {}}, [("link_orphaned", PLAN_SUBJECT)]),
         (
             {"billed_plans": {CODE: BILLED_PLAN, "amplify-plan-x": BILLED_PLAN}},
@@ -135,6 +139,16 @@ ENDED = replace(LINKED, state="ended")
 OVER: dict[str, Any] = {"subscriptions": {"s1": replace(SUBSCRIPTION, state="archived")}}
 
 
+def test_only_what_was_deleted_is_said_to_be_over() -> None:
+    """What Amplify shows no more may be there all the same."""
+    causes = {
+        one.cause.split(",")[0]
+        for deleted in ((), ("s1",))
+        for one in compare_links(replace(AGREEING, subscriptions={}, deleted=deleted))
+    }
+    assert causes == {"Acme is not found at Amplify", "Acme is over at Amplify"}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -151,6 +165,18 @@ OVER: dict[str, Any] = {"subscriptions": {"s1": replace(SUBSCRIPTION, state="arc
         ({"subscriptions": {"s1": replace(SUBSCRIPTION, state="archived")}}, [("link_orphaned", S1)]),
         ({"subscriptions": {"s1": replace(SUBSCRIPTION, approval="rejected")}}, [("link_orphaned", S1)]),
         ({"subscriptions": {}, "busy": {"end:s1"}}, []),
+        ({"subscriptions": {}, "deleted": {"s1"}}, [("link_orphaned", S1)]),
+        ({"subscriptions": {}, "deleted": {"s1"}, "absent": {"s1"}}, [("link_orphaned", S1)]),
+        ({"subscriptions": {}, "absent": {"s1"}}, []),
+        ({"subscriptions": {}, "unread": {"s1"}}, []),
+        ({"subscriptions": {}, "unread": {"s1"}, "billed": {}}, []),
+        (
+            {"subscriptions": {}, "unread": {"s1"}, "billed": {"u1": replace(BILLED, account_code="b")}},
+            [("link_missing", f"{S1}:account")],
+        ),
+        ({"linked": [], "billed": {}, "busy": {"adopt:s1"}}, []),
+        ({"linked": [], "billed": {}, "specs": {}}, [("link_missing", S1)]),
+        ({"linked": [], "billed": {}, "specs": {}, "linked_plans": [], "billed_plans": {}}, []),
         ({"linked": [ENDED]}, [("link_missing", S1)]),
         ({"linked": [ENDED], "billed": {}}, [("link_missing", S1)]),
         ({"linked": [ENDED], **OVER}, [("link_orphaned", S1)]),

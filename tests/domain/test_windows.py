@@ -2,12 +2,13 @@
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billingd.domain.windows import EPOCH, floor, settled_end, shared_edge, windows
+from billingd.domain.windows import EPOCH, Window, floor, next_length, settled_end, shared_edge, windows
 
 HOUR = timedelta(hours=1)
 TEN = datetime(2026, 3, 2, 10, tzinfo=UTC)
@@ -110,3 +111,41 @@ def test_a_shared_edge_is_an_edge_of_both(moment: datetime, one: timedelta, othe
     edge = shared_edge(moment, one, other)
     assert moment <= edge
     assert floor(edge, one) == floor(edge, other) == edge
+
+
+minutes = st.sampled_from([10, 15, 20, 30, 40, 60, 90, 120, 180]).map(lambda each: timedelta(minutes=each))
+
+
+@given(
+    st.lists(minutes, min_size=1, max_size=3),
+    minutes,
+    st.lists(st.integers(0, 40), min_size=3, max_size=3),
+    st.randoms(use_true_random=False),
+)
+def test_no_window_cuts_what_was_recorded_in_another_length(
+    lived: list[timedelta], wanted: timedelta, spans: list[int], random: Random
+) -> None:
+    """A life of the store that is forgotten changed the length; some of its windows were cut by a bill."""
+    at = end = shared_edge(TEN, lived[0], lived[0])
+    pieces: list[Window] = []
+    for here, (length, span) in enumerate(zip(lived, spans, strict=False)):
+        changes = end + span * length
+        if here + 1 < len(lived):
+            changes = shared_edge(changes, length, lived[here + 1])
+        for one in windows(end, changes, length=length):
+            cut = one.start + timedelta(seconds=random.randrange(int(length.total_seconds())))
+            whole = cut == one.start or random.random() < 0.7
+            parts = [one] if whole else [Window(one.start, cut), Window(cut, one.end)]
+            pieces += [each for each in parts if random.random() < 0.6]
+        end = changes
+    read: list[Window] = []
+    length = lived[0]
+    while (change := next_length(at, length, wanted, [one for one in pieces if one.start >= at])) is not None:
+        read += windows(at, change[0], length=length)
+        assert (change[0] - EPOCH) % length == (change[0] - EPOCH) % change[1] == timedelta(0)
+        at, length = change
+    assert length == wanted
+    last = max(at, end)
+    read += windows(at, last + (at - last) % length, length=length)
+    for one in pieces:
+        assert sum(each.start <= one.start and one.end <= each.end for each in read) == 1

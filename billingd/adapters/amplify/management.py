@@ -43,16 +43,41 @@ class Management:
         """The version under which each collection has answered so far."""
         return self._group.versions
 
-    async def create(self, kind: Kind, name: str, scope: str | None, spec: Mapping[str, object]) -> None:
+    async def everything(self, kind: Kind, scope: str | None) -> tuple[dict[str, Json], ...]:
+        """All resources of a kind, or all that live in one Integration; none where that is not there."""
+        path = "" if scope is None else f"/{segment(scope)}/{SCOPED[kind]}"
+        try:
+            return await self._group.rows(UNSCOPED.get(kind, "integrations"), path, kind)
+        except NotFound:
+            return ()
+
+    async def create(
+        self,
+        kind: Kind,
+        name: str,
+        scope: str | None,
+        spec: Mapping[str, object],
+        attributes: Mapping[str, str],
+    ) -> None:
         """Make a resource; raises Conflict when there is one of that name."""
         body: dict[str, object] = {"group": "management", "kind": kind, "name": name, "title": name}
-        await self._ask("POST", f"making {kind} {name}", kind, scope, None, body | {"spec": dict(spec)})
+        body |= {"attributes": dict(attributes), "spec": dict(spec)}
+        await self._ask("POST", f"making {kind} {name}", kind, scope, None, body)
 
     async def replace(
-        self, kind: Kind, name: str, scope: str | None, raw: Mapping[str, Json], spec: Mapping[str, object]
+        self,
+        kind: Kind,
+        name: str,
+        scope: str | None,
+        raw: Mapping[str, Json],
+        spec: Mapping[str, object],
+        attributes: Mapping[str, str],
     ) -> None:
-        """Give a resource another spec; raises Conflict when it changed since `raw` was read."""
-        await self._ask("PUT", f"changing {kind} {name}", kind, scope, name, {**raw, "spec": dict(spec)})
+        """Give a resource another spec and these attributes, too; raises Conflict when it changed since."""
+        has = raw.get("attributes")
+        more = {**(has if isinstance(has, dict) else {}), **attributes}
+        body = {**raw, "attributes": more, "spec": dict(spec)}
+        await self._ask("PUT", f"changing {kind} {name}", kind, scope, name, body)
 
     async def remove(self, kind: Kind, name: str, scope: str | None) -> Literal["gone", "going", "missing"]:
         """Delete a resource. `going`: Amplify took it on and is still removing what hangs on it."""

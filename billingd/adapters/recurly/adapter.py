@@ -151,6 +151,13 @@ class Recurly:
             lambda item: reading.add_on(item, currency),
         )
 
+    async def find_add_on(self, plan_code: str, code: str, currency: str) -> BilledAddOn | None:
+        """A plan's add-on with this code, an inactive one too, priced in this currency."""
+        return await self._calls.find(
+            f"find add-on {code} of plan {plan_code}",
+            lambda c: reading.add_on(c.get_plan_add_on(f"code-{plan_code}", f"code-{code}"), currency),
+        )
+
     async def find_measured_unit(self, name: str) -> str | None:
         """The id of the measured unit with this name."""
         return await self._calls.find(

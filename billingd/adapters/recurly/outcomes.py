@@ -13,6 +13,7 @@ from typing import Final, Generic, TypeVar
 from billingd.domain.billing import Allowance
 from billingd.domain.errors import (
     BillingdError,
+    Illegible,
     Misconfigured,
     NotDone,
     NotFound,
@@ -105,6 +106,8 @@ def read_error(operation: str, answer: Answer[T], now: datetime) -> BillingdErro
         return NotFound(text)
     if answer.status == 429:
         return NotDone(text, retry_after=wait)
+    if answer.status is not None and 200 <= answer.status < 300 and not answer.cut:
+        return Illegible(text, retry_after=wait)
     return Retryable(text, retry_after=wait)
 
 

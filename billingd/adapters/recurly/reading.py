@@ -193,6 +193,7 @@ def usage(resource: object) -> BilledUsage:
         merchant_tag=optional(resource, "merchant_tag"),
         usage_timestamp=at,
         billed_at=moment(resource, "billed_at"),
+        created_at=moment(resource, "created_at"),
     )
 
 
