@@ -17,6 +17,7 @@ from billingd.cli.hooks import hooks
 from billingd.cli.notify import notify
 from billingd.cli.outbox import outbox
 from billingd.cli.reconcile import reconcile
+from billingd.cli.reload import reload
 from billingd.cli.resync import resync
 from billingd.cli.run import run
 from billingd.cli.sandbox import sandbox
@@ -73,6 +74,7 @@ for command in (
     sandbox,
     check_config,
     config,
+    reload,
     status,
     outbox,
     traffic,

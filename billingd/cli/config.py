@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 def faults_for_run(settings: "Settings") -> "list[Fault]":
     """Everything that would stop `run` although each value alone is well formed."""
+    from billingd import tls
     from billingd.settings import missing_for_run
 
-    return missing_for_run(settings) + driver_faults(settings) + channel_faults(settings)
+    found = missing_for_run(settings) + driver_faults(settings) + channel_faults(settings)
+    return found + tls.faults(settings.webhooks)
 
 
 @click.command("check-config")

@@ -11,7 +11,7 @@ import click
 from billingd.cli.config import faults_for_run
 
 if TYPE_CHECKING:
-    from billingd.settings import Fault
+    from billingd.settings import Fault, Settings
 
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 FORMATS: Final = {"json": True, "text": False, "": None}
@@ -20,7 +20,7 @@ FORMATS: Final = {"json": True, "text": False, "": None}
 @click.command()
 @click.pass_obj
 def run(config: Path | None) -> None:
-    """Run the daemon until SIGTERM or SIGINT, then drain.
+    """Run the daemon until SIGTERM or SIGINT, then drain; SIGHUP is `billingd reload`.
 
     Brings the store up to date first, after a backup on SQLite. Logs go to standard error;
     $BILLINGD_LOG_LEVEL (debug, info, warning, error, critical) and $BILLINGD_LOG_FORMAT (json, text) shape
@@ -36,18 +36,23 @@ def run(config: Path | None) -> None:
 
     level = os.environ.get("BILLINGD_LOG_LEVEL", "").lower() or "info"
     form = os.environ.get("BILLINGD_LOG_FORMAT", "").lower()
-    faults = log_faults(os.environ)
-    try:
-        settings = load(config).settings
-    except ConfigurationError as error:
-        raise ConfigurationError(faults + error.faults) from None
-    faults += faults_for_run(settings)
-    if faults:
-        raise ConfigurationError(faults)
+
+    def read() -> "Settings":
+        faults = log_faults(os.environ)
+        try:
+            settings = load(config).settings
+        except ConfigurationError as error:
+            raise ConfigurationError(faults + error.faults) from None
+        faults += faults_for_run(settings)
+        if faults:
+            raise ConfigurationError(faults)
+        return settings
+
+    settings = read()
     logs.configure(level=level, json=FORMATS[form])
     from billingd import daemon
 
-    asyncio.run(daemon.run(settings))
+    asyncio.run(daemon.run(settings, read))
 
 
 def log_faults(env: Mapping[str, str]) -> "list[Fault]":

@@ -1,15 +1,28 @@
 """The configuration of billingd (contract: TOML, environment, secret files)."""
 
-from billingd.settings.load import ConfigurationError, Fault, Loaded, Settings, load, missing_for_run, shown
-from billingd.settings.values import format_duration, host_port, parse_duration
+from billingd.settings.load import (
+    SCHEMES,
+    ConfigurationError,
+    Fault,
+    Loaded,
+    Settings,
+    load,
+    missing_for_run,
+    shown,
+)
+from billingd.settings.models import WebhookSettings
+from billingd.settings.values import format_duration, host_port, is_loopback, parse_duration
 
 __all__ = [
+    "SCHEMES",
     "ConfigurationError",
     "Fault",
     "Loaded",
     "Settings",
+    "WebhookSettings",
     "format_duration",
     "host_port",
+    "is_loopback",
     "load",
     "missing_for_run",
     "parse_duration",

@@ -37,6 +37,9 @@ from billingd.settings.values import format_duration, host_port, is_loopback
 DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
 ENV_PREFIX: Final = "BILLINGD_"
 SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
+SCHEMES: Final = frozenset({"bearer", "basic"})
+"""Words that may stand in front of the webhooks' secret, and are no secret."""
+
 SECRET_BYTES_MAX: Final = 65_536
 
 
@@ -263,6 +266,9 @@ def cross_check(settings: Settings) -> list[Fault]:
         )
     if settings.webhooks.listen == settings.admin.listen and host_port(settings.webhooks.listen)[1]:
         faults.append(Fault("webhooks.listen", "is where admin.listen is too; each needs a port of its own"))
+    for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+        if getattr(settings.webhooks, one) and not getattr(settings.webhooks, other):
+            faults.append(Fault(f"webhooks.{other}", f"is needed beside webhooks.{one}"))
     host = host_port(settings.webhooks.listen)[0]
     if settings.webhooks.auth == "none" and not is_loopback(host):
         faults.append(Fault("webhooks.auth", f'"none" is for loopback only, and webhooks.listen is {host}'))
@@ -279,7 +285,11 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     }
     if settings.webhooks.auth != "none":
         wanted["webhooks.secret"] = settings.webhooks.secret.get_secret_value()
-    return [Fault(key, "is needed and not set") for key, value in wanted.items() if not value]
+    faults = [Fault(key, "is needed and not set") for key, value in wanted.items() if not value]
+    words = wanted.get("webhooks.secret", "").split()
+    if words and all(word.lower() in SCHEMES for word in words):
+        faults.append(Fault("webhooks.secret", f"is only the word {words[0]}; the secret itself is missing"))
+    return faults
 
 
 def shown(loaded: Loaded) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def test_every_command_has_help_with_an_example(path: tuple[str, ...]) -> None:
 def test_the_commands_of_this_release_are_all_there_are() -> None:
     """A command that cannot do its work yet is not listed."""
     assert {" ".join(path) for path in commands(program)} == {
-        *("run", "demo", "sandbox", "check-config", "config", "config show", "status"),
+        *("run", "demo", "sandbox", "check-config", "config", "config show", "reload", "status"),
         *("outbox", "outbox list", "outbox show", "outbox retry", "outbox replay", "outbox discard"),
         *("traffic", "traffic poll", "traffic windows", "traffic backfill", "resync"),
         *("held", "held list", "held release", "held write-off", "notify", "notify test"),
