@@ -334,6 +334,7 @@ class Reception:
         visitor = visitor_of(request)
         if self._closing or (visitor is not None and not visitor.proven):
             response.force_close()
+            response.headers[hdrs.CONNECTION] = "close"  # said too, for the headers are made before this
         if visitor is not None:
             visitor.end()
 
@@ -343,7 +344,8 @@ class Reception:
         loop = asyncio.get_running_loop()
         for handle in self._resting:
             handle.cancel()
-        for listening, inherited in self._sockets:
+        sockets, self._sockets = self._sockets, []
+        for listening, inherited in sockets:
             loop.remove_reader(listening.fileno())
             if not inherited:
                 self._accept(listening)
