@@ -199,7 +199,7 @@ def _secret_files(directory: Path, faults: list[Fault]) -> dict[str, Any]:
                 content = file.read_bytes()[:SECRET_BYTES_MAX].decode().strip()
             except FileNotFoundError:
                 continue
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
                 faults.append(Fault(f"{section}.{key}", f"cannot be read from {file}: {error}"))
                 break
             found.setdefault(section, {})[key] = content
