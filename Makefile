@@ -58,11 +58,14 @@ format: $(READY) ## put every file into shape
 bench: $(READY) ## the whole chain at size: time, calls, memory
 	$(BIN)/python tests/bench.py
 
-fuzz: $(READY) ## broken requests (REQUESTS=) and slow connections against the real listener
+fuzz: $(READY) ## every parser, then broken requests (REQUESTS=) and slow connections against the real listener
+	BILLINGD_FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest tests/adapters/test_fuzz_parsers.py
 	$(BIN)/python tests/fuzz.py --requests $(REQUESTS)
 
-audit: $(READY) ## known vulnerabilities of what requirements.lock pins, where the registry tells them
-	$(BIN)/python .ci/audit
+audit: ## known vulnerabilities of all that requirements.lock pins; fails where the registry tells of none
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9'
+	build/audit/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements.lock
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m hatchling build -t wheel
@@ -92,6 +95,8 @@ install: ## as a service: program, units, example configuration (PREFIX=/usr/loc
 	install -d -m 0700 "$(DESTDIR)$(SYSCONFDIR)/billingd/secrets"
 	test -e "$(DESTDIR)$(SYSCONFDIR)/billingd/billingd.toml" || \
 	  install -m 0644 systemd/billingd.toml "$(DESTDIR)$(SYSCONFDIR)/billingd/billingd.toml"
+	case "$$(readlink -f "$(DESTDIR)$(LIBDIR)/bin/python")" in /root/*|/home/*) \
+	  echo "warning: the service may not see $$(readlink -f "$(DESTDIR)$(LIBDIR)/bin/python") (ProtectHome=): install with PYTHON=/usr/bin/python3" >&2;; esac
 	if test -f man/billingd.1; then install -D -m 0644 man/billingd.1 "$(DESTDIR)$(MANDIR)/man1/billingd.1"; fi
 
 uninstall: ## remove what install made, but configuration, secrets and the store

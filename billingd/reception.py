@@ -27,6 +27,8 @@ REST_SECONDS: Final = 0.1
 PIECE: Final = 16_384
 """What is parsed at once: small, so that one read cannot become thousands of requests."""
 
+NOT_HTTP: Final = "the request is not HTTP/1.1 as it should be"
+
 TELL_SECONDS: Final = 60.0
 """How often at most the log says that there are too many connections."""
 
@@ -100,7 +102,11 @@ class Visitor(web.RequestHandler):
             if self._head is not None and not self._counted(piece):
                 self._answer_rudely(431, "head_too_large", "the request's head is too large")
                 return
-            super().data_received(piece)
+            try:
+                super().data_received(piece)
+            except ValueError:  # an address such as http://[ gets through the parser's own net
+                self._answer_rudely(400, "not_http", NOT_HTTP)
+                return
 
     def _counted(self, piece: bytes) -> bool:
         """Whether the head is still as small as it must be, or over."""
@@ -147,7 +153,7 @@ class Visitor(web.RequestHandler):
             log.error("webhook.failed", error=repr(exc))
             body = _document("failed", "a fault of billingd's own; nothing is acknowledged")
         else:
-            body = _document("not_http", "the request is not HTTP/1.1 as it should be")
+            body = _document("not_http", NOT_HTTP)
         response = web.Response(body=body, status=status, content_type="application/json")
         response.force_close()
         return response

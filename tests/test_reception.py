@@ -67,6 +67,7 @@ async def test_what_is_not_http_is_a_400_in_the_contracts_words(store: Store) ->
     async with receiving(store) as door:
         for text in (
             b"hello\r\n\r\n",
+            b"POST http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
             b"POST /webhooks/amplify HTTP/1.1\r\nContent-Length: x\r\n\r\n",
             b"POST /webhooks/amplify HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9,

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("BILLINGD_FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("BILLINGD_FUZZ_EXAMPLES", "25"))
 """How often each parser is tried; `make fuzz` tries more."""
 
 TEXTS = [
