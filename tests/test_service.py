@@ -21,6 +21,7 @@ from under_load import HEADERS, event, kept, play
 
 from billingd import daemon
 from billingd.loops import Progress
+from billingd.settings import ConfigurationError, load
 
 ALL_UNITS = ["billingd.service", "billingd.socket", "billingd-backup.service", "billingd-backup.timer"]
 EXPOSURE_MAX = 1.5
@@ -184,3 +185,15 @@ def test_the_timer_runs_a_command_that_exists_and_keeps_the_daemons_user() -> No
     directory = "/var/lib/billingd/backups"
     assert backup["ExecStart"][0].count(directory) == 2
     assert directory in backup["ExecStartPost"][0]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_socket_unit_may_not_open_to_all_what_asks_for_no_secret(host: str) -> None:
+    """The rule of webhooks.auth "none" holds for sockets that the configuration does not name."""
+    settings = load(Path("/dev/null"), {"BILLINGD_WEBHOOKS__AUTH": "none"}).settings
+    with socket.create_server((host, 0)) as listening:
+        if host == "127.0.0.1":
+            daemon._require_loopback_without_a_secret(settings, [listening])
+            return
+        with pytest.raises(ConfigurationError, match=r'webhooks\.auth: "none" is for loopback only'):
+            daemon._require_loopback_without_a_secret(settings, [listening])
