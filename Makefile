@@ -11,8 +11,15 @@ SEEDS ?=
 DAYS ?=
 KILLS ?=
 PAIRS ?=
+REQUESTS ?= 10000
+PREFIX ?= /usr/local
+DESTDIR ?=
+SYSCONFDIR ?= /etc
+LIBDIR := $(PREFIX)/lib/billingd
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+MANDIR ?= $(PREFIX)/share/man
 
-.PHONY: help demo browser test chaos lint format bench wheel clean
+.PHONY: help demo browser test chaos fuzz audit lint format bench wheel install uninstall clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +64,51 @@ format: $(READY) ## put every file into shape
 bench: $(READY) ## the whole chain at size: time, calls, memory
 	$(BIN)/python tests/bench.py
 
+fuzz: $(READY) ## every parser, then broken requests (REQUESTS=) and slow connections against the real listener
+	BILLINGD_FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest tests/adapters/test_fuzz_parsers.py
+	$(BIN)/python tests/fuzz.py --requests $(REQUESTS)
+
+audit: ## known vulnerabilities of all that requirements.lock pins; fails where the registry tells of none
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9'
+	build/audit/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements.lock
+
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m hatchling build -t wheel
+
+# The new program is made beside the old one and then takes its place, so that a daemon that runs keeps its files
+# as long as can be. Secrets and a configuration that is there already are left alone.
+install: ## as a service: program, units, example configuration (PREFIX=/usr/local, DESTDIR=)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "billingd needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	rm -rf build/install "$(DESTDIR)$(LIBDIR).new" && mkdir -p build/install
+	.ci/locked > build/install/running.lock && .ci/locked hatchling > build/install/building.lock
+	$(PYTHON) -m venv build/install/tools
+	build/install/tools/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r build/install/building.lock
+	build/install/tools/bin/python -m hatchling build -t wheel -d build/install/wheel
+	install -d -m 0755 "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib" "$(DESTDIR)$(UNITDIR)"
+	$(PYTHON) -m venv "$(DESTDIR)$(LIBDIR).new"
+	"$(DESTDIR)$(LIBDIR).new/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r build/install/running.lock
+	"$(DESTDIR)$(LIBDIR).new/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-index build/install/wheel/*.whl
+	grep -rlI "$(DESTDIR)$(LIBDIR).new" "$(DESTDIR)$(LIBDIR).new/bin" "$(DESTDIR)$(LIBDIR).new/pyvenv.cfg" | xargs sed -i 's|$(DESTDIR)$(LIBDIR).new|$(LIBDIR)|g'
+	rm -rf "$(DESTDIR)$(LIBDIR).old"
+	if test -d "$(DESTDIR)$(LIBDIR)"; then mv "$(DESTDIR)$(LIBDIR)" "$(DESTDIR)$(LIBDIR).old"; fi
+	mv "$(DESTDIR)$(LIBDIR).new" "$(DESTDIR)$(LIBDIR)" && rm -rf "$(DESTDIR)$(LIBDIR).old"
+	ln -sfn "$(LIBDIR)/bin/billingd" "$(DESTDIR)$(PREFIX)/bin/billingd"
+	for unit in billingd.service billingd.socket billingd-backup.service billingd-backup.timer; do \
+	  sed 's|/usr/bin/env billingd|$(PREFIX)/bin/billingd|; s|/etc/billingd|$(SYSCONFDIR)/billingd|g' systemd/$$unit \
+	    > build/install/$$unit && install -m 0644 build/install/$$unit "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
+	install -d -m 0755 "$(DESTDIR)$(SYSCONFDIR)/billingd"
+	install -d -m 0700 "$(DESTDIR)$(SYSCONFDIR)/billingd/secrets"
+	test -e "$(DESTDIR)$(SYSCONFDIR)/billingd/billingd.toml" || \
+	  install -m 0644 systemd/billingd.toml "$(DESTDIR)$(SYSCONFDIR)/billingd/billingd.toml"
+	case "$$(readlink -f "$(DESTDIR)$(LIBDIR)/bin/python")" in /root/*|/home/*) \
+	  echo "warning: the service may not see $$(readlink -f "$(DESTDIR)$(LIBDIR)/bin/python") (ProtectHome=): install with PYTHON=/usr/bin/python3" >&2;; esac
+	if test -f man/billingd.1; then install -D -m 0644 man/billingd.1 "$(DESTDIR)$(MANDIR)/man1/billingd.1"; fi
+
+uninstall: ## remove what install made, but configuration, secrets and the store
+	for unit in billingd.service billingd.socket billingd-backup.service billingd-backup.timer; do \
+	  rm -f "$(DESTDIR)$(UNITDIR)/$$unit"; done
+	rm -rf "$(DESTDIR)$(LIBDIR)" "$(DESTDIR)$(PREFIX)/bin/billingd" "$(DESTDIR)$(MANDIR)/man1/billingd.1"
 
 clean: ## remove what the other targets made
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import structlog
 from aiohttp import web
 from cronsim import CronSim
 
-from billingd import __version__, systemd
+from billingd import __version__, listening, systemd, tls
 from billingd.adapters.amplify import REGIONS, Amplify, traffic_source
 from billingd.adapters.announce import Announcer
 from billingd.adapters.recurly import Recurly
@@ -55,13 +56,15 @@ from billingd.provisioning.plan import PlanProvisioner
 from billingd.provisioning.pricecheck import PriceCheck
 from billingd.provisioning.product import ProductProvisioner
 from billingd.provisioning.subscription import Policy, SubscriptionProvisioner
+from billingd.reception import Reception
 from billingd.reconcile.billed import BilledSurvey
 from billingd.reconcile.linkage import Linkage
 from billingd.reconcile.repair import UsageRepairer
 from billingd.reconcile.runs import Reconciler
 from billingd.reconcile.served import ServedSurvey
+from billingd.reload import CERTIFICATE_EVERY, Reloader
 from billingd.resync import Resync
-from billingd.settings import Settings, host_port, parse_duration
+from billingd.settings import ConfigurationError, Fault, Settings, host_port, parse_duration
 from billingd.store import copies, events, intents, migrate, outbox
 from billingd.store.engine import Store
 from billingd.traffic.audit import UsageAuditor
@@ -106,20 +109,24 @@ class Daemon:
     troubles: TroubleWatch
 
 
-async def run(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT, then drain. Raises StoreBusy when another process has the store."""
+async def run(settings: Settings, read: Callable[[], Settings]) -> None:
+    """Run until SIGTERM or SIGINT, then drain; `read` reads the configuration anew when asked to reload.
+
+    Raises StoreBusy when another process has the store.
+    """
     os.umask(0o077)  # the store and the admin socket are nobody else's business
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    inherited = systemd.inherited()
     clock = Clock()
     async with Store(settings.store.url) as store:
         store.lock()
         await _migrate(store, clock.now())
         await take_over(store, clock.now())
         async with build(settings, store, clock) as daemon:
-            await _serve(daemon, stop)
+            await _serve(daemon, stop, inherited, read)
     log.info("daemon.stopped")
 
 
@@ -393,21 +400,43 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
     )
 
 
-async def _serve(daemon: Daemon, stop: asyncio.Event) -> None:
+async def _serve(
+    daemon: Daemon,
+    stop: asyncio.Event,
+    inherited: dict[str, list[socket.socket]],
+    read: Callable[[], Settings],
+) -> None:
     """Listen and turn the loops until told to stop, then drain; a loop that dies ends the process."""
     settings = daemon.settings
+    reception = Reception(daemon.webhooks.application(), tls=tls.context(settings.webhooks))
+    taken_over = inherited.get("webhooks", [])
+    reloader = Reloader(settings, read, lambda changed: _judge_by(daemon, reception, taken_over, changed))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
+    admin = daemon.admin.application()
+    admin.router.add_post("/reload", reloader.answer)
     async with AsyncExitStack() as listeners:
-        await _listen(listeners, daemon.admin.application(), settings.admin.listen)
-        await _listen(listeners, daemon.webhooks.application(), settings.webhooks.listen)
+        at = {
+            "admin": await _listen(listeners, admin, settings.admin.listen, inherited.get("admin")),
+            "webhooks": await _receive(listeners, reception, settings, taken_over),
+        }
         log.info(
             "daemon.ready",
             version=__version__,
-            webhooks=settings.webhooks.listen,
-            admin=settings.admin.listen,
+            webhooks=at["webhooks"],
+            admin=at["admin"],
             store=daemon.store.url.render_as_string(hide_password=True),
         )
         systemd.notify("READY=1")
-        tasks = [asyncio.create_task(step, name=name) for name, step in loops(daemon).items()]
+        steps = loops(daemon)
+        steps["reload"] = forever(
+            "reload",
+            reloader.run_once,
+            wake=reloader.wake,
+            clock=daemon.clock,
+            idle=every(CERTIFICATE_EVERY),
+            progress=daemon.progress,
+        )
+        tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
         stopping = asyncio.create_task(stop.wait(), name="stop")
         await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
         systemd.notify("STOPPING=1")
@@ -571,18 +600,68 @@ async def _forget(store: Store, before: datetime) -> bool:
     return False
 
 
-async def _listen(stack: AsyncExitStack, application: web.Application, listen: str) -> None:
+async def _listen(
+    stack: AsyncExitStack, application: web.Application, listen: str, inherited: list[socket.socket] | None
+) -> str:
+    """Serve the admin listener's application; where that is."""
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=HTTP_CLOSE_SECONDS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
+    if inherited:
+        if not listening.private(inherited):
+            places = ", ".join(listening.place(one) for one in inherited)
+            raise BillingdError(
+                f"a socket unit listens on {places}; the admin listener is for loopback or a unix socket only"
+            )
+        for one in inherited:
+            await web.SockSite(runner, one).start()
+        return ", ".join(listening.place(one) for one in inherited)
     try:
-        if listen.startswith("unix:"):
-            await web.UnixSite(runner, listen.removeprefix("unix:")).start()
+        if listen.startswith(listening.UNIX):
+            await web.UnixSite(runner, listen.removeprefix(listening.UNIX)).start()
         else:
             host, port = host_port(listen)
             await web.TCPSite(runner, host, port).start()
     except OSError as error:
         raise BillingdError(f"cannot listen on {listen}: {error.strerror or error}") from error
+    return listen
+
+
+async def _receive(
+    stack: AsyncExitStack, reception: Reception, settings: Settings, inherited: list[socket.socket]
+) -> str:
+    """Let webhooks in; where that is. A socket unit's sockets take the place of `webhooks.listen`."""
+    listen = settings.webhooks.listen
+    _require_loopback_without_a_secret(settings, inherited)
+    sockets = inherited or await listening.opened(listen)
+    stack.push_async_callback(reception.close)
+    await reception.start(sockets, inherited=bool(inherited))
+    places = [listening.place(one) for one in sockets]
+    if inherited and listen not in places:
+        log.info("webhooks.from_the_socket_unit", listen=places, not_used=listen)
+    if not settings.webhooks.tls_cert and not listening.private(sockets):
+        log.warning("webhooks.not_encrypted", listen=places)
+    return ", ".join(places)
+
+
+def _judge_by(
+    daemon: Daemon, reception: Reception, inherited: list[socket.socket], settings: Settings
+) -> None:
+    """Judge webhooks by these settings from now on; all of it or, on ConfigurationError, nothing."""
+    _require_loopback_without_a_secret(settings, inherited)
+    context = tls.context(settings.webhooks)
+    authenticator = Authenticator(settings.webhooks.auth, settings.webhooks.secret.get_secret_value())
+    reception.use_tls(context)
+    daemon.webhooks.configure(authenticator, body_bytes_max=settings.webhooks.body_bytes_max)
+
+
+def _require_loopback_without_a_secret(settings: Settings, inherited: list[socket.socket]) -> None:
+    """The configuration's own rule, for sockets that it does not name. Raises ConfigurationError."""
+    if settings.webhooks.auth == "none" and not listening.private(inherited):
+        places = ", ".join(listening.place(one) for one in inherited)
+        raise ConfigurationError(
+            [Fault("webhooks.auth", f'"none" is for loopback only, and the socket unit listens on {places}')]
+        )
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -3,6 +3,7 @@
 Nothing is acknowledged before it is durable. What the event asks for happens later, in the outbox.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -18,13 +19,25 @@ from billingd.domain.errors import Rejected
 from billingd.domain.events import Event, parse_amplify, parse_recurly
 from billingd.intake import Intake
 from billingd.loops import Clock
+from billingd.reception import visitor_of
+from billingd.settings import SCHEMES
 from billingd.store.engine import StoreDamaged, StoreUnavailable
+from billingd.throttle import Throttle, source_of
 
 log = structlog.get_logger()
 
 RETRY_AFTER_SECONDS: Final = 5
 SIGNATURE_AGE_MAX: Final = timedelta(minutes=5)
 """Recurly's own tolerance for the time in its signature (recurly.md 4.10)."""
+
+BODY_SECONDS: Final = 20.0
+"""How long a body may take to arrive."""
+
+UNPROVEN_BODY_BYTES_MAX: Final = 65_536
+"""Of a body that must be read before its signature can be checked; Recurly's have a few hundred bytes."""
+
+TELL_SECONDS: Final = 60.0
+"""How often the log has a line about refusals that have no line of their own."""
 
 AMPLIFY_PATHS: Final = ("/webhooks/amplify", "/provisionplan", "/provisionsubscription")
 """The last two are what the original integration's hooks post to."""
@@ -56,11 +69,9 @@ class Authenticator:
     values separated by a space; a scheme word such as Bearer in front of a value counts for nothing.
     """
 
-    _SCHEMES = frozenset({"bearer", "basic"})
-
     def __init__(self, auth: str, secrets: str) -> None:
         self._how, _, self._name = auth.partition(":")
-        self._secrets = [value for value in secrets.split() if value.lower() not in self._SCHEMES]
+        self._secrets = [value for value in secrets.split() if value.lower() not in SCHEMES]
         if self._how != "none" and not self._secrets:
             raise ValueError("webhooks.secret is needed unless webhooks.auth is none")
         self._digests = [hashlib.sha256(value.encode()).digest() for value in self._secrets]
@@ -103,7 +114,7 @@ class Authenticator:
                 return base64.b64decode(rest, validate=True) if scheme.lower() == "basic" else b""
             except ValueError:  # not base64, or not even ASCII
                 return b""
-        bare = rest.strip() if scheme.lower() in self._SCHEMES else value
+        bare = rest.strip() if scheme.lower() in SCHEMES else value
         return bare.encode(errors="surrogateescape")
 
 
@@ -118,18 +129,25 @@ class WebhookListener:
         *,
         body_bytes_max: int,
         tally: Tally,
+        body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._intake = intake
         self._clock = clock
         self._authenticator = authenticator
         self._body_bytes_max = body_bytes_max
+        self._body_seconds = body_seconds
         self._tally = tally
+        self._throttle = Throttle(clock.elapsed)
+        self._unsaid = 0
+        self._said_at: float | None = None
+
+    def configure(self, authenticator: Authenticator, *, body_bytes_max: int) -> None:
+        """Judge the requests from now on like this."""
+        self._authenticator, self._body_bytes_max = authenticator, body_bytes_max
 
     def application(self) -> web.Application:
         """The routes, each answering errors as JSON."""
-        # aiohttp refuses what reaches the size it is given, we what exceeds ours
         application = web.Application(
-            client_max_size=self._body_bytes_max + 1,
             middlewares=[self._answer],
             handler_args={"auto_decompress": False},  # a body is as large as it was sent
         )
@@ -143,8 +161,12 @@ class WebhookListener:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Turn what a handler raises into the answers of the contract."""
+        if (visitor := visitor_of(request)) is not None:
+            visitor.begin()
         try:
             return await handler(request)
+        except _Unauthorized as error:
+            return self._turn_away(request, error)
         except Rejected as error:
             return self._refuse(request, error.status, error.code, str(error))
         except (StoreUnavailable, StoreDamaged) as error:
@@ -176,43 +198,80 @@ class WebhookListener:
         message: str,
         headers: dict[str, str] | None = None,
     ) -> web.Response:
+        visitor = visitor_of(request)
+        self._say(request, status, code, (visitor and visitor.proven) or self._within(request))
+        return _error(status, code, message, headers)
+
+    def _turn_away(self, request: web.Request, error: Rejected) -> web.Response:
+        """A 401, or from a source that had too many of them a 429."""
+        within = self._within(request)
+        self._say(request, error.status, error.code, within)
+        if within:
+            return _error(error.status, error.code, str(error))
+        wait = self._throttle.wait_seconds(source_of(request.remote))
+        message = "the secret is missing or wrong, again and again; with the right one you are let in at once"
+        return _error(429, "too_many_failures", message, {hdrs.RETRY_AFTER: str(wait)})
+
+    def _within(self, request: web.Request) -> bool:
+        return self._throttle.failed(source_of(request.remote))
+
+    def _say(self, request: web.Request, status: int, code: str, aloud: bool | None) -> None:
+        """Count a refusal; a line for each in the log, or one a minute for those of a source with many."""
         self._tally.add("rejected")
         self._tally.unauthorized += status == 401
-        log.warning("webhook.rejected", path=request.path, status=status, code=code)
-        return _error(status, code, message, headers)
+        if aloud:
+            log.warning("webhook.rejected", path=request.path[:100], status=status, code=code)
+            return
+        self._unsaid += 1
+        now = self._clock.elapsed()
+        if self._said_at is None or now - self._said_at >= TELL_SECONDS:
+            log.warning("webhook.many_rejected", source=source_of(request.remote), unsaid=self._unsaid)
+            self._said_at, self._unsaid = now, 0
 
     async def _amplify(self, request: web.Request) -> web.Response:
         if not self._authenticator.admits(request):
-            raise _unauthorized()
-        body = await self._body(request)
+            raise _Unauthorized
+        _proven(request)
+        body = await self._body(request, self._body_bytes_max)
         return await self._accept(parse_amplify(body))
 
     async def _recurly(self, request: web.Request) -> web.Response:
         signature = request.headers.get("recurly-signature")
-        if signature is None and not self._authenticator.admits(request):
-            raise _unauthorized()
-        body = await self._body(request)
-        if signature is not None and not self._authenticator.signed(body, signature, now=self._clock.now()):
-            raise _unauthorized()
+        if signature is not None:
+            body = await self._body(request, min(self._body_bytes_max, UNPROVEN_BODY_BYTES_MAX))
+            if not self._authenticator.signed(body, signature, now=self._clock.now()):
+                raise _Unauthorized
+            _proven(request)
+        else:
+            if not self._authenticator.admits(request):
+                raise _Unauthorized
+            _proven(request)
+            body = await self._body(request, self._body_bytes_max)
         return await self._accept(parse_recurly(body, request.headers.get("recurly-notification-id")))
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _body(self, request: web.Request, bytes_max: int) -> bytes:
         """The body, never more of it than allowed, and only when it claims to be JSON."""
         if request.content_type != "application/json":
             raise Rejected("the content type must be application/json", status=415, code="not_json_content")
         if request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower() != "identity":
             raise Rejected("the body must not be compressed", status=415, code="encoded")
         too_large = Rejected(
-            f"the body is larger than {self._body_bytes_max} bytes (webhooks.body_bytes_max)",
+            f"the body is larger than {bytes_max} bytes (webhooks.body_bytes_max)",
             status=413,
             code="too_large",
         )
-        if request.content_length is not None and request.content_length > self._body_bytes_max:
+        if request.content_length is not None and request.content_length > bytes_max:
             raise too_large
+        body = bytearray()
         try:
-            return await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise too_large from None
+            async with asyncio.timeout(self._body_seconds):
+                async for piece in request.content.iter_any():
+                    body += piece
+                    if len(body) > bytes_max:
+                        raise too_large
+        except TimeoutError:
+            raise Rejected("the body took too long", status=408, code="too_slow") from None
+        return bytes(body)
 
     async def _accept(self, event: Event) -> web.Response:
         taken = await self._intake.take(event)
@@ -229,8 +288,17 @@ class WebhookListener:
         return web.json_response(answer, status=202)
 
 
-def _unauthorized() -> Rejected:
-    return Rejected("the secret is missing or wrong", status=401, code="unauthorized")
+class _Unauthorized(Rejected):
+    """Nothing shows that we know the sender."""
+
+    def __init__(self) -> None:
+        super().__init__("the secret is missing or wrong", status=401, code="unauthorized")
+
+
+def _proven(request: web.Request) -> None:
+    """Note on its connection that the secret was shown."""
+    if (visitor := visitor_of(request)) is not None:
+        visitor.proven = True
 
 
 def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -21,6 +21,7 @@ from billingd.cli.metrics import metrics
 from billingd.cli.notify import notify
 from billingd.cli.outbox import outbox
 from billingd.cli.reconcile import reconcile
+from billingd.cli.reload import reload
 from billingd.cli.resync import resync
 from billingd.cli.run import run
 from billingd.cli.sandbox import sandbox
@@ -78,6 +79,7 @@ for command in (
     check_config,
     config,
     doctor,
+    reload,
     status,
     outbox,
     traffic,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def faults_for_run(settings: "Settings") -> "list[Fault]":
     """Everything that would stop `run` although each value alone is well formed."""
+    from billingd import tls
     from billingd.settings import missing_for_run
 
     return (
@@ -24,6 +25,7 @@ def faults_for_run(settings: "Settings") -> "list[Fault]":
         + driver_faults(settings)
         + channel_faults(settings)
         + template_faults(settings)
+        + tls.faults(settings.webhooks)
     )
 
 

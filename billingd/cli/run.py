@@ -20,7 +20,7 @@ FORMATS: Final = {"json": True, "text": False, "": None}
 @click.command()
 @click.pass_obj
 def run(config: Path | None) -> None:
-    """Run the daemon until SIGTERM or SIGINT, then drain.
+    """Run the daemon until SIGTERM or SIGINT, then drain; SIGHUP is `billingd reload`.
 
     Brings the store up to date first, after a backup on SQLite. Logs go to standard error;
     $BILLINGD_LOG_LEVEL (debug, info, warning, error, critical) and $BILLINGD_LOG_FORMAT (json, text) shape
@@ -36,14 +36,19 @@ def run(config: Path | None) -> None:
 
     level = os.environ.get("BILLINGD_LOG_LEVEL", "").lower() or "info"
     form = os.environ.get("BILLINGD_LOG_FORMAT", "").lower()
-    settings, faults = everything_wrong(config)
-    faults = log_faults(os.environ) + faults
-    if faults or settings is None:
-        raise ConfigurationError(faults)
-    logs.configure(level=level, json=FORMATS[form], secrets=secrets_of(settings))
+
+    def read() -> "Settings":
+        settings, faults = everything_wrong(config)
+        faults = log_faults(os.environ) + faults
+        if faults or settings is None:
+            raise ConfigurationError(faults)
+        logs.configure(level=level, json=FORMATS[form], secrets=secrets_of(settings))
+        return settings
+
+    settings = read()
     from billingd import daemon
 
-    asyncio.run(daemon.run(settings))
+    asyncio.run(daemon.run(settings, read))
 
 
 def secrets_of(settings: "Settings") -> list[str]:

@@ -14,6 +14,9 @@ ANSWER_SECONDS: Final = 5.0
 READING_SECONDS: Final = 3_600.0
 """A poll that catches up, or a backfill, reads weeks of windows from Amplify before it answers."""
 
+FULL_ANSWERS: Final = frozenset({200, 422})
+"""The second is of what was asked about: its faults are the answer."""
+
 TELLS_ITS_FAR_SIDE: Final = frozenset({502, 503, 504})
 
 
@@ -100,7 +103,7 @@ class Daemon:
         except ValueError:
             document = None
         if isinstance(document, dict):
-            if status == 200 and key in document:
+            if status in FULL_ANSWERS and key in document:
                 return document
             fault = document.get("error")
             if isinstance(fault, dict) and "message" in fault:

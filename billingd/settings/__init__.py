@@ -1,6 +1,7 @@
 """The configuration of billingd (contract: TOML, environment, secret files)."""
 
 from billingd.settings.load import (
+    SCHEMES,
     ConfigurationError,
     Fault,
     Loaded,
@@ -10,13 +11,16 @@ from billingd.settings.load import (
     placed,
     shown,
 )
+from billingd.settings.models import WebhookSettings
 from billingd.settings.values import format_duration, host_port, is_loopback, parse_duration
 
 __all__ = [
+    "SCHEMES",
     "ConfigurationError",
     "Fault",
     "Loaded",
     "Settings",
+    "WebhookSettings",
     "format_duration",
     "host_port",
     "is_loopback",

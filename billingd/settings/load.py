@@ -40,6 +40,9 @@ from billingd.settings.values import format_duration, host_port, is_loopback
 DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
 ENV_PREFIX: Final = "BILLINGD_"
 SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
+SCHEMES: Final = frozenset({"bearer", "basic"})
+"""Words that may stand in front of the webhooks' secret, and are no secret."""
+
 SECRET_BYTES_MAX: Final = 65_536
 BROKEN_LINES_MAX: Final = 20
 """Lines of a file that are no TOML; a file with more of them is something else."""
@@ -286,6 +289,9 @@ def _secret_files(directory: Path, faults: list[Fault], places: dict[str, str]) 
             except UnicodeDecodeError:
                 faults.append(Fault(f"{section}.{key}", "is not UTF-8", str(file)))
                 break
+            except ValueError as error:  # a NUL in the path
+                faults.append(Fault(f"{section}.{key}", f"cannot be read: {error}", str(file)))
+                break
             except OSError as error:
                 faults.append(Fault(f"{section}.{key}", f"cannot be read: {error.strerror}", str(file)))
                 break
@@ -375,6 +381,9 @@ def cross_check(settings: Settings) -> list[Fault]:
         )
     if settings.webhooks.listen == settings.admin.listen and host_port(settings.webhooks.listen)[1]:
         faults.append(Fault("webhooks.listen", "is where admin.listen is too; each needs a port of its own"))
+    for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+        if getattr(settings.webhooks, one) and not getattr(settings.webhooks, other):
+            faults.append(Fault(f"webhooks.{other}", f"is needed beside webhooks.{one}"))
     host = host_port(settings.webhooks.listen)[0]
     if settings.webhooks.auth == "none" and not is_loopback(host):
         faults.append(Fault("webhooks.auth", f'"none" is for loopback only, and webhooks.listen is {host}'))
@@ -391,11 +400,15 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     }
     if settings.webhooks.auth != "none":
         wanted["webhooks.secret"] = settings.webhooks.secret.get_secret_value()
-    return [
+    faults = [
         Fault(key, f"is needed and has no value; {_where_to_set(key)}")
         for key, value in wanted.items()
         if not value
     ]
+    words = wanted.get("webhooks.secret", "").split()
+    if words and all(word.lower() in SCHEMES for word in words):
+        faults.append(Fault("webhooks.secret", f"is only the word {words[0]}; the secret itself is missing"))
+    return faults
 
 
 def _where_to_set(key: str) -> str:

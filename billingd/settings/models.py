@@ -79,6 +79,8 @@ class WebhookSettings(Section):
     secret: SecretStr = SecretStr("")
     auth: str = "header:Authorization"
     body_bytes_max: int = Field(default=1_048_576, ge=1)
+    tls_cert: str = ""
+    tls_key: str = ""
 
     @field_validator("listen")
     @classmethod

@@ -45,6 +45,7 @@ def test_the_commands_of_this_release_are_all_there_are() -> None:
             "man",
             "config",
             "config show",
+            "reload",
             "status",
         ),
         *("outbox", "outbox list", "outbox show", "outbox retry", "outbox replay", "outbox discard"),

@@ -85,7 +85,7 @@ def retry_after(value: str | None, now: datetime) -> timedelta | None:
         return min(timedelta(seconds=int(text[:9])), RETRY_AFTER_MAX)
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     return min(max(moment - now, timedelta(0)), RETRY_AFTER_MAX)
@@ -103,7 +103,10 @@ def date_of(header: str | None) -> datetime | None:
 def moment_of(text: str) -> datetime:
     """An Amplify time (`+0000`, `+00:00`, `Z`, no zone: UTC) as aware UTC; ValueError if it is none."""
     moment = datetime.fromisoformat(text)
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("it is before or after all time") from error
 
 
 def epoch_ms(moment: datetime) -> int:

@@ -30,7 +30,8 @@ class Page:
         if not isinstance(answer, list) or not all(isinstance(row, dict) for row in answer):
             raise Permanent(f"Amplify's list of {kind} is not a list of resources")
         rows = {identity(kind, row): row for row in answer if isinstance(row, dict)}
-        stated = int(total) if total is not None and total.isascii() and total.isdigit() else None
+        digits = (total or "").strip()
+        stated = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else None
         return cls(rows, len(answer), stated)
 
 

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from billingd.adapters.amplify.encoding import Json, moment_of
 from billingd.domain.errors import Permanent
+
+DIGITS_MAX: Final = 100
+"""Before or after the point; no price and no count comes near."""
 
 
 def dig(raw: Json, path: str) -> Json:
@@ -69,6 +72,9 @@ class Reader:
             except InvalidOperation:
                 return self.fail(path, "is not a number")
             if number.is_finite():
+                # 1e999999999 is short to write, and as a whole number larger than any memory
+                if number and max(abs(number.adjusted()), -int(number.as_tuple().exponent)) > DIGITS_MAX:
+                    return self.fail(path, "is a number of too many digits")
                 return number
         return self.fail(path, "is not a number")
 

@@ -77,7 +77,7 @@ def token_from(answer: Json, asked_at: datetime) -> Token:
     if isinstance(seconds, bool) or not isinstance(seconds, int | Decimal):
         lifetime = LIFETIME_UNSTATED
     else:
-        lifetime = timedelta(seconds=int(min(seconds, int(LIFETIME_MAX.total_seconds()))))
+        lifetime = timedelta(seconds=int(max(0, min(seconds, int(LIFETIME_MAX.total_seconds())))))
     return Token(value, asked_at + lifetime * 4 / 5)
 
 
