@@ -29,6 +29,7 @@ from billingd.domain.events import (
     REFRESH_SUBSCRIPTION,
 )
 from billingd.domain.notices import provider_notice
+from billingd.domain.pricing import PLAN_CODES
 from billingd.domain.resync import (
     NATIVE_BILLING,
     Billed,
@@ -97,6 +98,8 @@ class Comparison:
     marketplaces: tuple[Marketplace, ...] | None
     """All of them; None when they could not be listed."""
     counts: Mapping[str, int]
+    served: tuple[str, ...]
+    """Ids of the subscriptions that Amplify shows as approved and not over."""
     over: tuple[Absence, ...] = ()
     """What was noted as absent and is not any more."""
     enqueued: int = 0
@@ -175,9 +178,7 @@ class Resync:
                 enqueued = await outbox.insert(tx, [step.action for step in found.steps], now=now)
                 await self._tell_of_absence(tx, found, now)
                 await self._tell_of_charging(tx, found, now)
-                last = await marks.find(tx, marks.LISTED)
-                before = {} if last is None else {"before": min(last.at, found.began_at).isoformat()}
-                await marks.note(tx, marks.LISTED, at=found.began_at, detail=before)
+                await links.served(tx, found.served, at=found.began_at)
                 if asked == self._asked:  # else of what may have been listed already: another is due
                     await marks.note(tx, marks.RESYNCED, at=found.began_at, detail=dict(found.counts))
             if asked != self._asked:  # also by whom did not see the mark yet, while it was being committed
@@ -217,7 +218,10 @@ class Resync:
             **by_op,
             "dead_letters": found.dead_letters,
         }
-        return Comparison(began_at, steps, withheld, found.notes, unread, marketplaces, counts, over)
+        served = tuple(
+            one.id for one in listed.subscriptions if one.approval == "approved" and not resync.over(one)
+        )
+        return Comparison(began_at, steps, withheld, found.notes, unread, marketplaces, counts, served, over)
 
     async def _withheld(
         self, found: Compared, listed: Listed, known: Known, began_at: datetime
@@ -312,19 +316,22 @@ class Resync:
             return None
 
     async def _list_recurly(self, listed: Listed) -> Billed:
-        """What Recurly has; add-ons only of the plans whose prices are compared."""
+        """What Recurly has; add-ons only of the plans whose prices are compared, as the provisioner asks."""
         plans = {one.code: one for one in await self._recurly.list_plans()}
         async with self._store.read() as tx:
             linked = {one.plan_id: one for one in await links.plans(tx) if one.state != "removed"}
         add_ons: dict[str, tuple[BilledAddOn, ...]] = {}
+        currencies = {one.id: one.currency for one in listed.plans}
         for plan_id in listed.quotas:
             link = linked.get(plan_id)
-            if link is None or link.plan_code not in plans:
+            code = PLAN_CODES + plan_id if link is None else link.plan_code
+            currency = currencies.get(plan_id) or (None if link is None else link.currency)
+            if code not in plans or currency is None:
                 continue
             try:
-                add_ons[link.plan_code] = await self._recurly.list_add_ons(link.plan_code, link.currency)
+                add_ons[code] = await self._recurly.list_add_ons(code, currency)
             except NotFound:
-                del plans[link.plan_code]  # removed meanwhile
+                del plans[code]  # removed meanwhile
         return Billed(plans, add_ons, await self._recurly.list_live_subscriptions())
 
     async def _read_store(self, before: frozenset[str]) -> tuple[Known, int]:

@@ -160,7 +160,7 @@ def test_a_wheel_brings_its_migrations(tmp_path: Path) -> None:
         PYTHONPATH=str(installed),
         BILLINGD_STORE__URL=f"sqlite+aiosqlite:///{tmp_path}/new.db",
     )
-    assert "0003" in current
+    assert "0004" in current
 
 
 def _python(cwd: Path, *words: str, **environment: str) -> str:

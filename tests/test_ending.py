@@ -380,3 +380,49 @@ async def test_a_rejection_that_nobody_told_of_is_dated_by_the_last_listing(rig:
         rig.pass_(HOUR)
     assert billed(rig)["state"] == "expired"
     assert list(await rig.held()) == ([] if renewed == "before the listing" else ["renewed_after_end"])
+
+
+async def test_a_rejection_taken_back_dates_no_later_end(rig: Rig) -> None:
+    """It was served since, and renewed honestly: its deletion, heard at once, asks for no refund."""
+    rig.pass_(HOUR)
+    await rig.move("acme", "reject")
+    await rig.hear()
+    await rig.drain()
+    rig.pass_(5 * MINUTE)
+    await rig.move("acme", "approve")
+    await rig.settled()
+    rig.pass_(timedelta(days=2))
+    await rig.renew()
+    await rig.work()
+    rig.pass_(timedelta(days=1))
+    await rig.poll()
+    await rig.move("acme", "delete")
+    await rig.settled()
+    assert billed(rig)["state"] == "expired"
+    assert await rig.held() == {}
+
+
+@ONE_DATABASE
+async def test_a_deletion_that_nobody_told_of_is_dated_by_when_it_was_last_there(rig: Rig) -> None:
+    """Later listings, in which it is missing already, date nothing."""
+    for name in ("bolt", "cord", "dart"):
+        await rig.subscribe(name)
+    await rig.work()
+    await rig.daemon.resync.run(dry_run=False)
+    rig.pass_(HOUR)
+    await rig.move("acme", "delete")
+    rig.pass_(HOUR)
+    await rig.renew()
+    rig.pass_(4 * HOUR)
+    for _ in range(4):
+        rig.unheard.clear()
+        await rig.daemon.resync.run(dry_run=False)
+        await rig.drain()
+        rig.pass_(5 * MINUTE)
+    for _ in range(8):
+        rig.unheard.clear()
+        await rig.poll()
+        await rig.drain()
+        rig.pass_(HOUR)
+    assert sorted(each["state"] for each in rig.world.site.oracle()["subscriptions"]).count("expired") == 1
+    assert list(await rig.held()) == ["renewed_after_end"]

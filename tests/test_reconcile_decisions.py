@@ -58,15 +58,27 @@ async def test_what_was_found_after_its_bill_and_refunded_is_not_corrected_too(r
     await reconciled(rig)
     [item] = await standing(rig)
     assert item["subject"].startswith("drift:")
-    await closed(rig, item["id"], "released")
-    found = await repaired(rig)
-    assert [one["repairable"] for one in found["drift"]] == [False]
+    await closed(rig, item["id"], "written off")
+    assert (await repaired(rig))["drift"] == []
     assert corrections(rig) == []
 
 
+async def test_a_release_decides_nothing(rig: Rig) -> None:
+    """It has it looked at again: what is still billed twice is then corrected, as was said."""
+    one = await reported(rig, 7)
+    two = await posted(rig, one)
+    one.billed_at = two.billed_at = rig.far.now()
+    await audited(rig)
+    [item] = await standing(rig)
+    await closed(rig, item["id"], "released")
+    await rig.work(10 * MINUTES)
+    await reconciled(rig, repair=True)
+    await rig.work(10 * MINUTES)
+    assert corrections(rig) == [-7]
+
+
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("how", ["released", "written off"])
-async def test_a_decision_about_one_record_holds_for_all_of_its_tag(rig: Rig, how: str, before: bool) -> None:
+async def test_a_decision_about_one_record_holds_for_all_of_its_tag(rig: Rig, before: bool) -> None:
     """A correction posts the surplus of the whole tag: what was refunded by hand is in it."""
     one = await reported(rig, 7)
     two, three = await posted(rig, one), await posted(rig, one)
@@ -74,7 +86,7 @@ async def test_a_decision_about_one_record_holds_for_all_of_its_tag(rig: Rig, ho
     await audited(rig)
     first, _ = await standing(rig)
     if before:
-        await closed(rig, first["id"], how)
+        await closed(rig, first["id"], "written off")
         found = await repaired(rig)
         assert not any(each["repairable"] for each in found["drift"])
     else:

@@ -853,3 +853,28 @@ async def test_a_forbidden_listing_ends_nobody(rig: Rig) -> None:
     with pytest.raises(Misconfigured):
         await resync(rig)
     assert await rig.unfinished() == []
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("what", ["currency and price", "inactive, and a new quota"])
+async def test_what_a_person_is_asked_about_is_no_step_for_ever(rig: Rig, what: str) -> None:
+    """It is held, and the next runs have nothing to do."""
+    await rig.plan()
+    await rig.work()
+    await rig.subscribe()
+    await rig.work()
+    if what == "currency and price":
+        for each in rig.world.tenant.resources.of_kind("ProductPlan"):
+            each.body["spec"]["billing"]["currency"] = "EUR"
+        for each in rig.world.tenant.resources.of_kind("Quota"):
+            each.body["spec"]["pricing"]["cost"] = 0.7
+    else:
+        [plan] = rig.world.site.plans.values()
+        plan.deleted_at = rig.far.now()
+        await rig.play(control_amplify.add_quota, {"name": "more", "pricing": PER_UNIT}, name="metered")
+    for _ in range(3):
+        rig.unheard.clear()
+        rig.pass_(2 * HOUR)
+        found = await rig.daemon.resync.run(dry_run=False)
+        await rig.drain()
+    assert found.steps == ()

@@ -27,12 +27,10 @@ FIRST_KINDS = {
     *("notify_provider", "notify_subscriber"),
 }
 SECOND_KINDS = FIRST_KINDS | {"refresh_subscription", "audit_usage"}
-RELEASED = {
-    "0001": FIRST_KINDS,
-    "0002": SECOND_KINDS,
-    "0003": SECOND_KINDS
-    | {"provision_product", "attach_add_ons", "repair_usage", "adopt_subscription", RESYNC},
+THIRD_KINDS = SECOND_KINDS | {
+    *("provision_product", "attach_add_ons", "repair_usage", "adopt_subscription", RESYNC)
 }
+RELEASED = {"0001": FIRST_KINDS, "0002": SECOND_KINDS, "0003": THIRD_KINDS, "0004": THIRD_KINDS}
 """Each released schema with the kinds of action that its program knew."""
 
 

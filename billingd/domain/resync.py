@@ -418,6 +418,9 @@ class _Comparison:
         """How the plan and its quotas differ from their links; not those whose prices differ at Recurly."""
         if _one_line(plan.title) != _one_line(link.title):
             yield f'was "{_one_line(link.title)}" before'
+        at_recurly = self._recurly.plans.get(spec.code)
+        if at_recurly is None or at_recurly.state != "active":
+            return  # nothing can be added to it
         there = {add_on.code: add_on for add_on in self._recurly.add_ons.get(spec.code, ())}
         for add_on in spec.add_ons:
             billed = there.get(add_on.code)

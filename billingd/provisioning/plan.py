@@ -191,8 +191,12 @@ class PlanProvisioner:
         if ensured.wrong and plan.state == "active":
             await self._hold(plan, "plan_differs", (*ensured.wrong, await self._meaning(plan)))
             # subscriptions that exist go on in the currency they were made in
-            kept = replace(spec, currency=linked.currency) if linked is not None else spec
-            await self._link(plan, product, kept, ensured.add_ons, resolution=None)
+            assert linked is not None
+            kept = replace(spec, currency=linked.currency)
+            agreeing = (
+                ensured.add_ons if kept == spec else ()
+            )  # else its amounts would be of another currency
+            await self._link(plan, product, kept, agreeing, resolution=None)
             return
         await self._link(plan, product, spec, ensured.add_ons, resolution="provisioned")
         code = {"billingSystem": BILLING_SYSTEM, "recurlyPlanCode": spec.code}

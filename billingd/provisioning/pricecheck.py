@@ -52,6 +52,8 @@ class PriceCheck:
             return (spec.reason,)
         if isinstance(spec, Inexpressible):
             return spec.reasons
+        if spec.currency != plan.currency:
+            return (f"Amplify charges in {spec.currency}, and it was linked in {plan.currency}.",)
         billed = await self._billing.find_plan(plan.plan_code)
         if billed is None:
             return (f"Recurly does not show plan {plan.plan_code}.",)

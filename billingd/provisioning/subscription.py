@@ -24,7 +24,7 @@ from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
 from billingd.provisioning.pricecheck import PriceCheck
-from billingd.store import events, held, intents, links, marks, outbox
+from billingd.store import events, held, intents, links, outbox
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import PlanLink, SubscriptionLink
@@ -168,6 +168,9 @@ class SubscriptionProvisioner:
             link = found
         if link.state == "created":
             return await self._approve(subscription, link)
+        if subscription.approval == "approved":
+            async with self._store.write() as tx:
+                await links.served(tx, [subscription_id], at=now)
         return None
 
     async def _gone(
@@ -538,21 +541,19 @@ class SubscriptionProvisioner:
     ) -> datetime:
         """The last moment at which it was certainly served: what renewed later may be charged for nothing.
 
-        Amplify tells since when one is archived, and an event when one was changed or deleted. Else it was
-        served when everything was listed the last time before this.
+        Amplify tells since when one is archived, and an event when one was changed or deleted. Else that was
+        when Amplify last showed it so.
         """
         if subscription is not None and subscription.state in OVER and subscription.state_at is not None:
             return until
-        begun = link.approved_at or link.linked_at
+        begun = max(link.approved_at or link.linked_at, link.served_at or link.linked_at)
         changed = await events.first_change(tx, link.subscription_id, after=begun + APPROVAL_LAGS)
         if changed is not None:
             return min(changed, until)
         missing = absence.of_subscription(link.subscription_id, link.name, link)
         if subscription is None and await absence.deleted_at(tx, missing) is not None:
             return until
-        listed = await marks.find(tx, marks.LISTED)
-        before = None if listed is None else listed.detail.get("before")
-        return min(until, begun if before is None else max(begun, datetime.fromisoformat(before)))
+        return min(until, begun)
 
     async def _hold(self, subscription: Subscription, kind: str, reason: str) -> Wait:
         now = self._clock.now()

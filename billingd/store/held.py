@@ -138,9 +138,12 @@ async def written_off(tx: Tx, subscription_id: str | None) -> list[dict[str, Any
 
 
 async def by_person(tx: Tx, subscription_id: str | None) -> set[str]:
-    """Subjects of what an audit or a run found of a subscription, and a person wrote off or released."""
+    """Subjects of what an audit or a run found of a subscription, and a person wrote off.
+
+    Who releases one has it looked at again, and decides nothing.
+    """
     found = sa.or_(*(held.c.subject.startswith(prefix) for prefix in (AUDITED, HELD)))
-    by_hand = sa.or_(held.c.resolution == RELEASED, held.c.resolution.startswith(WRITTEN_OFF))
+    by_hand = held.c.resolution.startswith(WRITTEN_OFF)
     statement = sa.select(held.c.subject).where(held.c.subscription_id == subscription_id, found, by_hand)
     return set((await tx.execute(statement)).scalars())
 

@@ -42,13 +42,18 @@ class AddOnLink:
     prices: Prices | None = None
 
 
+IDS_MAX: Final = 10_000
+"""Ids in one statement: both databases bound its parameters."""
+
+
 @dataclass(frozen=True, slots=True)
 class SubscriptionLink:
     """A subscription and its Recurly subscription `uuid`.
 
     `created`: exists at Recurly; `active`: approved at Amplify; `ending`: usage counts until `usage_until`,
     then it ends at Recurly; `ended`. `billed_state` is Recurly's own word as of `seen_at`, and so is
-    `unit_amount`: what one of its periods costs without add-ons, in its plan's currency.
+    `unit_amount`: what one of its periods costs without add-ons, in its plan's currency. `served_at` is when
+    Amplify last showed it as approved and not over.
     """
 
     subscription_id: str
@@ -69,6 +74,7 @@ class SubscriptionLink:
     billed_state: str | None = None
     seen_at: datetime | None = None
     unit_amount: Decimal | None = None
+    served_at: datetime | None = None
 
     @property
     def adopted(self) -> bool:
@@ -248,6 +254,19 @@ async def not_approved(tx: Tx, subscription_id: str) -> None:
 async def activate(tx: Tx, subscription_id: str, *, now: datetime) -> bool:
     """The subscription is approved at Amplify; False when it was not waiting for that."""
     return await _move(tx, subscription_id, ("created",), state="active", approved_at=now)
+
+
+async def served(tx: Tx, subscription_ids: Sequence[str], *, at: datetime) -> None:
+    """Amplify showed these as approved, and not over, at that moment; of others nothing is known."""
+    for start in range(0, len(subscription_ids), IDS_MAX):
+        some = subscription_ids[start : start + IDS_MAX]
+        earlier = sa.or_(subscription_links.c.served_at.is_(None), subscription_links.c.served_at < at)
+        await tx.execute(
+            sa.update(subscription_links)
+            .where(subscription_links.c.subscription_id.in_(some), earlier)
+            .where(subscription_links.c.state == "active")
+            .values(served_at=at)
+        )
 
 
 async def begin_ending(tx: Tx, subscription_id: str, *, usage_until: datetime) -> bool:

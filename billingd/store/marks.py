@@ -15,9 +15,6 @@ from billingd.store.schema import marks
 RESYNCED: Final = "resynced"
 """Amplify was listed and compared; `at` is when the listing began."""
 
-LISTED: Final = "listed"
-"""The same, but never taken back; `detail.before` is when the listing before that one began."""
-
 RESTORED: Final = "restored"
 """The store was put back from a copy made at `detail.copied_at`: what happened since is read back first."""
 

@@ -187,6 +187,7 @@ subscription_links = sa.Table(
     sa.Column("billed_state", sa.String(16)),
     _time("seen_at", nullable=True),
     sa.Column("unit_amount", sa.String(32)),
+    _time("served_at", nullable=True),
     one_of("state", "created", "active", "ending", "ended"),
     sa.CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)", name="ended_at"),
     sa.CheckConstraint("(state IN ('ending', 'ended')) = (usage_until IS NOT NULL)", name="usage_until"),

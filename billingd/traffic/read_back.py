@@ -317,7 +317,10 @@ class ReadBack:
             if unread is not None:
                 begins = datetime.fromisoformat(unread.detail["traffic_from"])
                 await marks.clear(tx, unread.name)
-                await read_back.read_again(tx, link.subscription_id, begins, horizon=self._horizon, now=now)
+                # all of it, so that no window of another length is read over what was just written down, and
+                # an end waits for it
+                none = timedelta(0)
+                await read_back.read_again(tx, link.subscription_id, begins, horizon=none, now=now)
 
         await self._watch.keep(link, theirs, along=along)  # and where bills were cut meanwhile
         if new or unread is not None:
@@ -354,7 +357,8 @@ class ReadBack:
         new, earliest = await self._keep(tx, link, found, now=now)
         begins = min(link.usage_from, earliest or link.usage_from)
         await read_back.begin_earlier(tx, link.subscription_id, begins)
-        of, horizon = link.subscription_id, self._horizon
+        # what was written down may lie in windows of another length than those that are read again anyhow
+        of, horizon = link.subscription_id, timedelta(0) if new else self._horizon
         moved = await read_back.read_again(tx, of, begins, horizon=horizon, now=now)
         if new or moved:
             log.warning(
