@@ -18,6 +18,7 @@ import aiohttp
 import sqlalchemy as sa
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from unthreaded import sqlite_in_turn
 
 from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
@@ -684,8 +685,11 @@ def _around(world: World) -> web.Application:
 
 
 @asynccontextmanager
-async def a_rig(url: str, *, start: datetime = START) -> AsyncIterator[Rig]:
-    """A rig on a store of its own; the far sides stand still unless moved."""
+async def a_rig(url: str, *, start: datetime = START, threads: bool = False) -> AsyncIterator[Rig]:
+    """A rig on a store of its own; the far sides stand still unless moved.
+
+    `threads`: SQLite's connections have the threads that they have in the daemon.
+    """
     far = SandboxClock(start)
     app = server.build(clock=far, watch_topic=None)
     world = app[server.WORLD]
@@ -699,6 +703,8 @@ async def a_rig(url: str, *, start: datetime = START) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as stack:
         # ids are drawn anew each time, and with them the hour of the audit: here it is midnight
         stack.enter_context(patch("billingd.traffic.poll.audit_hour", return_value=0))
+        if not threads:
+            stack.enter_context(sqlite_in_turn())
         stack.push_async_callback(front.close)
         await front.show(app)
         base = f"http://127.0.0.1:{front.port}"

@@ -182,11 +182,12 @@ async def test_a_changed_currency_leaves_the_amounts_of_those_there_alone(rig: R
 async def test_a_currency_that_both_sides_know_is_not_taken_for_the_other(rig: Rig) -> None:
     """Recurly has a price in each: the link's is what a new subscription would be made in."""
     [plan] = rig.world.site.plans.values()
-    for prices in (plan.prices, *(one.prices for one in plan.add_ons.values())):
-        prices["EUR"] = prices["USD"]
+    priced: list[Any] = [plan, *plan.add_ons.values()]
+    for one in priced:
+        one.prices["EUR"] = one.prices["USD"]
     plan.prices["USD"] += 5
     spec(rig, "ProductPlan", "metered")["billing"]["currency"] = "EUR"
     late = await rig.subscribe("late")
     await rig.work(2 * LOOK_AGAIN)
-    made = [one for one in rig.world.site.subscriptions.values() if one.given["po_number"] == late]
-    assert [one.given["currency"] for one in made] in ([], ["EUR"])
+    made = [each for each in rig.world.site.subscriptions.values() if each.given["po_number"] == late]
+    assert [each.given["currency"] for each in made] in ([], ["EUR"])

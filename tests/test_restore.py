@@ -687,3 +687,159 @@ async def test_who_came_and_went_since_the_copy_is_ended(rig: Rig, tmp_path: Pat
     [ended] = rig.billed(delta)
     assert ended["state"] == "expired"
     await agrees(rig)
+
+
+async def hide(rig: Rig, name: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Recurly shows nothing of a subscription while `hidden["now"]`; its link's row, and that."""
+    [link] = [row for row in await rig.rows(schema.subscription_links) if row["name"] == name]
+    adapter, hidden = rig.recurly._adapter, {"now": True}
+    shows, lists, uses = adapter.get_subscription, adapter.list_live_subscriptions, adapter.list_usage
+
+    async def shown(uuid: str) -> Any:
+        if uuid == link["uuid"] and hidden["now"]:
+            raise NotFound("not now")
+        return await shows(uuid)
+
+    async def used(uuid: str, *args: Any, **kwargs: Any) -> Any:
+        if uuid == link["uuid"] and hidden["now"]:
+            raise NotFound("not now")
+        return await uses(uuid, *args, **kwargs)
+
+    async def listed() -> Any:
+        return [one for one in await lists() if not hidden["now"] or one.uuid != link["uuid"]]
+
+    adapter.get_subscription, adapter.list_usage, adapter.list_live_subscriptions = shown, used, listed
+    return link, hidden
+
+
+async def left_unread(rig: Rig) -> None:
+    """Reads back what Recurly shows; then Amplify is listed."""
+    await read_back(rig)
+    await rig.poll()
+    await rig.daemon.resync.run_once()
+    await rig.daemon.read_back.run_once()
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("shown", [False, True])
+async def test_what_is_not_read_back_is_not_compared(rig: Rig, tmp_path: Path, shown: bool) -> None:
+    """What the ledger lacks of it is no drift, nor is what Recurly has of it, before that was read."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await life(rig, 6 * HOUR, HOUR, ["acme", "beta", "gamma"])
+    await put_back(rig, copy)
+    beta, hidden = await hide(rig, "beta")
+    await left_unread(rig)
+    await rig.report()
+    hidden["now"] = not shown
+    for _ in range(2):  # what two runs find is held
+        found = await reconciled(rig, repair=True)
+        drifts = [one for one in found["drift"] if one["window_start"] is not None]
+        assert drifts == []
+        unseen = [one for one in found["not_compared"] if one["subscription"] == beta["subscription_id"]]
+        told = {(one["phase"], one["reason"]) for one in unseen if one["phase"] != "links"}
+        assert told == {(phase, "restored, and not read back yet") for phase in ("served", "billed")}
+        await rig.drain()
+        rig.pass_(MINUTE)
+    hidden["now"] = False
+    for _ in range(4):
+        await rig.report()
+    found = await reconciled(rig)
+    assert (found["drift"], [one for one in found["not_compared"] if one["subscription"]]) == ([], [])
+    await agrees(rig)
+
+
+@ONE_DATABASE
+async def test_a_run_in_which_one_is_read_back_finds_nothing_false(rig: Rig, tmp_path: Path) -> None:
+    """It is judged by its mark before each step."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await life(rig, 6 * HOUR, HOUR, ["acme", "beta", "gamma"])
+    await put_back(rig, copy)
+    _, hidden = await hide(rig, "beta")
+    await left_unread(rig)
+    hidden["now"] = False
+    rig.pass_(11 * MINUTE)
+    reconciler = rig.daemon.reconciler
+    run = await reconciler.start()
+    compare = reconciler._served_survey.compare
+    steps = 0
+
+    async def comparing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 1:
+            await rig.poller.watch_periods()  # between a look at the watermark and one at the marks
+            async with rig.store.read() as tx:
+                assert await marks.unread_ones(tx) == {}
+        return await compare(*args, **kwargs)
+
+    reconciler._served_survey.compare = comparing  # type: ignore[method-assign]
+    with pytest.raises(Retryable, match="read again"):
+        await reconciler.finish(run)
+    await rig.poll()
+    await reconciler.finish(run)
+    found = await reconciler.document(run)
+    assert found is not None
+    assert (found["state"], found["drift"], steps > 1) == ("done", [], True)
+    await go_on(rig)
+    await agrees(rig)
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("shown", [False, True])
+async def test_what_ends_without_being_read_back_is_held(rig: Rig, tmp_path: Path, shown: bool) -> None:
+    """All of its usage; should Recurly show it after all, what is there already is not sent again."""
+    copy = await copies.backup(rig.store, tmp_path / "copy.db", now=rig.clock.now())
+    await life(rig, 6 * HOUR, HOUR, ["acme", "beta", "gamma"])
+    await rig.report()
+    await rig.report()
+    await put_back(rig, copy)
+    beta, hidden = await hide(rig, "beta")
+    known = sum(one["units"] for one in await booked(rig, beta))
+    await left_unread(rig)
+    for _ in range(6):
+        await rig.traffic("beta", 100)
+        await rig.report()
+    [item] = await standing(rig, "ended_at_recurly")
+    assert "recorded" in item["reason"]
+    assert "its usage is held" not in item["reason"]
+    await rig.move("beta", "cancel")
+    await rig.hear()
+    await rig.report()
+    await rig.settled()
+    await rig.work(20 * MINUTE)  # it ends
+    for _ in range(2):
+        await rig.report()
+    [link] = [row for row in await rig.rows(schema.subscription_links) if row["name"] == "beta"]
+    assert (link["state"], link["billed_state"]) == ("ended", "missing")
+    served = served_units(rig, "beta")
+    assert sum(one["units"] for one in await booked(rig, beta)) == served
+    items = await standing(rig, "usage_after_end")
+    assert sum(item["units"] for item in items) == served - known >= 600
+    assert any("never read back" in one for one in rig.channels.provider)
+    if not shown:
+        return
+    hidden["now"] = False
+    for _ in range(2):
+        rig.pass_(11 * MINUTE)
+        await rig.poller.watch_periods()
+        await rig.drain()
+    await go_on(rig)
+    await rig.settled()
+    assert [one["state"] for one in rig.billed(beta["subscription_id"])] == ["expired"]
+    await agrees(rig)
+
+
+async def booked(rig: Rig, link: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the ledger has of a subscription."""
+    rows = await rig.rows(schema.usage_records)
+    return [row for row in rows if row["subscription_id"] == link["subscription_id"]]
+
+
+def served_units(rig: Rig, name: str) -> int:
+    [row] = [one for one in rig.ledger()["subscriptions"] if one["name"] == name]
+    return int(row["served_units"])
+
+
+async def standing(rig: Rig, kind: str) -> Any:
+    async with rig.store.read() as tx:
+        return await held.standing(tx, kind=kind)

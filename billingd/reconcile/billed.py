@@ -16,8 +16,8 @@ from billingd.domain.usage import corrected_tag
 from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.reconcile.places import place_of
-from billingd.reconcile.scope import billed_since
-from billingd.store import links, outbox, usage
+from billingd.reconcile.scope import UNREAD, billed_since
+from billingd.store import links, marks, outbox, usage
 from billingd.store.drift import Run
 from billingd.store.engine import Store, Tx
 from billingd.store.links import AddOnLink, SubscriptionLink
@@ -75,9 +75,13 @@ class BilledSurvey:
         self._settling = settling
 
     async def compare(self, run: Run, mark: Watermark, link: SubscriptionLink) -> Surveyed:
-        """Every usage record of one subscription at Recurly, billed or not, against the ledger."""
+        """Every usage record of one subscription at Recurly, billed or not, against the ledger.
+
+        Raises Permanent where a restore left the ledger without what is there.
+        """
         async with self._store.read() as tx:
             add_ons = await links.add_ons_of(tx, link.plan_id)
+            await _require_read_back(tx, link)
         found: list[Drift] = []
         records = held_units = calls = 0
         since = max(billed_since(run, link, mark.length), floor(link.usage_from, mark.length))
@@ -88,6 +92,8 @@ class BilledSurvey:
                 records += one.records
                 held_units += one.held_units
                 calls += one.calls
+        async with self._store.read() as tx:
+            await _require_read_back(tx, link)  # marked meanwhile
         return Surveyed(found, records, held_units, calls)
 
     async def answers(self, others: Sequence[SubscriptionLink]) -> bool:
@@ -195,6 +201,11 @@ class BilledSurvey:
         fresh = one.reported_at is not None and one.reported_at > self._clock.now() - self._settling
         under_way = fresh if one.state == "reported" else one.id in sending
         return Entry(one.id, one.record, one.state, under_way)
+
+
+async def _require_read_back(tx: Tx, link: SubscriptionLink) -> None:
+    if await marks.find(tx, marks.unread(link.subscription_id)) is not None:
+        raise Permanent(UNREAD)
 
 
 def _slices(start: datetime, end: datetime, step: timedelta) -> Iterator[tuple[datetime, datetime]]:

@@ -265,13 +265,18 @@ class Reconciler:
             start = datetime.fromisoformat(run.cursor)
         stop = min(floor(run.until, mark.length), mark.at)
         end = min(start + CHUNK_WINDOWS * mark.length, stop)
-        found = []
+        found: list[Drift] = []
+        unread: list[dict[str, Any]] = []
         start = max(start, self._served_survey.kept_from(mark, run.started_at))
         if start < end:
-            found = await self._served_survey.compare(run, mark, start, end)
+            found, unread = await self._served_survey.compare(run, mark, start, end)
         over = end >= stop
         await self._keep(
-            run, found, phase=BILLED if over else SERVED, cursor=None if over else end.isoformat()
+            run,
+            found,
+            phase=BILLED if over else SERVED,
+            cursor=None if over else end.isoformat(),
+            not_compared=unread,
         )
 
     async def _billed(self, run: Run, mark: Watermark) -> None:
@@ -416,8 +421,9 @@ class Reconciler:
             unseen = [one.drift for one in lost if scope.hides(one.drift)]
             await drift.add(tx, run.id, await not_accepted(tx, unseen))
         totals = await drift.totals(tx, run.id)
-        unread = sum(
-            one["subscription"] is not None or one.get("phase") == LINKS for one in latest.not_compared
+        unseen_ones = {one["subscription"] for one in latest.not_compared} - {None}  # in one phase or several
+        unread = len(unseen_ones) + sum(
+            one["subscription"] is None and one.get("phase") == LINKS for one in latest.not_compared
         )
         drifting = totals.drifting > 0 or unread > 0
         await drift.finish(tx, run.id, now=now, drifting=drifting)

@@ -20,6 +20,9 @@ BILLED: Final = "billed"
 LINKS: Final = "links"
 REPAIR: Final = "repair"
 
+UNREAD: Final = "restored, and not read back yet"
+"""Why nothing is compared of a subscription that Recurly has not shown since: what it lacks is no drift."""
+
 
 def not_compared(
     phase: str,

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 from billingd.domain.drift import Drift
 from billingd.domain.drift_usage import compare_served
+from billingd.domain.errors import Retryable
 from billingd.domain.usage import Reading
 from billingd.domain.windows import Window, floor
 from billingd.reconcile import scope
 from billingd.reconcile.places import place_of
-from billingd.store import links, usage
+from billingd.store import links, marks, usage, watermarks
 from billingd.store.drift import Run
 from billingd.store.engine import Store
 from billingd.store.links import AddOnLink, SubscriptionLink
@@ -86,8 +87,13 @@ class ServedSurvey:
                 begins = ends
         return told
 
-    async def compare(self, run: Run, mark: Watermark, start: datetime, end: datetime) -> list[Drift]:
+    async def compare(
+        self, run: Run, mark: Watermark, start: datetime, end: datetime
+    ) -> tuple[list[Drift], list[dict[str, Any]]]:
         """Windows of [start, end) as Amplify counts them now, for all subscriptions at once.
+
+        The second are those that are yet to be read back, as entries of `not_compared`. Raises Retryable when
+        what was read already is to be read again since `mark` was found.
 
         The ledger is looked at before and after: what is booked meanwhile is no drift. Where more is counted
         in a window within the horizon, the poll reads it again in between, for it only came late.
@@ -99,8 +105,14 @@ class ServedSurvey:
                 if run.subscription_id in {None, one.subscription_id} and one.usage_from < end
             }
             add_ons = await links.add_ons(tx)
+            unread = set(await marks.unread_ones(tx))
+            mark_now = await watermarks.find(tx, mark.source)
+        if mark_now is not None and mark_now.at < end:  # as when one was read back just now
+            raise Retryable("traffic is to be read again; it is compared then")
+        told = _untold(run, linked.keys() & unread, start)
+        linked = {name: link for name, link in linked.items() if name not in unread}
         if not linked or not add_ons:
-            return []
+            return [], told
         again_from = _ceil(mark.at - self._horizon, mark.length)
         before = await self._recorded(start, end, mark.length, linked)
         counted = await self._counted(linked, add_ons, set(linked), set(add_ons), start, end, mark.length)
@@ -113,6 +125,10 @@ class ServedSurvey:
             since, until = min(one.start for one in late), max(one.end for one in late)
             await self._poller.read_range(since, until, subscription=run.subscription_id)
         after = await self._recorded(start, end, mark.length, linked)
+        async with self._store.read() as tx:
+            unread = set(await marks.unread_ones(tx))
+        told += _untold(run, linked.keys() & unread, start)  # marked meanwhile
+        linked = {name: link for name, link in linked.items() if name not in unread}
         differing = {}
         for key in counted.keys() | before.keys() | after.keys():
             link, add_on = linked.get(key[0]), add_ons.get(key[1])
@@ -136,7 +152,7 @@ class ServedSurvey:
             )
             if drift is not None:
                 found.append(drift)
-        return found
+        return found, told
 
     async def _recorded(
         self, start: datetime, end: datetime, length: timedelta, linked: Collection[str]
@@ -191,6 +207,15 @@ class ServedSurvey:
         )
         pair = (link.subscription_id, add_on.quota_id)
         return sum(units for key, units in counted.items() if key[:2] == pair)
+
+
+def _untold(run: Run, unread: Collection[str], start: datetime) -> list[dict[str, Any]]:
+    """Entries for those that are yet to be read back, from here on; one is enough for each."""
+    known = {one["subscription"] for one in run.not_compared if one["reason"] == scope.UNREAD}
+    return [
+        scope.not_compared(scope.SERVED, start, run.until, scope.UNREAD, subscription=name)
+        for name in sorted(set(unread) - known)
+    ]
 
 
 def _ceil(moment: datetime, length: timedelta) -> datetime:

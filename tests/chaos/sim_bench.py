@@ -86,6 +86,7 @@ def inline(
         mock.patch.object(secrets, "token_urlsafe", lambda count=16: chance.randbytes(count).hex()),
         mock.patch.object(outbox, "IDLE_MAX", timedelta(hours=6)),
         mock.patch.object(daemon, "PROBE_EVERY", timedelta(hours=6)),
+        mock.patch.object(daemon, "TROUBLES_EVERY", timedelta(hours=6)),
         mock.patch.object(daemon, "REFRESH_EVERY", timedelta(hours=6)),
         mock.patch.object(daemon, "RETENTION_EVERY", timedelta(hours=12)),
         mock.patch.object(resync, "LOOK_EVERY", timedelta(hours=6)),

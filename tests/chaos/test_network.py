@@ -233,7 +233,7 @@ async def test_whatever_goes_wrong_on_the_wire_each_unit_is_billed_once(
             stack.enter_context(each)
         if not FULL:
             stack.enter_context(sqlite_inline())
-        async with a_rig(url) as rig:
+        async with a_rig(url, threads=True) as rig:
             rig.accounts_missing, rig.on_cancel, rig.look_again = "create", playing.on_cancel, HOUR / 2
             rig.start()
             played = Script()

@@ -75,7 +75,7 @@ async def test_units_on_both_sides_of_a_bill_are_on_their_own(
 ) -> None:
     """Traffic a minute before each boundary and a minute after it, in the same window, is billed apart."""
     script, edges = Script(), []
-    async with a_rig(url, start=anchor) as rig:
+    async with a_rig(url, start=anchor, threads=True) as rig:
         await opened(rig, script, MONTHLY)
         for number in range(1, PERIODS + 1):
             edges.append(ends := ends_at(rig))
@@ -100,7 +100,7 @@ async def test_units_on_both_sides_of_a_bill_are_on_their_own(
 async def test_eight_days_of_sleep_with_writes_unanswered(url: str, record_property: Record) -> None:
     """The machine was suspended while nobody knew what became of a write: it is looked up, not repeated."""
     units = faults = 0
-    async with a_rig(url) as rig:
+    async with a_rig(url, threads=True) as rig:
         played = Script()
         await opened(rig, played, MONTHLY)
         saved = await rig.save()
@@ -125,7 +125,7 @@ async def test_a_clock_that_is_wrong_and_jumps(chunk: int, url: str, record_prop
     """Up to an hour fast or slow, set anew at random moments, also while outcomes are unknown."""
     units = faults = played_seeds = 0
     failures: list[str] = []
-    async with a_rig(url) as rig:
+    async with a_rig(url, threads=True) as rig:
         played = Script()
         await opened(rig, played, DAILY)
         saved = await rig.save()
