@@ -270,7 +270,9 @@ class SubscriptionProvisioner:
         if plan is not None:
             return plan
         if working:
-            soon = SOON if working[0]["attempt"] <= 1 else self._policy.look_again
+            left = working[0]["due_at"] - self._clock.now()  # of its next attempt, should it need another
+            soon = SOON if working[0]["attempt"] <= 1 else max(left, timedelta(0)) + SOON
+            soon = min(soon, self._policy.look_again)
             return Wait(soon, f"plan {subscription.plan_name} is being provisioned")
         if dead:
             reason = (

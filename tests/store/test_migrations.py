@@ -256,6 +256,7 @@ async def test_a_store_with_work_in_flight_is_upgraded_with_everything_kept(firs
                     "via",
                     "happened_at",
                     "unit_amount",
+                    "served_at",
                     "sends",
                     "gave_up_at",
                     "missed_at",
