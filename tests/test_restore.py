@@ -119,8 +119,8 @@ async def agrees(rig: Rig) -> None:
 
 SPANS = {
     "one hour": (HOUR, HOUR / 2),
-    "three days": (3 * DAY, 3 * HOUR),
-    "thirty days": (30 * DAY, 8 * HOUR),
+    "three days": (3 * DAY, 6 * HOUR),
+    "thirty days": (30 * DAY, DAY),
 }
 
 
