@@ -23,7 +23,7 @@ from billingd.store.schema import metadata
 MEMORY = Path("/dev/shm")
 ROOM = 4 * 1024**3
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= ROOM:
-    # no test's outcome depends on a disk that is slow; what a process leaves when it is killed is the same here
+    # no outcome depends on a slow disk, and what a killed process leaves is the same here
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 settings.register_profile("billingd", deadline=None, derandomize=True)  # the same on every machine
@@ -47,7 +47,7 @@ def clock() -> ManualClock:
 
 DATABASE = "billingd_test"
 QUICK = ("fsync = off", "full_page_writes = off", "synchronous_commit = off")
-"""This server is never killed; what is proved of a killed one is proved in chaos/, on one with its defaults."""
+"""This server is never killed; the one that is, in chaos/, has its defaults."""
 
 EMPTYING = "; ".join(
     (
