@@ -1,13 +1,17 @@
 """What is at Recurly and not in the ledger: which of it is ours, and what becomes of the rest."""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
-from linked import HOUR, TEN, Bills, add_on, link, subscription
+from linked import HOUR, TEN, Bills, Counted, add_on, link, subscription
 from manual_clock import ManualClock
 
-from billingd.domain.billing import BilledUsage
+from billingd.admin import operations
+from billingd.domain.billing import BilledSubscription, BilledUsage
 from billingd.domain.errors import NotFound, Retryable
 from billingd.domain.periods import Period
 from billingd.domain.usage import book, merchant_tag, parse_tag
@@ -17,6 +21,7 @@ from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
 from billingd.traffic.periods import PeriodWatch
+from billingd.traffic.poll import TrafficPoller
 from billingd.traffic.read_back import ReadBack, _stretches
 
 WINDOW = Window(TEN, TEN + HOUR)
@@ -30,6 +35,7 @@ class Far(Bills):
         super().__init__(clock)
         self.usage: dict[str, list[tuple[datetime, BilledUsage]]] = {}
         self.asked: list[tuple[str, datetime]] = []
+        self.hidden: set[str] = set()
 
     def hold(
         self,
@@ -45,6 +51,14 @@ class Far(Bills):
         there = self.usage.setdefault(code, [])
         one = BilledUsage(id_ or f"u{len(there)}", units, tag, at, TEN if billed else None)
         there.append((recorded_at, one))
+
+    async def get_subscription(self, uuid: str) -> BilledSubscription:
+        if uuid in self.hidden:
+            raise NotFound(uuid)
+        return await super().get_subscription(uuid)
+
+    async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]:
+        return tuple(one for one in await super().list_live_subscriptions() if one.uuid not in self.hidden)
 
     async def list_recorded_usage(
         self, subscription_uuid: str, add_on_code: str, *, since: datetime
@@ -393,6 +407,100 @@ async def test_a_404_of_an_add_on_that_the_subscription_has_is_no_answer(
     assert await rows(store) == {}
     far.shown["uuid-s1"] = replace(far.shown["uuid-s1"], add_on_codes=("amplify-quota-q1",))
     assert await reader.subscription(found, since=TEN) == 1
+
+
+@pytest.fixture
+async def given_up(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack
+) -> tuple[TrafficPoller, Counted]:
+    """It was over at Amplify at noon while Recurly did not show it after a restore; read until four."""
+    over = subscription(state="ending", usage_until=TEN + 2 * HOUR)
+    await link(store, over, add_ons=[add_on(), add_on("q2")])
+    far.hidden.add("uuid-s1")
+    async with store.write() as tx:
+        await links.end(tx, "s1", billed_state="missing", now=TEN + 2 * HOUR)
+        told = {"subscription": "s1", "since": TEN.isoformat(), "traffic_from": TEN.isoformat()}
+        await marks.note(tx, marks.unread("s1"), at=clock.now(), detail=told)
+        await watermarks.begin(tx, Counted.name, TEN, HOUR, now=TEN)
+        mine = list(book("s1", "q1", {WINDOW: 3}, {}, before=WINDOW.end))
+        await usage.insert(tx, mine, now=WINDOW.end, state="held")  # of the copy
+    source = Counted()
+    source.serve(5)
+    source.serve(4, hours=1)
+    source.serve(8, hours=1, quota="q2")
+    poller = TrafficPoller(
+        store,
+        clock,
+        source,
+        reader._watch,
+        length=HOUR,
+        settle=HOUR,
+        horizon=3 * DAY,
+        wake_outbox=asyncio.Event(),
+    )
+    clock.advance(6 * HOUR)
+    await poller.run_once()
+    return poller, source
+
+
+async def sums(store: Store) -> dict[str, tuple[int, int]]:
+    """The id and the units of what is held in a sum, by its add-on."""
+    async with store.read() as tx:
+        items: Sequence[dict[str, Any]] = await held.standing(tx, kind="usage_not_read_back")
+    return {item["add_on_code"][-2:]: (item["id"], item["units"]) for item in items}
+
+
+async def test_what_is_not_read_back_is_counted_and_not_recorded(
+    store: Store, clock: ManualClock, given_up: tuple[TrafficPoller, Counted]
+) -> None:
+    """Beyond what the ledger has: what the copy held is held by itself. In windows of any length, once."""
+    poller, source = given_up
+    assert await rows(store) == {tag(): (3, "held", None)}
+    assert {code: units for code, (_, units) in (await sums(store)).items()} == {"q1": 6, "q2": 8}
+    async with store.write() as tx:  # as it was read in quarters once
+        at = TEN + 1.5 * HOUR
+        await usage.set_unlinked(tx, "s1", "q1", at, 3, now=clock.now())
+    source.serve(6, hours=1)
+    await poller.run_once()
+    assert {code: units for code, (_, units) in (await sums(store)).items()} == {"q1": 8, "q2": 8}
+    assert await rows(store) == {tag(): (3, "held", None)}
+
+
+async def test_what_a_person_decided_on_is_not_billed_unasked(
+    store: Store, clock: ManualClock, far: Far, reader: ReadBack, given_up: tuple[TrafficPoller, Counted]
+) -> None:
+    """What is counted since is held beside it; shown again, nothing happens before that was released."""
+    poller, source = given_up
+    held_id, _ = (await sums(store))["q1"]
+    assert await operations.write_off(store, held_id, reason="charged by hand", now=clock.now())
+    await poller.run_once()
+    assert (await sums(store)).keys() == {"q2"}
+    source.serve(9, hours=1.5)
+    await poller.run_once()
+    assert (await sums(store))["q1"][1] == 9
+
+    far.hidden.clear()
+    far.hold(tag(), 3, at=WINDOW.start)
+    far.hold(tag(), 0, code="amplify-quota-q2")
+    for _ in range(2):
+        clock.advance(HOUR)
+        await poller.run_once()
+    assert (far.asked, (await sums(store)).keys()) == ([], {"q1", "q2"})
+    assert await rows(store) == {tag(): (3, "held", None)}
+    async with store.read() as tx:
+        [shown] = await held.standing(tx, kind="shown_again")
+    assert "6 unit(s)" in shown["reason"]
+
+    assert await operations.release(store, shown["id"], now=clock.now())
+    clock.advance(HOUR)
+    await poller.run_once()
+    await poller.run_once()
+    assert await sums(store) == {}
+    there = {(one[0], one[1]) for one in (await rows(store)).values()}
+    assert there == {(3, "reported"), (2, "recorded"), (13, "recorded"), (8, "recorded")}
+    async with store.read() as tx:
+        assert await usage.unlinked_units(tx) == 0
+        assert await marks.unread_ones(tx) == {}
 
 
 def test_times_are_looked_for_in_stretches() -> None:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from billingd.domain.attempts import Action, State
+from billingd.domain.delivery import NOT_READ_BACK
 from billingd.domain.drift import KINDS
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import END_SUBSCRIPTION
@@ -20,7 +21,7 @@ from billingd.store.stakes import usage_hold
 IDS_MAX: Final = 10_000
 """Ids in one statement: both databases bound its parameters."""
 
-FACTS: Final = frozenset({"reading_shrank", "before_link", NATIVE_BILLING, *KINDS})
+FACTS: Final = frozenset({"reading_shrank", "before_link", NOT_READ_BACK, NATIVE_BILLING, *KINDS})
 """Kinds of held items that only tell of something: there is nothing of ours to send or to mend."""
 
 

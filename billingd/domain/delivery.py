@@ -22,6 +22,8 @@ NOT_THERE: Final = "Recurly has no such subscription"
 
 LATE: Final = "late_usage"
 AFTER_END: Final = "usage_after_end"
+NOT_READ_BACK: Final = "usage_not_read_back"
+"""Kind of the held sum of one that ended while what Recurly has of it was unknown after a restore."""
 
 
 @dataclass(frozen=True, slots=True)

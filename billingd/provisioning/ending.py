@@ -18,7 +18,7 @@ from billingd.domain.sending import body_hash, idempotency_key
 from billingd.loops import Clock
 from billingd.once import Once
 from billingd.provisioning.holding import hold
-from billingd.store import held, history, intents, links, marks, outbox, read_back, usage, watermarks
+from billingd.store import held, history, intents, links, marks, outbox, usage, watermarks
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
@@ -43,9 +43,6 @@ GONE_FOR: Final = timedelta(minutes=1)
 
 BLOCKED_AFTER: Final = timedelta(days=1)
 """How long after its last windows were read an end may wait before a person is told."""
-
-GIVEN_UP: Final = "given_up:"
-"""Before the name of its other mark: it ended while it was yet to be read back (`traffic.far_ends`)."""
 
 BLOCKED: Final = "end_blocked"
 SERVED: Final = "ended_but_served"
@@ -186,7 +183,6 @@ class SubscriptionEnder:
             unreported = await usage.unreported_of(tx, action.args["id"])
             used_at = await usage.last_served(tx, action.args["id"])
             unread = await marks.find(tx, marks.unread(action.args["id"]))
-            unread = unread or await marks.find(tx, GIVEN_UP + marks.unread(action.args["id"]))
         if link is None or link.state != "ending" or link.usage_until is None:
             return None
         theirs = await self._seen_if_there(link)
@@ -230,13 +226,12 @@ class SubscriptionEnder:
         async with self._store.write() as tx:
             if charged:
                 await hold(tx, *_renewed(link, charged, served_until, now), now=now)
-            given_up = theirs is None and await _give_up(tx, link, now=now)
             if not await links.end(tx, link.subscription_id, billed_state=how, now=now):
                 return None
             await held.close(tx, subject=_blocked(link), resolution="it has ended", now=now)
             if served is not None and served.approval in HELD_SERVED:
                 await hold_served(tx, link, served.approval, now=now)
-            await outbox.insert(tx, [_notice(link, how, given_up=given_up)], now=now)
+            await outbox.insert(tx, [_notice(link, how, unread=unread is not None)], now=now)
         return None
 
     async def _served(self, link: SubscriptionLink) -> Subscription | None:
@@ -413,40 +408,24 @@ def _blocked(link: SubscriptionLink) -> str:
     return f"subscription:{link.subscription_id}:end_blocked"
 
 
-async def _give_up(tx: Tx, link: SubscriptionLink, *, now: datetime) -> bool:
-    """Have its traffic read although it was never read back: Recurly does not show it, so all of it is held.
-
-    Should it show up again, it is read back after all (`traffic.far_ends`). False: nothing was to be read.
-    """
-    mark = await marks.find(tx, marks.unread(link.subscription_id))
-    if mark is None:
-        return False
-    await marks.clear(tx, mark.name)
-    await marks.note(tx, GIVEN_UP + mark.name, at=now, detail=mark.detail)
-    begins = datetime.fromisoformat(mark.detail["traffic_from"])
-    # all of it: no poll has booked anything of it since
-    await read_back.read_again(tx, link.subscription_id, begins, horizon=timedelta(0), now=now)
-    log.warning("read_back.given_up", subscription=link.subscription_id, uuid=link.uuid)
-    return True
-
-
-def _notice(link: SubscriptionLink, how: str, *, given_up: bool) -> Action:
+def _notice(link: SubscriptionLink, how: str, *, unread: bool) -> Action:
     assert link.usage_until is not None
     return provider_notice(
         f"subscription-ended:{link.subscription_id}:{link.usage_until.isoformat()}",
         f"{link.title} has ended",
         f"Subscription {link.title} ({link.name}) is over at Amplify; Recurly's subscription {link.uuid} "
-        + _told(link, how, given_up=given_up),
+        + _told(link, how, unread=unread),
     )
 
 
-def _told(link: SubscriptionLink, how: str, *, given_up: bool) -> str:
+def _told(link: SubscriptionLink, how: str, *, unread: bool) -> str:
     """What was done, and is left to do: Recurly refunds what was paid, and an open invoice stays open."""
-    if given_up:
+    if how == MISSING and unread:
         return (
             "is not there any more, so nothing was ended. The store was restored, and this was never read "
-            "back since: all its usage from then on is held, also what Recurly may have billed before. "
-            "Should it show up again, it is read back, and the next resync ends it."
+            "back since: what is counted of it from then on is held, in one sum for each quota, also what "
+            "Recurly may have billed before. Should it show up again, it is read back, and the next resync "
+            "ends it."
         )
     if how == MISSING:
         return (

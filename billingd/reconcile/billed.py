@@ -8,6 +8,7 @@ from typing import Final, Literal, Protocol
 
 from billingd.domain.attempts import UNFINISHED
 from billingd.domain.billing import BilledSubscription, BilledUsage
+from billingd.domain.delivery import NOT_READ_BACK
 from billingd.domain.drift import Drift
 from billingd.domain.drift_usage import Entry, Place, compare_billed
 from billingd.domain.errors import NotFound, Permanent, Retryable
@@ -17,7 +18,7 @@ from billingd.domain.windows import floor
 from billingd.loops import Clock
 from billingd.reconcile.places import place_of
 from billingd.reconcile.scope import UNREAD, billed_since
-from billingd.store import links, marks, outbox, usage
+from billingd.store import held, links, marks, outbox, usage
 from billingd.store.drift import Run
 from billingd.store.engine import Store, Tx
 from billingd.store.links import AddOnLink, SubscriptionLink
@@ -77,13 +78,18 @@ class BilledSurvey:
     async def compare(self, run: Run, mark: Watermark, link: SubscriptionLink) -> Surveyed:
         """Every usage record of one subscription at Recurly, billed or not, against the ledger.
 
-        Raises Permanent where a restore left the ledger without what is there.
+        Raises Permanent where a restore left the ledger without what is there. What ended before it was read
+        back, and is not there any more, is held: that is counted.
         """
         async with self._store.read() as tx:
             add_ons = await links.add_ons_of(tx, link.plan_id)
-            await _require_read_back(tx, link)
+            unread = await marks.find(tx, marks.unread(link.subscription_id)) is not None
+            sums = await held.standing(tx, kind=NOT_READ_BACK)
+        if unread and (link.state != "ended" or await self._is_there(link)):
+            raise Permanent(UNREAD)
         found: list[Drift] = []
-        records = held_units = calls = 0
+        held_units = sum(one["units"] for one in sums if one["subscription_id"] == link.subscription_id)
+        records = calls = 0
         since = max(billed_since(run, link, mark.length), floor(link.usage_from, mark.length))
         for add_on in add_ons:
             for start, end in _slices(since, run.until, mark.length * SLICE_WINDOWS):
@@ -93,7 +99,9 @@ class BilledSurvey:
                 held_units += one.held_units
                 calls += one.calls
         async with self._store.read() as tx:
-            await _require_read_back(tx, link)  # marked meanwhile
+            marked = await marks.find(tx, marks.unread(link.subscription_id)) is not None
+        if marked != unread or (unread and found):
+            raise Permanent(UNREAD)
         return Surveyed(found, records, held_units, calls)
 
     async def answers(self, others: Sequence[SubscriptionLink]) -> bool:
@@ -180,14 +188,19 @@ class BilledSurvey:
         self, link: SubscriptionLink, place: Place, ledger: dict[str, Entry], length: timedelta
     ) -> list[Drift]:
         """Recurly has no such add-on on the subscription; where it has no such subscription, links tell."""
-        try:
-            await self._billing.get_subscription(link.uuid)
-        except NotFound:
+        if not await self._is_there(link):
             return []
         why = "the subscription has no such add-on at Recurly"
         fix = f"{why}: `billingd resync` attaches it; then `billingd reconcile --repair`"
         missing = compare_billed(place, ledger, {}, foreign_from=link.usage_from, length=length)
         return [replace(one, cause=why, fix=fix, repairable=False, detail={}) for one in missing]
+
+    async def _is_there(self, link: SubscriptionLink) -> bool:
+        try:
+            await self._billing.get_subscription(link.uuid)
+        except NotFound:
+            return False
+        return True
 
     @staticmethod
     async def _sending(tx: Tx, link: SubscriptionLink, add_on: AddOnLink) -> set[int]:
@@ -201,11 +214,6 @@ class BilledSurvey:
         fresh = one.reported_at is not None and one.reported_at > self._clock.now() - self._settling
         under_way = fresh if one.state == "reported" else one.id in sending
         return Entry(one.id, one.record, one.state, under_way)
-
-
-async def _require_read_back(tx: Tx, link: SubscriptionLink) -> None:
-    if await marks.find(tx, marks.unread(link.subscription_id)) is not None:
-        raise Permanent(UNREAD)
 
 
 def _slices(start: datetime, end: datetime, step: timedelta) -> Iterator[tuple[datetime, datetime]]:

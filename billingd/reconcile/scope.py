@@ -9,7 +9,7 @@ from billingd.domain.drift import Drift
 from billingd.domain.usage import parse_tag
 from billingd.domain.windows import floor
 from billingd.reconcile.document import time_text
-from billingd.store import links
+from billingd.store import links, marks
 from billingd.store.drift import Run
 from billingd.store.engine import Tx
 from billingd.store.links import SubscriptionLink
@@ -61,11 +61,14 @@ class Scope:
     run: Run
     mark: Watermark
     linked: Mapping[str, SubscriptionLink]
+    unread: Collection[str] = ()
+    """What is yet to be read back: its usage is compared with nothing."""
 
     @classmethod
     async def of(cls, tx: Tx, run: Run, mark: Watermark) -> "Scope":
         """The scope of a run as it stands."""
-        return cls(run, mark, {one.subscription_id: one for one in await links.subscriptions(tx)})
+        linked = {one.subscription_id: one for one in await links.subscriptions(tx)}
+        return cls(run, mark, linked, await marks.unread_ones(tx))
 
     def covers(self, found: Drift) -> bool:
         """Whether the run would have found this, were it still so."""
@@ -84,7 +87,9 @@ class Scope:
         return begin <= found.window_start and end <= until
 
     def hides(self, found: Drift) -> bool:
-        """Whether it lies in what the run says that it could not compare."""
+        """Whether it lies in what the run could not compare."""
+        if found.window_start is not None and found.subscription_id in self.unread:
+            return True
         return any(_hidden(one, found) for one in self.run.not_compared)
 
 

@@ -1,7 +1,7 @@
 """Served: what Amplify counts now, window by window for all subscriptions at once, against the ledger."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
@@ -92,7 +92,8 @@ class ServedSurvey:
     ) -> tuple[list[Drift], list[dict[str, Any]]]:
         """Windows of [start, end) as Amplify counts them now, for all subscriptions at once.
 
-        The second are those that are yet to be read back, as entries of `not_compared`. Raises Retryable when
+        The second are those that are yet to be read back, as entries of `not_compared`; what ended before
+        that is held in one sum, and needs none. Raises Retryable when
         what was read already is to be read again since `mark` was found.
 
         The ledger is looked at before and after: what is booked meanwhile is no drift. Where more is counted
@@ -109,7 +110,7 @@ class ServedSurvey:
             mark_now = await watermarks.find(tx, mark.source)
         if mark_now is not None and mark_now.at < end:  # as when one was read back just now
             raise Retryable("traffic is to be read again; it is compared then")
-        told = _untold(run, linked.keys() & unread, start)
+        told = _untold(run, linked, unread, start)
         linked = {name: link for name, link in linked.items() if name not in unread}
         if not linked or not add_ons:
             return [], told
@@ -127,7 +128,7 @@ class ServedSurvey:
         after = await self._recorded(start, end, mark.length, linked)
         async with self._store.read() as tx:
             unread = set(await marks.unread_ones(tx))
-        told += _untold(run, linked.keys() & unread, start)  # marked meanwhile
+        told += _untold(run, linked, unread, start)  # marked meanwhile
         linked = {name: link for name, link in linked.items() if name not in unread}
         differing = {}
         for key in counted.keys() | before.keys() | after.keys():
@@ -209,12 +210,15 @@ class ServedSurvey:
         return sum(units for key, units in counted.items() if key[:2] == pair)
 
 
-def _untold(run: Run, unread: Collection[str], start: datetime) -> list[dict[str, Any]]:
+def _untold(
+    run: Run, linked: Mapping[str, SubscriptionLink], unread: Collection[str], start: datetime
+) -> list[dict[str, Any]]:
     """Entries for those that are yet to be read back, from here on; one is enough for each."""
     known = {one["subscription"] for one in run.not_compared if one["reason"] == scope.UNREAD}
     return [
         scope.not_compared(scope.SERVED, start, run.until, scope.UNREAD, subscription=name)
-        for name in sorted(set(unread) - known)
+        for name in sorted(linked.keys() & set(unread) - known)
+        if linked[name].state != "ended"
     ]
 
 

@@ -137,6 +137,15 @@ async def written_off(tx: Tx, subscription_id: str | None) -> list[dict[str, Any
     return [dict(row) for row in (await tx.execute(statement)).mappings()]
 
 
+async def decided(tx: Tx, subscription_id: str, kind: str, *, since: datetime) -> list[dict[str, Any]]:
+    """What a person released or wrote off of a subscription since a moment."""
+    columns = held.c
+    by_hand = sa.or_(columns.resolution == RELEASED, columns.resolution.startswith(WRITTEN_OFF))
+    of_it = sa.and_(columns.subscription_id == subscription_id, columns.kind == kind)
+    statement = sa.select(held).where(of_it, columns.closed_at >= since, by_hand)
+    return [dict(row) for row in (await tx.execute(statement)).mappings()]
+
+
 async def by_person(tx: Tx, subscription_id: str | None) -> set[str]:
     """Subjects of what an audit or a run found of a subscription, and a person wrote off.
 

@@ -348,7 +348,10 @@ async def by_window(tx: Tx, *, limit: int) -> list[dict[str, Any]]:
 async def set_unlinked(
     tx: Tx, subscription_id: str, quota_id: str, window_start: datetime, units: int, *, now: datetime
 ) -> None:
-    """Traffic that belongs to no linked subscription: counted and shown, never dropped in silence."""
+    """Traffic that is not recorded: of no linked subscription, or of one that is yet to be read back.
+
+    It is counted and shown, never dropped in silence.
+    """
     row = {
         "subscription_id": subscription_id,
         "quota_id": quota_id,
@@ -368,6 +371,33 @@ async def unlinked_before(tx: Tx, subscription_id: str, quota_id: str, moment: d
         columns.window_start < moment,
     )
     return int((await tx.execute(statement)).scalar_one() or 0)
+
+
+async def count_unread(
+    tx: Tx, subscription_id: str, quota_id: str, window: Window, units: int, *, now: datetime
+) -> None:
+    """What a window of one that is yet to be read back lacks, in place of what was counted in it before."""
+    columns = unlinked_traffic.c
+    await tx.execute(
+        sa.delete(unlinked_traffic).where(
+            columns.subscription_id == subscription_id,
+            columns.quota_id == quota_id,
+            columns.window_start >= window.start,
+            columns.window_start < window.end,  # in windows of another length, as it was then
+        )
+    )
+    await set_unlinked(tx, subscription_id, quota_id, window.start, units, now=now)
+
+
+async def unlinked_since(tx: Tx, subscription_id: str, moment: datetime) -> dict[str, int]:
+    """Units of a subscription that are not recorded, in windows or pieces from a moment on, by quota id."""
+    columns = unlinked_traffic.c
+    statement = (
+        sa.select(columns.quota_id, sa.func.sum(columns.units))
+        .where(columns.subscription_id == subscription_id, columns.window_start >= moment)
+        .group_by(columns.quota_id)
+    )
+    return {quota_id: int(units) for quota_id, units in await tx.execute(statement)}
 
 
 async def forget_unlinked(tx: Tx, keys: Sequence[tuple[str, str, datetime]]) -> None:

@@ -8,7 +8,7 @@ import structlog
 from billingd.domain.attempts import UNFINISHED
 from billingd.domain.delivery import AFTER_END, MISSING, NOT_THERE, OVER
 from billingd.domain.notices import provider_notice
-from billingd.store import absences, held, links, marks, outbox, periods
+from billingd.store import absences, held, links, marks, outbox
 from billingd.store.engine import Tx
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
@@ -20,9 +20,6 @@ log = structlog.get_logger()
 ENDED: Final = "ended_at_recurly"
 CANCELED: Final = "canceled"
 
-GIVEN_UP: Final = "given_up:"
-"""Before the name of its other mark: it ended while it was yet to be read back (`provisioning.ending`)."""
-
 SERVED: Final = frozenset({"created", "active"})
 """States of a link whose subscription nobody has ended at Amplify."""
 
@@ -33,11 +30,8 @@ async def heed(
     """Recurly shows this `state` of a link as it was before; tell of an end that nobody here asked for.
 
     A first 404 may come from a read that lags, so that only a second one counts. What is seen live again is
-    held no longer, and its usage is sent. What was given up while it was yet to be read back stays MISSING
-    until it is: what is held of its usage may be at Recurly.
+    held no longer, and its usage is sent.
     """
-    if state != MISSING and await _read_after_all(tx, link, now):
-        return
     if link.billed_state == MISSING and state not in {MISSING, *OVER}:
         shown = f"Recurly shows it as {state} again"
         of = link.subscription_id
@@ -80,17 +74,6 @@ async def tell_again(tx: Tx, *, since: datetime, now: datetime) -> bool:
     return not waits
 
 
-async def _read_after_all(tx: Tx, link: SubscriptionLink, now: datetime) -> bool:
-    """Recurly shows one that was given up: it is to be read back again, at the next look."""
-    mark = await marks.find(tx, GIVEN_UP + marks.unread(link.subscription_id))
-    if mark is None:
-        return False
-    await marks.clear(tx, mark.name)
-    await marks.note(tx, marks.unread(link.subscription_id), at=now, detail=mark.detail)
-    await periods.seen(tx, link.subscription_id, state=MISSING, current=None, now=now)
-    return True
-
-
 async def _recovering(tx: Tx) -> bool:
     """Whether this store was restored, and `tell_again` is still to come: it may have ended this itself."""
     restored = await marks.find(tx, RESTORED) or await marks.find(tx, RECOVERING)
@@ -116,8 +99,8 @@ async def _hold(tx: Tx, link: SubscriptionLink, state: str, now: datetime) -> No
     if state == MISSING:
         if await marks.find(tx, marks.unread(link.subscription_id)) is not None:
             billed = (
-                "since the store was restored nothing of it is recorded or billed. Its usage is read once "
-                "Recurly shows it again, or it is over at Amplify; then it is held"
+                "since the store was restored nothing of it is recorded or billed. Its usage is counted, and "
+                "billed once Recurly shows it again; held, if it is over at Amplify before"
             )
         what = f"Recurly has no subscription {link.uuid} any more"
         mend = "Should Recurly show it again, billing goes on by itself. If not, cancel"

@@ -1,11 +1,12 @@
 """Keeping one reading: what is new becomes usage records with their actions, the rest is held or counted."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from datetime import datetime
 
 import structlog
 
-from billingd.domain.delivery import AFTER_END, OVER
+from billingd.domain.delivery import AFTER_END, NOT_READ_BACK, OVER
 from billingd.domain.events import report_action
 from billingd.domain.money import shown
 from billingd.domain.notices import provider_notice
@@ -15,6 +16,7 @@ from billingd.store import held, links, outbox, usage
 from billingd.store.engine import Tx
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
+from billingd.store.marks import Mark
 from billingd.store.stakes import usage_hold
 
 log = structlog.get_logger()
@@ -48,12 +50,19 @@ class Keeper:
     """Keeps one reading in one transaction: usage records with their actions, and what does not fit."""
 
     def __init__(
-        self, tx: Tx, linked: dict[str, SubscriptionLink], add_ons: dict[str, AddOnLink], now: datetime
+        self,
+        tx: Tx,
+        linked: dict[str, SubscriptionLink],
+        add_ons: dict[str, AddOnLink],
+        now: datetime,
+        *,
+        unread: Mapping[str, Mark],
     ) -> None:
         self._tx = tx
         self._linked = linked
         self._add_ons = add_ons
         self._now = now
+        self._unread = unread
         self.records = 0
         self.units = 0
         self.unlinked_units = 0
@@ -69,11 +78,13 @@ class Keeper:
     ) -> None:
         """Book differences; hold readings that shrank; count traffic of nobody.
 
-        `totals` has what was read of each window, `counted` the same by the pieces a bill cuts it into, where
-        there may be something to book. No record's time is `before` or later.
+        What is yet to be read back (`unread`) is only counted: nobody knows what Recurly has of it, so no
+        record may be made. `totals` has what was read of each window, `counted` the same by the pieces a bill
+        cuts it into, where there may be something to book. No record's time is `before` or later.
         """
         new: list[UsageRecord] = []
         late: list[UsageRecord] = []
+        unread: Counter[Key] = Counter()
         early: set[tuple[str, str]] = set()
         for key, pieces in sorted(counted.items(), key=lambda item: (item[0][2], item[0][0], item[0][1])):
             subscription_id, quota_id, _ = key
@@ -92,7 +103,10 @@ class Keeper:
                 early.add((subscription_id, quota_id))
             known = recorded.get(key, {})
             for record in book(subscription_id, quota_id, ours, known, before=before):
-                (late if _after_end(link, record.window) else new).append(record)
+                if subscription_id in self._unread:
+                    unread[subscription_id, quota_id, record.window] += record.units
+                else:
+                    (late if _after_end(link, record.window) else new).append(record)
         billable = [(one.subscription_id, one.quota_id, one.window.start) for one in (*new, *late)]
         await usage.forget_unlinked(self._tx, billable)
         in_all = {key: sum(one.units for one in pieces.values()) for key, pieces in recorded.items()}
@@ -102,6 +116,12 @@ class Keeper:
         await self._mended(recorded.keys() - set(shrunk))
         await self._record(new)
         await self._hold_late(late)
+        for key, units in unread.items():
+            self.unlinked_units += units
+            await usage.count_unread(self._tx, *key, units, now=self._now)
+        for subscription_id, mark in self._unread.items():
+            if (link := self._linked.get(subscription_id)) is not None and link.state == "ended":
+                await self._hold_unread(link, mark)
         for subscription_id, quota_id in sorted(early):
             await self._hold_early(self._linked[subscription_id], self._add_ons[quota_id])
         await self._announce()
@@ -150,23 +170,49 @@ class Keeper:
             f"{link.usage_from.isoformat()}, when Recurly's subscription {link.uuid} was made, which takes "
             "no usage of an earlier time. Charge them there by hand, or leave them; then write this off."
         )
+        await self._tell(await self._sum("before_link", "before", link, add_on, units, reason))
+
+    async def _hold_unread(self, link: SubscriptionLink, mark: Mark) -> None:
+        """Usage of one that ended while it was yet to be read back: one sum for each quota.
+
+        What a person decided on since is left out of it.
+        """
+        since = max(link.usage_from, datetime.fromisoformat(mark.detail["traffic_from"]))
+        counted = await usage.unlinked_since(self._tx, link.subscription_id, since)
+        decided = await held.decided(self._tx, link.subscription_id, NOT_READ_BACK, since=mark.at)
+        for quota_id, units in sorted(counted.items()):
+            add_on = self._add_ons.get(quota_id)
+            if add_on is None or add_on.plan_id != link.plan_id:
+                continue  # traffic of nobody
+            units -= sum(item["units"] for item in decided if item["add_on_code"] == add_on.add_on_code)
+            if units <= 0:
+                continue
+            reason = (
+                f"{units} unit(s) of {add_on.title} were counted for subscription {link.title} since "
+                f"{since.isoformat()}. It is over at Amplify, and since the store was restored Recurly has "
+                f"not shown {link.uuid}: none of this is recorded or sent, and some of it Recurly may have "
+                "billed before. Charge by hand what is on no invoice, or leave it; then write this off. "
+                "Should Recurly show it before that, this closes, and what Recurly lacks is billed."
+            )
+            await self._tell(await self._sum(NOT_READ_BACK, "unread", link, add_on, units, reason))
+
+    async def _sum(
+        self, kind: str, prefix: str, link: SubscriptionLink, add_on: AddOnLink, units: int, reason: str
+    ) -> Hold:
+        """The held item of units that are in no record, of one quota."""
+        plan = await links.find_plan(self._tx, link.plan_id)
+        assert plan is not None
         alone = None if add_on.prices is None else add_on.prices.at_stake(units, on_top_of=0)
-        item = Hold(
-            "before_link",
-            f"before:{link.subscription_id}:{add_on.quota_id}",
+        return Hold(
+            kind,
+            f"{prefix}:{link.subscription_id}:{add_on.quota_id}",
             reason,
             subscription_id=link.subscription_id,
             add_on_code=add_on.add_on_code,
             units=units,
             amount=None if alone is None else shown(alone),
-            currency=None if alone is None else await self._currency(link),
+            currency=None if alone is None else plan.currency,
         )
-        await self._tell(item)
-
-    async def _currency(self, link: SubscriptionLink) -> str:
-        plan = await links.find_plan(self._tx, link.plan_id)
-        assert plan is not None
-        return plan.currency
 
     async def _hold_shrunk(self, key: Key, *, read: int, recorded: int) -> None:
         subscription_id, quota_id, window = key

@@ -315,7 +315,7 @@ class TrafficPoller:
         """Read [start, end) and keep what it says, in one transaction with the watermark.
 
         `only` bounds what is kept to some subscriptions; `before`: no record's time is that late or later.
-        Nothing is kept of what is yet to be read back from Recurly: it is read again then.
+        What is yet to be read back from Recurly is only counted, and read again then.
         """
         async with self._store.read() as tx:
             known = await self._known(tx, start, end, mark.length, only)
@@ -331,23 +331,21 @@ class TrafficPoller:
                 length=mark.length,
             )
         totals = _by_window(readings, mark.length)
-        totals = {key: units for key, units in totals.items() if key[0] not in known.unread}
         if only is not None:
             totals = {key: units for key, units in totals.items() if key[0] in only}
         counted = await self._cut(totals, known)
         now = self._clock.now()
         async with self._store.write() as tx:
             await watermarks.advance(tx, mark, advance_to, now=now)  # first: it locks out a second reader
-            cuts, unread = known.cuts, known.unread
+            cuts = known.cuts
             known = await self._known(tx, start, end, mark.length, only)  # some ended since
             if any(known.cuts.get(name) != cuts.get(name) for name, _, _ in counted):
                 raise Retryable("a bill date became known while traffic was read; it is read again")
-            keeper = Keeper(tx, known.linked, known.add_ons, now)
+            keeper = Keeper(tx, known.linked, known.add_ons, now, unread=await marks.unread_ones(tx))
             recorded = {  # one whose organization could not be found was not counted: that is no zero
                 key: pieces
                 for key, pieces in known.recorded.items()
                 if key in totals or key[0] not in known.linked or known.linked[key[0]].organization_id
-                if key[0] not in unread
             }
             await keeper.keep(totals, counted, recorded, before=before or end)
         if keeper.records or advance_to > mark.at:
@@ -368,24 +366,23 @@ class TrafficPoller:
     async def _known(
         tx: Tx, start: datetime, end: datetime, length: timedelta, only: Collection[str] | None
     ) -> "Known":
-        unread = set(await marks.unread_ones(tx))
         linked = {
             one.subscription_id: one
             for one in await links.subscriptions(tx)
-            if (only is None or one.subscription_id in only) and one.subscription_id not in unread
+            if only is None or one.subscription_id in only
         }
         cuts = {name: edges(known) for name, known in (await periods.since(tx, start)).items()}
         for link in linked.values():
             cuts.setdefault(link.subscription_id, set()).add(link.usage_from)
         recorded: dict[Key, dict[Window, Booked]] = {}
         for (subscription_id, quota_id), pieces in (await usage.sums(tx, start, end)).items():
-            if (only is not None and subscription_id not in only) or subscription_id in unread:
+            if only is not None and subscription_id not in only:
                 continue
             for piece, booked in pieces.items():
                 window = floor(piece.start, length)
                 key = (subscription_id, quota_id, Window(window, window + length))
                 recorded.setdefault(key, {})[piece] = booked
-        return Known(linked, await links.add_ons(tx), cuts, recorded, unread)
+        return Known(linked, await links.add_ons(tx), cuts, recorded)
 
     async def _cut(self, totals: dict[Key, int], known: "Known") -> dict[Key, dict[Window, int]]:
         """What was counted, by the pieces of its window. A window that a bill cuts is asked for by piece.
@@ -447,17 +444,12 @@ def audit_spread(subscription_id: str) -> timedelta:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the store has about a range: links, where bills cut, and what is recorded of each window.
-
-    What is yet to be read back from Recurly is in none of them.
-    """
+    """What the store has about a range: links, where bills cut, and what is recorded of each window."""
 
     linked: dict[str, SubscriptionLink]
     add_ons: dict[str, AddOnLink]
     cuts: dict[str, set[datetime]]
     recorded: dict[Key, dict[Window, Booked]]
-    unread: set[str]
-    """Of these nobody knows what is recorded at Recurly."""
 
 
 def _organizations(linked: Iterable[SubscriptionLink], start: datetime) -> set[str]:

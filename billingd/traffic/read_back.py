@@ -18,8 +18,9 @@ from typing import Final, Protocol
 import structlog
 
 from billingd.domain.billing import BilledSubscription, BilledUsage
-from billingd.domain.delivery import MISSING
+from billingd.domain.delivery import MISSING, NOT_READ_BACK
 from billingd.domain.errors import NotFound, Retryable
+from billingd.domain.events import refresh_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.usage import (
     RECURLY_SECOND,
@@ -33,6 +34,7 @@ from billingd.domain.usage import (
 from billingd.loops import Clock
 from billingd.store import held, history, intents, links, marks, outbox, read_back, usage
 from billingd.store.engine import Store, Tx
+from billingd.store.held import Hold
 from billingd.store.links import PlanLink, SubscriptionLink
 from billingd.store.marks import RECOVERING, RESTORED, RESYNCED, Mark
 from billingd.store.read_back import Taken
@@ -61,6 +63,9 @@ NEVER: Final = timedelta(days=1)
 
 UNKNOWN: Final = "an unknown time"
 """When a copy was made that does not say it."""
+
+SHOWN: Final = "shown_again"
+"""Kind of a held item: Recurly shows one again whose usage a person has decided on meanwhile."""
 
 READ_BACK: Final = "read_back"
 CORRECTION_READ_BACK: Final = history.CORRECTION_READ_BACK
@@ -204,7 +209,7 @@ class ReadBack:
         return True
 
     async def _leave(self, link: SubscriptionLink, *, since: datetime) -> None:
-        """Nothing more is booked of it until Recurly shows it again, and it is read back (`_read_first`)."""
+        """Nothing of it is recorded until Recurly shows it again, and it is read back (`_read_first`)."""
         now = self._clock.now()
         async with self._store.write() as tx:
             detail = {
@@ -221,12 +226,35 @@ class ReadBack:
             unread = await marks.find(tx, marks.unread(link.subscription_id))
         if unread is None:
             return await self._watch.look_at(link)
+        if await self._ask_first(link, unread):
+            return MISSING
         since = datetime.fromisoformat(unread.detail["since"])
         if await self.subscription(link, since=since) is None:
             return MISSING
         async with self._store.read() as tx:
             seen = await links.find_subscription(tx, link.subscription_id)
         return MISSING if seen is None or seen.billed_state is None else seen.billed_state
+
+    async def _ask_first(self, link: SubscriptionLink, unread: Mark) -> bool:
+        """Whether a person decided on its usage meanwhile, and has yet to say that Recurly shall bill it."""
+        now, of = self._clock.now(), link.subscription_id
+        async with self._store.write() as tx:
+            decided = await held.decided(tx, of, NOT_READ_BACK, since=unread.at)
+            if not decided or await held.decided(tx, of, SHOWN, since=unread.at):
+                return False
+            units, subject = sum(item["units"] for item in decided), f"subscription:{of}:shown"
+            reason = (
+                f"Recurly shows {link.uuid} of {link.title} ({link.name}) again, which is over at Amplify; "
+                f"meanwhile somebody decided on {units} unit(s) of it. To have Recurly bill what it lacks of "
+                "them, take back what was charged by hand, then release this. Or terminate it there, then "
+                "release this: what it lacks is held. Until then nothing of it is read back, billed or ended."
+            )
+            again = refresh_action(link.uuid, because="released")
+            if await held.add(tx, Hold(SHOWN, subject, reason, again, of), now=now):
+                log.warning("held", held_kind=SHOWN, about=subject, reason=reason)
+                key, title = f"held:{subject}:{now.isoformat()}", f"{link.title} is at Recurly after all"
+                await outbox.insert(tx, [provider_notice(key, title, reason)], now=now)
+        return True
 
     async def _finish(self, mark: Mark) -> None:
         now = self._clock.now()
@@ -317,6 +345,10 @@ class ReadBack:
             if unread is not None:
                 begins = datetime.fromisoformat(unread.detail["traffic_from"])
                 await marks.clear(tx, unread.name)
+                for item in await held.standing(tx, kind=NOT_READ_BACK):
+                    if item["subscription_id"] == link.subscription_id:
+                        resolution = f"Recurly shows it as {theirs.state} again: what it lacks is recorded"
+                        await held.close_one(tx, item["id"], resolution=resolution, now=now)
                 # all of it, so that no window of another length is read over what was just written down, and
                 # an end waits for it
                 none = timedelta(0)
