@@ -12,11 +12,13 @@ from manual_clock import ManualClock
 
 from billingd.admin import operations
 from billingd.domain.billing import BilledSubscription, BilledUsage
+from billingd.domain.drift import Drift
 from billingd.domain.errors import NotFound, Retryable
 from billingd.domain.periods import Period
 from billingd.domain.usage import book, merchant_tag, parse_tag
 from billingd.domain.windows import Window
-from billingd.store import held, history, links, marks, periods, read_back, schema, usage, watermarks
+from billingd.reconcile.scope import Scope
+from billingd.store import drift, held, history, links, marks, periods, read_back, schema, usage, watermarks
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import SubscriptionLink
@@ -464,6 +466,25 @@ async def test_what_is_not_read_back_is_counted_and_not_recorded(
     await poller.run_once()
     assert {code: units for code, (_, units) in (await sums(store)).items()} == {"q1": 8, "q2": 8}
     assert await rows(store) == {tag(): (3, "held", None)}
+
+
+async def test_what_a_run_found_of_it_before_still_stands(
+    store: Store, given_up: tuple[TrafficPoller, Counted]
+) -> None:
+    """No run compares its usage any more, and none says so each day: it is held."""
+    async with store.write() as tx:
+        many: dict[str, Any] = {"since": TEN, "until": TEN + DAY, "subscription_id": None, "now": TEN}
+        begun = await drift.begin(
+            tx, **many, repair=False, asked=drift.DAILY, phase="served", steps=1, not_compared=[]
+        )
+        run, mark = await drift.find(tx, begun), await watermarks.find(tx, Counted.name)
+        assert run is not None
+        assert mark is not None
+        scope = await Scope.of(tx, run, mark)
+    found = Drift("wrong_amount", "usage", "s1", "amplify-quota-q1", TEN, 4, "planted", "by hand", tag=tag())
+    assert scope.hides(found)
+    assert not scope.covers(found)
+    assert scope.covers(replace(found, subscription_id="s2"))
 
 
 async def test_what_a_person_decided_on_is_not_billed_unasked(
