@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import page_bench
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from billingd.admin.guard import HEADERS, guard, protect
+from billingd.domain.attempts import Action
+from billingd.store import outbox
+from billingd.store.engine import Store
 
 SENT = {"X-Billingd": "1", "Content-Type": "application/json"}
 
@@ -125,19 +129,33 @@ async def test_a_refusal_says_what_to_do(client: TestClient[Any, Any]) -> None:
         assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
 
 
-async def test_over_a_unix_socket_any_name_will_do(tmp_path: Path) -> None:
-    """No browser opens one; its clients make a name up. The header is demanded all the same."""
-    runner = web.AppRunner(application())
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_a_name_that_was_pointed_at_a_tunnel_to_the_unix_socket_is_refused_too(
+    store: Store, tmp_path: Path
+) -> None:
+    """`ssh -L 8081:/run/billingd/admin.sock` opens it to a browser, and plain http has no Sec-Fetch-Site."""
+    behind = page_bench.behind(store)
+    [letter] = await page_bench.dead(store, Action("report_usage", "u", "k"), error="no", at=page_bench.NOW)
+    runner = web.AppRunner(behind.listener().application())
     await runner.setup()
-    await web.UnixSite(runner, tmp_path / "a.sock").start()
-    connector = aiohttp.UnixConnector(str(tmp_path / "a.sock"))
-    async with aiohttp.ClientSession("http://billingd", connector=connector) as session:
-        async with session.get("/") as answer:
-            assert answer.status == 200
-        async with session.post("/act", data=b"{}", headers=SENT) as answer:
-            assert answer.status == 200
-        async with session.post("/act", json={}) as answer:
-            assert answer.status == 403
-        async with session.post("/act", json={}, headers=SENT | {"Sec-Fetch-Site": "cross-site"}) as answer:
-            assert answer.status == 403
+    await web.UnixSite(runner, tmp_path / "admin.sock").start()
+    evil = {"Host": "evil.example:8081"}
+    posted = SENT | {"Origin": "http://evil.example:8081"}
+    connector = aiohttp.UnixConnector(str(tmp_path / "admin.sock"))
+    async with aiohttp.ClientSession("http://localhost", connector=connector) as session:
+
+        async def answered(method: str, path: str, **headers: str) -> int:
+            data = b'{"reason": "x"}' if method == "POST" else None
+            async with session.request(method, path, data=data, headers=headers) as answer:
+                return answer.status
+
+        discard = f"/outbox/{letter}/discard"
+        assert await answered("GET", "/outbox", **evil) == 421
+        assert await answered("POST", discard, **posted | evil) == 421
+        assert await answered("POST", discard, **posted | {"Host": "billingd"}) == 421
+        async with store.read() as tx:
+            assert [row["state"] for row in await outbox.select(tx, states=["dead"])] == ["dead"]
+        assert await answered("GET", "/", Host="127.0.0.1:8081") == 200
+        assert await answered("POST", discard, **{"Content-Type": "application/json"}) == 403
+        assert await answered("POST", discard, **SENT) == 200
     await runner.cleanup()

@@ -90,7 +90,7 @@ class Daemon:
         import aiohttp
 
         if self.listen.startswith("unix:"):
-            return "http://billingd", aiohttp.UnixConnector(path=self.listen.removeprefix("unix:"))
+            return "http://localhost", aiohttp.UnixConnector(path=self.listen.removeprefix("unix:"))
         from billingd.settings import host_port
 
         host, port = host_port(self.listen)
