@@ -18,7 +18,9 @@ from billingd.admin import chart
 from billingd.admin.happened import Happened, happened
 from billingd.domain.attempts import Action
 from billingd.domain.drift import LATE_BEYOND_HORIZON, WRONG_AMOUNT, Drift
-from billingd.store import glance, held, links, schema, watermarks
+from billingd.provisioning.absence import tell
+from billingd.store import absences, glance, held, links, schema, watermarks
+from billingd.store.absences import Absence
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 
@@ -358,3 +360,42 @@ async def test_only_what_may_be_written_off_has_the_button(page: Page) -> None:
         "held/1/write-off",
         "held/2/release",
     ]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_who_releases_what_ends_subscriptions_sees_all_of_them_and_is_asked(page: Page) -> None:
+    """The warning stands before the names; where they do not all fit, there is the command and no button."""
+
+    async def missing(*titles: str) -> str:
+        async with page.store.write() as tx:
+            for title in titles:
+                await absences.note(tx, Absence("subscription", f"id-{title[:12]}", "n", title, NOW))
+            await absences.hold(tx, "subscription", [f"id-{title[:12]}" for title in titles])
+            await tell(tx, NOW)
+        return await page.part("held")
+
+    again = Action("end_subscription", "end:s9", "", {"id": "s9"})
+    async with page.store.write() as tx:
+        await held.add(tx, Hold("end_discarded", "subscription:s9:end", "an operator", again), now=NOW)
+        await held.add(tx, Hold("plan_differs", "plan:p", "differs", Action("a", "b", "")), now=NOW)
+    names = [f"Customer {n:03}" for n in range(60)]
+    said = await missing(*names)
+    assert said.index("none of them is ended") < said.index("ends just these: ")
+    assert all(f"{name} (id-{name})" in said for name in names)
+    asked = dict(
+        re.findall(
+            r'data-post="held/\d+/release" data-about="(\w+) [^>]*?data-warn="(.*?)"', await page.text()
+        )
+    )
+    assert sorted(asked) == ["end_discarded", "mass_absence"]
+    assert "ends a subscription" in asked["end_discarded"]
+    assert "ends 60 subscriptions at Recurly" in asked["mass_absence"]
+    said = await missing(*(f"Client {n:05}{'.' * 380}" for n in range(30)))
+    assert "90 subscription(s)" in said
+    assert "It is too long to be released from here: billingd held list shows all of it." in said
+    text = await page.text()
+    assert re.findall(r'data-post="held/\d+/release" data-about="(\w+)', text) == [
+        "end_discarded",
+        "plan_differs",
+    ]
+    assert "<code>billingd held release 4</code>" in text

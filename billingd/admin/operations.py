@@ -10,7 +10,7 @@ from billingd.domain.delivery import NOT_READ_BACK
 from billingd.domain.drift import KINDS
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import END_SUBSCRIPTION
-from billingd.domain.resync import NATIVE_BILLING
+from billingd.domain.resync import MASS_ABSENCE, NATIVE_BILLING
 from billingd.domain.usage import usage_intent
 from billingd.once import DOUBTED
 from billingd.store import held, history, outbox, usage
@@ -138,6 +138,21 @@ async def release(store: Store, held_id: int, *, now: datetime) -> bool:
             key = f"{again['kind']}:released:{held_id}"
             await outbox.insert(tx, [Action(again["kind"], again["subject"], key, again["args"])], now=now)
         return True
+
+
+def ends(item: Mapping[str, Any]) -> str | None:
+    """What releasing a held item ends, for a person to confirm; None where it only tries again."""
+    again = item["action"]
+    if again is not None and again["kind"] == END_SUBSCRIPTION:
+        return "This ends a subscription at Recurly, unless it has ended there, and cannot be taken back."
+    if again is None or item["kind"] != MASS_ABSENCE:
+        return None
+    counts = [(len(again["args"].get(what, ())), what) for what in ("subscription", "plan")]
+    told = " and ".join(f"{number:,} {what}{'s' * (number > 1)}" for number, what in counts if number)
+    return (
+        f"This ends {told} at Recurly, all that are named, and cannot be taken back. Do it only if you know "
+        "that they were really deleted at Amplify: a service account that lost its role sees just the same."
+    )
 
 
 async def write_off(store: Store, held_id: int, *, reason: str, now: datetime) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from billingd.admin.chart import STATES, Stretches, chart, stretches
 from billingd.admin.happened import SETTLED_READ, happened
-from billingd.admin.operations import FACTS
+from billingd.admin.operations import FACTS, ends
 from billingd.admin.status import WARNINGS, Watched, feed_state
 from billingd.domain.delivery import OVER
 from billingd.domain.money import shown
@@ -175,6 +175,7 @@ async def _held(tx: Tx, where: Where) -> dict[str, Any]:
     for row in rows:
         record = (row["action"] or {"args": {}})["args"].get("record")
         row["for_writing_off"] = record is not None or row["kind"] in FACTS
+        row["ends"] = ends(row)
     return {
         "count": Sum(sum(one.items for one in stakes), sum(one.units for one in stakes), more=more),
         "kinds": stakes,

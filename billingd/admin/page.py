@@ -20,6 +20,9 @@ UPDATED_EVERY: Final = timedelta(seconds=5)
 TEXT_MAX: Final = 500
 """Characters of what somebody else wrote, in one place on the page."""
 
+NAMES_MAX: Final = 10_000
+"""Characters of a reason that names what its button ends: what is longer is not released from the page."""
+
 
 def _source(name: str) -> str:
     return (resources.files("billingd.admin") / "templates" / name).read_text(encoding="utf-8")
@@ -56,6 +59,8 @@ class Page:
             "style": Markup(style),  # noqa: S704 (our own file)
             "script": Markup(script),  # noqa: S704
             "version": __version__,
+            "text_max": TEXT_MAX,
+            "names_max": NAMES_MAX,
             "every": int(UPDATED_EVERY.total_seconds()),
             "drawing": {"width": chart.WIDTH, "height": chart.HEIGHT},
         }

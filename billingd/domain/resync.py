@@ -240,9 +240,9 @@ def mass_reason(absent: Sequence[Missing], *, examples: int = EXAMPLES) -> str:
     named = ", ".join(f"{one.title} ({one.id})" for one in absent[-examples:])
     return (
         f"{told} that are linked are not found at Amplify any more, and no event says that they were "
-        f"deleted: {named}{', and others' if len(absent) > examples else ''}. That is what it looks like "
-        "when the service account loses a right, so none of them is ended. Give it back its role (Engage "
-        "Admin), or release this if they were really deleted: it ends just these."
+        "deleted. That is what it looks like when the service account loses a right, so none of them is "
+        "ended. Give it back its role (Engage Admin), or release this if they were really deleted, which "
+        f"ends just these: {named}{', and others' if len(absent) > examples else ''}."
     )
 
 
