@@ -134,6 +134,16 @@ def test_it_updates_itself_and_leaves_alone_what_did_not_change(browser: Browser
         page.route("**/", lambda route: route.abort())
         page.clock.fast_forward(5_500)
         expect(page.get_by_role("alert")).to_contain_text("billingd does not answer")
+        assert page.title() == "No answer · billingd"
+        page.unroute("**/")
+        page.clock.fast_forward(5_500)
+        expect(page.get_by_role("alert")).to_be_hidden()
+        expect(page).to_have_title("Money is not flowing as it should · billingd")
+        with page.expect_request("**/"):  # bytes are taken, and no answer comes: a hung process, a dead tunnel
+            page.route("**/", lambda route: None)
+            page.clock.fast_forward(5_500)
+        page.clock.fast_forward(10_500)
+        expect(page.get_by_role("alert")).to_contain_text("does not answer (nothing came for 10 s)")
         page.unroute("**/")
         page.clock.fast_forward(5_500)
         expect(page.get_by_role("alert")).to_be_hidden()

@@ -4,9 +4,9 @@
   const root = document.documentElement;
   const find = (id) => document.getElementById(id);
   const said = find("said"), away = find("away"), ask = find("ask"), pauser = find("pause");
-  const every = Number(root.dataset.every) * 1000;
+  const every = Number(root.dataset.every) * 1000, patience = 2 * every;
   const busy = new Set();
-  let paused = false, asking = null, timer = 0, turn = 0, soon = 0;
+  let paused = false, asking = null, timer = 0, turn = 0, answered = 0, soon = 0;
   root.classList.add("live");
 
   // What the server sent is parsed and compared, never run: the policy allows no other script.
@@ -57,9 +57,10 @@
 
   async function update() {
     clearTimeout(timer);
-    const mine = ++turn;
+    const mine = ++turn, given = new AbortController();
+    const late = setTimeout(() => given.abort(new Error(`nothing came for ${patience / 1000} s`)), patience);
     try {
-      const answer = await fetch(location.pathname + location.search, { headers: { Accept: "text/html" } });
+      const answer = await fetch(location.pathname + location.search, { headers: { Accept: "text/html" }, signal: given.signal });
       if (!answer.ok) throw new Error(`it answered ${answer.status}`);
       const fresh = parse(await answer.text());
       if (mine !== turn) return; // a later one is on its way
@@ -67,15 +68,20 @@
         const other = fresh.querySelector(`[data-part="${part.dataset.part}"]`);
         if (other) bring(part, document.importNode(other, true));
       }
+      answered = mine;
       document.title = fresh.title;
       root.classList.remove("away");
       away.hidden = true;
       mark();
     } catch (error) {
-      if (mine !== turn) return;
+      if (mine < answered) return;
       root.classList.add("away");
+      document.title = "No answer · billingd";
       if (away.hidden) away.textContent = `billingd does not answer (${error.message}); what you see is old. It is asked again by itself.`;
       away.hidden = false;
+      if (mine !== turn) return; // a later one is on its way: should that come, it is the last word
+    } finally {
+      clearTimeout(late);
     }
     const pause = soon > 0 ? 1000 : document.hidden ? every * 12 : every;
     soon = Math.max(soon - 1, 0);
