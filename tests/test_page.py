@@ -11,7 +11,7 @@ import page_bench as bench
 import pytest
 import sqlalchemy as sa
 from aiohttp.test_utils import TestClient, TestServer
-from linked import link, subscription
+from linked import add_on, link, subscription
 from page_bench import DAY, HOSTILE, HOUR, NOW, Behind
 
 from billingd.admin import chart
@@ -19,10 +19,11 @@ from billingd.admin.happened import Happened, happened
 from billingd.domain.attempts import Action
 from billingd.domain.drift import LATE_BEYOND_HORIZON, WRONG_AMOUNT, Drift
 from billingd.provisioning.absence import tell
-from billingd.store import absences, glance, held, links, schema, watermarks
+from billingd.store import absences, glance, glance_subscriptions, held, links, schema, watermarks
 from billingd.store.absences import Absence
 from billingd.store.engine import Store
 from billingd.store.held import Hold
+from billingd.store.links import PlanLink
 
 
 class Page:
@@ -151,6 +152,30 @@ async def test_a_subscription_says_what_was_served_recorded_reported_and_billed(
     assert "ends 2026-04-16" in said
     assert "32 missed an earlier invoice" in said
     assert "3 differences, 6,300 units" in await page.part("drift")
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_no_quota_is_left_out_however_many_there_are(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What two statements find of one subscription is added up, and what another has is not."""
+    monkeypatch.setattr(glance_subscriptions, "QUOTAS_AT_ONCE", 100)
+    row = {"revision": 1, "units": 7, "state": "recorded", "window_start": NOW - DAY, "window_end": NOW}
+    row |= {"usage_timestamp": NOW - DAY, "recorded_at": NOW}
+    for name, many in (("a", 150), ("b", 210), ("c", 1)):
+        plan = PlanLink(name, name, name, "weather", f"amplify-plan-{name}", "USD", "active", None)
+        quotas = [f"{name}{number}" for number in range(many)]
+        add_ons = [add_on(quota, name) for quota in quotas]
+        await link(
+            page.store, subscription(name, plan_id=name), plan=plan, add_ons=add_ons, now=NOW - 9 * DAY
+        )
+        async with page.store.write() as tx:
+            rows = [
+                row | {"subscription_id": name, "quota_id": quota, "merchant_tag": quota} for quota in quotas
+            ]
+            await tx.execute(sa.insert(schema.usage_records), rows)
+    said = await page.part("subscriptions")
+    assert re.findall(r"(\S+) (\S+) 0 0 none is open", said) == [("1,050",) * 2, ("1,470",) * 2, ("7",) * 2]
 
 
 async def test_subscriptions_with_units_that_wait_come_first(page: Page) -> None:

@@ -218,10 +218,10 @@ async def _subscriptions(
     waiting = await subscribed.waiting(tx, listed, now=now)
     run = document["drift"]["run"]
     beyond = {} if run is None else await subscribed.served_beyond(tx, run.id, listed, since=over.starts[0])
-    units: dict[str, dict[tuple[int, str], int]] = defaultdict(dict)
+    units: dict[str, dict[tuple[int, str], int]] = defaultdict(lambda: defaultdict(int))
     billed: dict[str, int] = defaultdict(int)
     for bar in bars:
-        units[bar.subscription_id][bar.stretch, bar.state] = bar.units
+        units[bar.subscription_id][bar.stretch, bar.state] += bar.units
         billed[bar.subscription_id] += bar.billed
     return {
         "over": over,

@@ -18,8 +18,8 @@ from billingd.store.glance import UNREPORTED, Sum, count
 from billingd.store.links import SubscriptionLink
 from billingd.store.schema import add_on_links, drift, plan_links, subscription_links, usage_records
 
-ADD_ONS_MAX: Final = 200
-"""Add-ons of the subscriptions on one page."""
+QUOTAS_AT_ONCE: Final = 500
+"""Quotas that one statement names, so that the database reads just some days of each in the index."""
 
 
 async def linked(tx: Tx) -> Sum:
@@ -76,7 +76,10 @@ async def titles(tx: Tx, ids: Collection[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Units of one subscription in one stretch of time, by state; `billed` of those that are reported."""
+    """Units of one subscription in one stretch of time, by state; `billed` of those that are reported.
+
+    Where quotas are many, several of these are to be added up.
+    """
 
     subscription_id: str
     stretch: int
@@ -90,11 +93,10 @@ async def bars(tx: Tx, shown: Sequence[Linked], *, starts: Sequence[datetime]) -
 
     Billed is what was reported before the period began that is open now, or of a subscription that is over.
     """
-    if not shown:
-        return []
-    columns, link = usage_records.c, subscription_links.c
+    columns, link, add_on = usage_records.c, subscription_links.c, add_on_links.c
     plans = sorted({one.link.plan_id for one in shown})
-    quotas = sa.select(add_on_links.c.quota_id).where(add_on_links.c.plan_id.in_(plans)).limit(ADD_ONS_MAX)
+    named = sa.select(add_on.quota_id, add_on.plan_id).where(add_on.plan_id.in_(plans))
+    quotas = (await tx.execute(named.order_by(add_on.plan_id))).all()
     stretch = sa.case(
         *((columns.window_start >= start, number) for number, start in reversed(list(enumerate(starts)))),
         else_=0,
@@ -112,17 +114,20 @@ async def bars(tx: Tx, shown: Sequence[Linked], *, starts: Sequence[datetime]) -
             sa.func.sum(sa.case((invoiced, columns.units), else_=0)),
         )
         .join(subscription_links, link.subscription_id == columns.subscription_id)
-        .where(
-            columns.subscription_id.in_([one.link.subscription_id for one in shown]),
-            columns.quota_id.in_(list((await tx.execute(quotas)).scalars())),
-            columns.window_start >= starts[0],
-        )
+        .where(columns.window_start >= starts[0])
         .group_by(columns.subscription_id, stretch, columns.state)
     )
-    return [
-        Bar(name, int(number), state, int(units), int(billed))
-        for name, number, state, units, billed in await tx.execute(statement)
-    ]
+    found = []
+    for first in range(0, len(quotas), QUOTAS_AT_ONCE):
+        some = dict(tuple(row) for row in quotas[first : first + QUOTAS_AT_ONCE])
+        theirs = [one.link.subscription_id for one in shown if one.link.plan_id in some.values()]
+        rows = await tx.execute(
+            statement.where(columns.subscription_id.in_(theirs), columns.quota_id.in_(list(some)))
+        )
+        found += [
+            Bar(name, int(at), state, int(units), int(billed)) for name, at, state, units, billed in rows
+        ]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
