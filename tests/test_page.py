@@ -178,6 +178,28 @@ async def test_no_quota_is_left_out_however_many_there_are(
     assert re.findall(r"(\S+) (\S+) 0 0 none is open", said) == [("1,050",) * 2, ("1,470",) * 2, ("7",) * 2]
 
 
+async def test_what_is_too_much_to_be_added_up_is_marked(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each subscription too; neither is a difference forgotten behind those that were mended."""
+    await link(page.store, subscription("s1"), subscription("s2"), now=NOW - 9 * DAY)
+    for name in ("s1", "s2"):
+        await bench.period(page.store, name)
+        await bench.records(page.store, name, hours=4, units=lambda _: 3, state="recorded")
+    found = [Drift(WRONG_AMOUNT, f"window:{n}", "s1", None, NOW - DAY, 100, "c", "f") for n in range(6)]
+    await bench.reconciled(page.store, *found)
+    async with page.store.write() as tx:
+        await tx.execute(sa.update(schema.drift).where(schema.drift.c.id == 1).values(mended="posted"))
+    said = await page.part("subscriptions")
+    assert said.count("12 to report ends") == 2
+    assert "5 differences, 500 units" in await page.part("drift")
+    monkeypatch.setattr(glance, "COUNT_MAX", 5)
+    said = await page.part("subscriptions")
+    assert sorted(re.findall(r"(\S+ to report|too many to add up) ends", said))[0].endswith("+ to report")
+    assert "12 to report" not in said
+    assert said.count("complete so far") == 0
+    assert "+ 12 0 0" in said
+    assert "5+ differences, 500+ units" in await page.part("drift")
+
+
 async def test_subscriptions_with_units_that_wait_come_first(page: Page) -> None:
     """On the first page; the others follow in the order of their ids, nobody twice."""
     names = [f"s{number:02}" for number in range(30)]

@@ -227,13 +227,14 @@ async def _subscriptions(
         "over": over,
         "next": plain[-1].link.subscription_id if further else None,
         "begun": bool(where.after),
+        "more_served": document["drift"]["found"].more,
         "listed": [
             _subscription(
                 one,
                 units[one.link.subscription_id],
                 billed[one.link.subscription_id],
                 beyond.get(one.link.subscription_id, 0),
-                waiting.get(one.link.subscription_id, Waiting()),
+                waiting[one.link.subscription_id],
                 over,
                 now,
             )

@@ -223,9 +223,13 @@ async def findings(tx: Tx, run_id: int, *, limit: int) -> tuple[list[dict[str, A
         .subquery()
     )
     unmended = some.c.mended.is_(None)
-    counted = sa.select(sa.func.count(), sa.func.sum(some.c.units)).where(unmended)
-    rows, units = (await tx.execute(counted)).one()
+    counted = sa.select(
+        sa.func.count(),
+        sa.func.sum(sa.case((unmended, 1), else_=0)),
+        sa.func.sum(sa.case((unmended, some.c.units), else_=0)),
+    )
+    looked_at, rows, units = (await tx.execute(counted)).one()
     last = sa.case((some.c.kind == PRICE_DIFFERS, 1), else_=0)
     statement = sa.select(some).where(unmended).order_by(last, some.c.id).limit(limit)
     found = [dict(row) for row in (await tx.execute(statement)).mappings()]
-    return found, _capped(int(rows), int(units or 0))
+    return found, Sum(min(int(rows or 0), COUNT_MAX), int(units or 0), None, looked_at > COUNT_MAX)

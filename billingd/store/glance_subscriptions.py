@@ -134,12 +134,13 @@ async def bars(tx: Tx, shown: Sequence[Linked], *, starts: Sequence[datetime]) -
 class Waiting:
     """Units of a subscription that Recurly does not have: of the open period, and of those before it.
 
-    Where no period is open, all of them are `missed`.
+    Where no period is open, all of them are `missed`. `more`: not all of them were added up.
     """
 
     unreported: int = 0
     held: int = 0
     missed: int = 0
+    more: bool = False
 
 
 async def waiting(tx: Tx, shown: Sequence[Linked], *, now: datetime) -> dict[str, Waiting]:
@@ -164,16 +165,20 @@ async def waiting(tx: Tx, shown: Sequence[Linked], *, now: datetime) -> dict[str
             columns.state.in_(["recorded", "held"]),
             columns.subscription_id.in_([one.link.subscription_id for one in shown]),
         )
-        .limit(glance.COUNT_MAX)
+        .limit(glance.COUNT_MAX + 1)
         .subquery()
     )
     statement = sa.select(
         some.c.subscription_id,
+        sa.func.count(),
         sa.func.sum(sa.case((some.c.state == "recorded", some.c.fits), else_=0)),
         sa.func.sum(sa.case((some.c.state == "held", some.c.fits), else_=0)),
         sa.func.sum(sa.case((some.c.period_started_at.is_(None), 0), else_=some.c.units - some.c.fits)),
     ).group_by(some.c.subscription_id)
-    return {name: Waiting(*(int(number) for number in rest)) for name, *rest in await tx.execute(statement)}
+    rows = (await tx.execute(statement)).all()
+    more = sum(int(row[1]) for row in rows) > glance.COUNT_MAX
+    found = {name: Waiting(int(a), int(b), int(c), more) for name, _, a, b, c in rows}
+    return {one.link.subscription_id: Waiting(more=more) for one in shown} | found
 
 
 async def served_beyond(tx: Tx, run_id: int, shown: Sequence[Linked], *, since: datetime) -> dict[str, int]:
