@@ -19,7 +19,17 @@ from billingd.admin.happened import Happened, happened
 from billingd.domain.attempts import Action
 from billingd.domain.drift import LATE_BEYOND_HORIZON, WRONG_AMOUNT, Drift
 from billingd.provisioning.absence import tell
-from billingd.store import absences, glance, glance_subscriptions, held, links, schema, watermarks
+from billingd.store import (
+    absences,
+    glance,
+    glance_subscriptions,
+    held,
+    intents,
+    links,
+    outbox,
+    schema,
+    watermarks,
+)
 from billingd.store.absences import Absence
 from billingd.store.engine import Store
 from billingd.store.held import Hold
@@ -232,6 +242,38 @@ async def _unreported(behind: Behind) -> None:
         side.last_reached_at = behind.clock.now()
 
 
+async def _failing(behind: Behind) -> None:
+    await bench.busy(behind.store)
+    async with behind.store.write() as tx:
+        new = [Action("provision_subscription", f"subscription:{n}", f"k{n}") for n in range(4)]
+        await outbox.insert(tx, new, now=NOW - 3 * DAY, due_at=NOW + timedelta(minutes=9))
+        backlog = [Action("report_usage", f"usage:{n}", f"u{n}") for n in range(4)]
+        await outbox.insert(tx, backlog, now=NOW)
+        failed = {"attempt": 11, "fence": 11, "error": "Recurly answered 500 Internal Server Error"}
+        young = {"created_at": NOW - 20 * timedelta(minutes=1)}
+        waits = {"attempt": 0, "error": "waits for its approval"}
+        for key, changes in (("k0", failed), ("k1", failed), ("k2", failed | young), ("k3", failed | waits)):
+            row = sa.update(schema.outbox).where(schema.outbox.c.key == key)
+            await tx.execute(row.values(changes))
+
+
+async def _unanswered(behind: Behind) -> None:
+    await bench.busy(behind.store)
+    async with behind.store.write() as tx:
+        for name, ago, gave_up in (
+            ("a", 3 * HOUR, 2 * HOUR),
+            ("b", 3 * HOUR, None),
+            ("c", HOUR / 2, None),
+            ("d", 3 * HOUR, HOUR / 2),
+        ):
+            sent = NOW - ago
+            await intents.opened(
+                tx, name, None, epoch=1, key=name, body_hash="", first_sent_at=sent, now=sent
+            )
+            if gave_up is not None:
+                await intents.gave_up(tx, name, sends=1, burnt=False, now=NOW - gave_up)
+
+
 async def _one_dead(behind: Behind) -> None:
     await bench.busy(behind.store)
     await bench.dead(behind.store, Action("a", "b", "c"), error="no", at=NOW)
@@ -243,6 +285,8 @@ async def _one_dead(behind: Behind) -> None:
         (None, "idle", "Nothing to bill yet"),
         (lambda behind: bench.busy(behind.store), "flowing", "Money is flowing"),
         (_one_dead, "look", "something waits for you 1 dead letter"),
+        (_failing, "look", "something waits for you 2 actions keep failing"),
+        (_unanswered, "look", "something waits for you 2 writes are unanswered"),
         (
             lambda behind: bench.trouble(behind.store, behind.sides),
             "stopped",
@@ -274,6 +318,17 @@ async def test_it_is_said_how_many_there_are_up_to_a_limit(
     monkeypatch.setattr(glance, "COUNT_MAX", 5)
     assert "more than 5 dead letters" in await page.part("verdict")
     assert "Dead letters 5+" in await page.part("figures")
+
+
+async def test_what_fails_is_told_behind_any_backlog(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not counted for it."""
+    monkeypatch.setattr(glance, "COUNT_MAX", 5)
+    await _failing(page.behind)
+    async with page.store.write() as tx:
+        backlog = [Action("report_usage", f"old:{n}", f"o{n}") for n in range(20)]
+        await outbox.insert(tx, backlog, now=NOW - 5 * DAY)
+    assert "2 actions keep failing" in await page.part("verdict")
+    assert "Work under way 5+" in await page.part("figures")
 
 
 async def _grown(store: Store, first: int, until: int) -> None:

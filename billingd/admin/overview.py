@@ -35,6 +35,9 @@ RECORDS_READ: Final = 500
 REPORT_PATIENCE: Final = timedelta(minutes=15)
 """A record that waits longer for its report is told of, though it is tried again by itself."""
 
+FAILING_PATIENCE: Final = timedelta(hours=1)
+"""What has failed for longer is told of, though it is tried again by itself."""
+
 NOTHING_LINKED: Final = "no subscription is linked: `billingd resync --dry-run` tells what Amplify has"
 
 LAG_SLACK: Final = timedelta(minutes=5)
@@ -89,6 +92,7 @@ async def read(store: Store, seen: Seen, where: Where) -> dict[str, Any]:
         mark = await watermarks.find(tx, seen.source)
         place = await feed.find(tx, seen.watched.topic) if seen.watched.topic else None
         unreported = await glance.unreported(tx)
+        unseen = Sum(more=any(one.more for one in unreported.values()))
         document = {
             "now": now,
             "source": seen.source,
@@ -98,9 +102,11 @@ async def read(store: Store, seen: Seen, where: Where) -> dict[str, Any]:
                 "count": await glance.unfinished(tx),
                 "listed": await glance.next_due(tx, limit=NEXT_LISTED),
             },
-            "unreported": unreported.get("recorded", Sum()),
-            "held_units": unreported.get("held", Sum()),
+            "unreported": unreported.get("recorded", unseen),
+            "held_units": unreported.get("held", unseen),
+            "failing": await glance.failing(tx, before=now - FAILING_PATIENCE),
             "doubtful": await glance.doubtful(tx),
+            "unanswered": await glance.unanswered(tx, before=now - FAILING_PATIENCE),
             "unlinked": await glance.unlinked(tx),
             "traffic": {
                 "watermark": None if mark is None else mark.at,
@@ -286,6 +292,8 @@ def verdict(document: Mapping[str, Any], seen: Seen) -> Verdict:
     look = [
         *_number(document["dead"]["count"], "dead letter", "dead letters", "dead_after"),
         *_number(document["held"]["count"], "held item", "held items", "held_after"),
+        *_number(document["failing"], "action keeps failing", "actions keep failing", "waiting"),
+        *_number(document["unanswered"], "write is unanswered", "writes are unanswered", "figures"),
         *_number(document["drift"]["found"], "difference found", "differences found", "drift"),
     ]
     if document["drift"]["error"] is not None:

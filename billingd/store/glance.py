@@ -67,6 +67,25 @@ async def unfinished(tx: Tx) -> Sum:
     return _capped(int(rows), since=since)
 
 
+async def failing(tx: Tx, *, before: datetime) -> Sum:
+    """Actions made before a moment that fail again and again; what only waits for something does not count.
+
+    Of those due last, for a failure puts its action off: so they are found behind any backlog.
+    """
+    columns = outbox.c
+    some = (
+        sa.select(columns.created_at, columns.attempt, columns.error)
+        .where(_UNFINISHED)
+        .order_by(columns.due_at.desc(), columns.id.desc())
+        .limit(COUNT_MAX + 1)
+        .subquery()
+    )
+    fails = sa.and_(some.c.attempt > 1, some.c.error.is_not(None), some.c.created_at < before)
+    counted = sa.select(sa.func.count(), sa.func.min(some.c.created_at)).where(fails)
+    rows, since = (await tx.execute(counted)).one()
+    return _capped(int(rows), since=since)
+
+
 async def next_due(tx: Tx, *, limit: int) -> list[dict[str, Any]]:
     """The actions that are due first."""
     statement = sa.select(outbox).where(_UNFINISHED).order_by(outbox.c.due_at, outbox.c.id).limit(limit)
@@ -177,6 +196,13 @@ async def last_report(tx: Tx, *, among: int) -> datetime | None:
 async def doubtful(tx: Tx) -> Sum:
     """Writes to Recurly of which no clear outcome is known."""
     return await count(tx, intents, _OPEN)
+
+
+async def unanswered(tx: Tx, *, before: datetime) -> Sum:
+    """Those of them that nobody has been sending since a moment."""
+    columns = intents.c
+    idle = sa.or_(columns.gave_up_at.is_(None), columns.gave_up_at < before)
+    return await count(tx, intents, sa.and_(_OPEN, columns.last_sent_at < before, idle))
 
 
 async def unlinked(tx: Tx) -> Sum:
