@@ -139,7 +139,7 @@ def test_it_updates_itself_and_leaves_alone_what_did_not_change(browser: Browser
         page.clock.fast_forward(5_500)
         expect(page.get_by_role("alert")).to_be_hidden()
         expect(page).to_have_title("Money is not flowing as it should · billingd")
-        with page.expect_request("**/"):  # bytes are taken, and no answer comes: a hung process, a dead tunnel
+        with page.expect_request("**/"):  # taken, and never answered: it hangs, or the tunnel does
             page.route("**/", lambda route: None)
             page.clock.fast_forward(5_500)
         page.clock.fast_forward(10_500)
