@@ -26,6 +26,7 @@ from billingd.admin import operations
 from billingd.admin.metrics import Metrics
 from billingd.daemon import Outside, assemble, take_over
 from billingd.domain.attempts import Action
+from billingd.domain.billing import BilledSubscription, NewSubscription
 from billingd.domain.errors import BillingdError
 from billingd.domain.events import parse_amplify
 from billingd.loops import Clock
@@ -443,6 +444,25 @@ class Rig:
             self.account(made)
         subscription_id: str = made["metadata"]["id"]
         return subscription_id
+
+    async def subscribe_to_a_trial(self, days: int, name: str = "acme") -> str:
+        """One whose plan has a trial for just as long as it is made: before and after, prices agree."""
+        adapter, site = self.recurly._adapter, self.world.site
+        create = adapter.create_subscription
+
+        async def create_in_trial(new: NewSubscription, **kwargs: Any) -> BilledSubscription:
+            site.plan_trial(new.plan_code, days)
+            try:
+                made: BilledSubscription = await create(new, **kwargs)
+                return made
+            finally:
+                site.plan_trial(new.plan_code, 0)
+
+        adapter.create_subscription = create_in_trial
+        made = await self.subscribe(name)
+        await self.work()
+        adapter.create_subscription = create
+        return made
 
     def account(self, subscription: Json, kind: str = "user") -> str:
         """A Recurly account of the subscription's user, team or organisation."""

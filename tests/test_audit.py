@@ -385,10 +385,7 @@ async def test_usage_of_a_trial_is_not_looked_for_one_by_one(store_url: str) -> 
         await rig.product()
         await rig.plan()
         await rig.work()
-        [plan] = rig.world.site.plans.values()
-        rig.world.site.plan_trial(plan.code, 1)
-        await rig.subscribe()
-        await rig.work()
+        await rig.subscribe_to_a_trial(1)
         for units in (1, 2, 3):
             first = await reported(rig, units)
         rig.pass_(DAY)

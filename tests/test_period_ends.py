@@ -50,10 +50,10 @@ async def subscribed(rig: Rig, price: str, *, trial_days: int = 0) -> Subscripti
     await rig.plan(pricing=PRICES[price], **DAILY)
     await rig.work()
     if trial_days:
-        [plan] = rig.world.site.plans.values()
-        rig.world.site.plan_trial(plan.code, trial_days)
-    await rig.subscribe()
-    await rig.work()
+        await rig.subscribe_to_a_trial(trial_days)
+    else:
+        await rig.subscribe()
+        await rig.work()
     rig.channels.provider.clear()
     [made] = rig.world.site.subscriptions.values()
     return made

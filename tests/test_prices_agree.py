@@ -47,6 +47,11 @@ async def costs_more_at_recurly(rig: Rig) -> None:
     plan.prices["USD"] += 5
 
 
+async def begins_with_a_trial(rig: Rig) -> None:
+    [plan] = rig.world.site.plans.values()
+    rig.world.site.plan_trial(plan.code, 30)
+
+
 async def became_free(rig: Rig) -> None:
     spec(rig, "ProductPlan", "metered")["type"] = "free"
     await looked_at(rig)
@@ -75,6 +80,7 @@ async def label(rig: Rig, value: str | None) -> None:
     [
         costs_more_at_amplify,
         costs_more_at_recurly,
+        begins_with_a_trial,
         became_free,
         became_unlimited,
         changed_without_its_label,

@@ -52,6 +52,11 @@ def _plan_clauses(spec: PlanSpec, plan: BilledPlan) -> Iterator[str]:
             f"is billed every {plan.interval_length} {plan.interval_unit} at Recurly; "
             f"Amplify says {spec.interval_length} {spec.interval_unit}."
         )
+    if plan.trial_length:
+        yield (
+            f"begins with a free trial of {plan.trial_length} {plan.trial_unit} at Recurly, in which no usage "
+            "is ever billed; Amplify has none."
+        )
     here = _term(spec.total_billing_cycles, auto_renew=spec.auto_renew)
     there = _term(plan.total_billing_cycles, auto_renew=plan.auto_renew)
     if here != there:

@@ -124,6 +124,9 @@ class BilledPlan:
     unit_amounts: dict[str, Decimal]
     setup_fees: dict[str, Decimal]
     name: str = ""
+    trial_unit: str = "months"
+    trial_length: int = 0
+    """How long a new subscription is charged nothing; 0: no trial."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,10 @@ async def test_a_plan() -> None:
             unit_amounts={"USD": Decimal("0.1")},
             setup_fees={"USD": Decimal("3.3")},
         )
+        w.far.script.append(reply(200, plan(trial_unit="days", trial_length=14)))
+        found = await w.recurly.find_plan("amplify-plan-p1")
+        assert found is not None
+        assert (found.trial_length, found.trial_unit) == (14, "days")
 
 
 async def test_plans_of_ours() -> None:

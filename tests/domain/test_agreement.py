@@ -85,6 +85,8 @@ def test_equal_plans_agree() -> None:
         ({"auto_renew": False}, "ends after 12 periods at Recurly; Amplify says it renews after 12 periods."),
         ({"auto_renew": False, "total_billing_cycles": None},
          "has no set term and does not renew at Recurly; Amplify says it renews after 12 periods."),
+        ({"trial_length": 30, "trial_unit": "days"},
+         "begins with a free trial of 30 days at Recurly, in which no usage is ever billed; Amplify has none."),
     ],
 )  # fmt: skip
 def test_differences_of_plans(changes: dict[str, Any], sentence: str) -> None:

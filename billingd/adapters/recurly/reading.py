@@ -76,6 +76,7 @@ def plan(resource: object) -> BilledPlan:
     """A plan, whatever its state."""
     _of_kind(resource, "plan")
     cycles = getattr(resource, "total_billing_cycles", None)
+    trial = getattr(resource, "trial_length", None)
     prices = listed(resource, "currencies")
     fees = {c: a for each in prices if (c := optional(each, "currency")) and (a := money(each, "setup_fee"))}
     fees |= _amounts(listed(resource, "setup_fees"))
@@ -90,6 +91,8 @@ def plan(resource: object) -> BilledPlan:
         unit_amounts=_amounts(prices),
         setup_fees=fees,
         name=optional(resource, "name") or "",
+        trial_unit=optional(resource, "trial_unit") or "months",
+        trial_length=0 if trial is None else whole(resource, "trial_length"),
     )
 
 
