@@ -1,14 +1,18 @@
 """Nobody new is charged by prices that Amplify does not say, however and wherever they came to differ."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from rig import HOUR, LOOK_AGAIN, PER_UNIT, Rig, a_rig
+from test_reconcile import reconciled
 
 from billingd.domain.events import plan_action
 from billingd.sandbox import control_amplify
+from billingd.sandbox.recurly.add_ons import remove_add_on
 from billingd.store import schema
 
 MINUTE = timedelta(minutes=1)
@@ -73,6 +77,85 @@ async def changed_without_its_label(rig: Rig) -> None:
 async def label(rig: Rig, value: str | None) -> None:
     asked = {"attributes": {"billingSystem": value}}
     await rig.play(control_amplify.mark_product, asked, name="weather")
+
+
+EXTRA = {"type": "perunit", "cost": 3}
+LOOSE = {"type": "fixed", "limit": {"type": "loose", "value": 1000}, "interval": "monthly"}
+
+
+async def with_extra(rig: Rig) -> Any:
+    """The plan has a second quota, and who subscribes already has it too; its add-on at Recurly."""
+    await rig.play(control_amplify.add_quota, {"name": "extra", "pricing": EXTRA}, name="metered")
+    await rig.work()
+    rig.channels.provider.clear()
+    [plan] = rig.world.site.plans.values()
+    return next(one for one in plan.add_ons.values() if one.name == "extra")
+
+
+async def resynced(rig: Rig) -> None:
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.work(2 * LOOK_AGAIN)
+
+
+@pytest.mark.parametrize("pricing", [{"type": "unlimited"}, LOOSE], ids=["unlimited", "loose"])
+async def test_nobody_new_pays_for_a_quota_that_became_free(rig: Rig, pricing: Any) -> None:
+    """Told, held and drift while Recurly charges for it; once that costs nothing, who waited is let in."""
+    add_on = await with_extra(rig)
+    spec(rig, "Quota", "extra")["pricing"] = pricing
+    late = await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    assert (rig.billed(late), rig.approval("late")) == ([], "pending")
+    assert set(await rig.held()) == {"plan_differs", "plan_held"}
+    assert f'"{add_on.code}" charges for quota "extra"' in (await rig.held())["plan_differs"]
+    found = await reconciled(rig)
+    assert [(one["kind"], one["add_on"]) for one in found["drift"]] == [("price_differs", add_on.code)]
+    add_on.prices["USD"] = replace(add_on.prices["USD"], amount=Decimal(0))
+    await resynced(rig)
+    assert (await rig.held(), rig.approval("late")) == ({}, "approved")
+    for name in ("acme", "late"):
+        await rig.traffic(name, 100, quota="extra")
+    await rig.report()
+    [billed] = rig.billed(late)
+    assert billed["add_ons"][add_on.code]["reported_units"] == 100
+    link = next(one for one in await rig.rows(schema.add_on_links) if one["add_on_code"] == add_on.code)
+    assert Decimal(link["prices"]["unit_amount"]) == 0
+    [drift] = (await reconciled(rig))["drift"]
+    assert (drift["kind"], drift["add_on"]) == ("price_differs", add_on.code), "of who pays the old price"
+    assert await rig.held() == {}
+
+
+async def test_a_free_quota_whose_add_on_is_removed_at_recurly_lets_the_waiting_in(rig: Rig) -> None:
+    """It is not asked for, not put on later, and no drift of who never had it."""
+    add_on = await with_extra(rig)
+    spec(rig, "Quota", "extra")["pricing"] = {"type": "unlimited"}
+    late = await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    remove_add_on(rig.world.site, add_on)
+    await resynced(rig)
+    await resynced(rig)
+    [billed] = rig.billed(late)
+    assert len(billed["add_ons"]) == 1
+    assert (await rig.held(), rig.approval("late")) == ({}, "approved")
+    gained = await rig.play(control_amplify.add_quota, {"name": "more", "pricing": PER_UNIT}, name="metered")
+    await rig.work(HOUR)
+    assert f"amplify-quota-{gained['metadata']['id']}" in rig.billed(late)[0]["add_ons"]
+    [acme] = [row["title"] for row in await rig.rows(schema.subscription_links) if row["name"] == "acme"]
+    told = [(one["kind"], one["cause"].split(" (")[0]) for one in (await reconciled(rig))["drift"]]
+    assert told == [("price_differs", acme)]
+
+
+async def test_nobody_new_gets_the_add_on_of_a_quota_that_is_gone(rig: Rig) -> None:
+    """What Amplify counts on it all the same is not charged; who had it keeps it."""
+    add_on = await with_extra(rig)
+    lost = next(one for one in rig.world.tenant.resources.of_kind("Quota") if one.name == "extra")
+    rig.world.tenant.delete(lost, asked=False)
+    late = await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    await resynced(rig)
+    [billed] = rig.billed(late)
+    assert add_on.code not in billed["add_ons"]
+    assert (await rig.held(), rig.approval("late")) == ({}, "approved")
+    assert (await reconciled(rig))["drift"] == []
 
 
 @pytest.mark.parametrize(

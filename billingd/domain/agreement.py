@@ -5,11 +5,13 @@ Not compared: names, descriptions, prices in other currencies, and measured unit
 (recurly.md 4.4).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
+from typing import Protocol
 
 from billingd.domain.billing import BilledAddOn, BilledPlan
-from billingd.domain.catalog import UNLIMITED_TO
+from billingd.domain.catalog import UNLIMITED_TO, Quota
 from billingd.domain.charges import Prices
 from billingd.domain.money import shown
 from billingd.domain.pricing import AddOnSpec, PlanSpec, TierSpec
@@ -23,6 +25,64 @@ def differences(spec: PlanSpec, plan: BilledPlan) -> tuple[str, ...]:
 def add_on_differences(spec: AddOnSpec, add_on: BilledAddOn) -> tuple[str, ...]:
     """How the add-on at Recurly charges otherwise than `spec`: sentences, none if it agrees."""
     return tuple(f'Add-on "{add_on.code}" {clause}' for clause in _add_on_clauses(spec, add_on))
+
+
+class LinkedAddOn(Protocol):
+    """A linked quota."""
+
+    @property
+    def quota_id(self) -> str: ...
+    @property
+    def add_on_code(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Uncharged:
+    """A linked add-on for which Amplify charges nothing any more: its quota became free, or is `gone`.
+
+    What is counted of a free quota is told to Recurly on, so new subscriptions have its add-on once it costs
+    nothing there. One that is gone counts nothing; no new subscription gets it.
+    """
+
+    code: str
+    title: str
+    gone: bool
+
+    def differences(self, add_on: BilledAddOn | None) -> tuple[str, ...]:
+        """How Recurly would charge a new subscription for it: sentences, none if it would not."""
+        if self.gone or add_on is None or add_on.state != "active" or costs_nothing(add_on.prices):
+            return ()
+        return (
+            f'Add-on "{self.code}" charges for quota "{self.title}" at Recurly; Amplify charges nothing for '
+            "it. Set its price to 0 there, in every tier.",
+        )
+
+    def belongs(self, add_on: BilledAddOn | None) -> bool:
+        """Whether subscriptions to the plan have it all the same."""
+        there = add_on is not None and add_on.state == "active"
+        return there and not self.gone and not self.differences(add_on)
+
+
+def uncharged(
+    spec: PlanSpec, quotas: Iterable[Quota], linked: Iterable[LinkedAddOn]
+) -> tuple[Uncharged, ...]:
+    """The linked add-ons of a plan that `spec` does not have; `quotas` are all that Amplify lists of it."""
+    charged = {one.code for one in spec.add_ons}
+    listed = {quota.id for quota in quotas}
+    return tuple(
+        Uncharged(one.add_on_code, one.title, one.quota_id not in listed)
+        for one in linked
+        if one.add_on_code not in charged
+    )
+
+
+def costs_nothing(prices: Prices) -> bool:
+    """Whether no usage costs anything, whatever there is of it."""
+    if prices.tier_type == "flat":
+        return prices.unit_amount is not None and prices.unit_amount.is_zero()
+    return bool(prices.tiers) and all(tier.amount.is_zero() for tier in prices.tiers)
 
 
 def same_prices(one: Prices, other: Prices) -> bool:
@@ -54,8 +114,8 @@ def _plan_clauses(spec: PlanSpec, plan: BilledPlan) -> Iterator[str]:
         )
     if plan.trial_length:
         yield (
-            f"begins with a free trial of {plan.trial_length} {plan.trial_unit} at Recurly, in which no usage "
-            "is ever billed; Amplify has none."
+            f"begins with a free trial of {plan.trial_length} {plan.trial_unit} at Recurly, whose usage is "
+            "never billed; Amplify has none."
         )
     here = _term(spec.total_billing_cycles, auto_renew=spec.auto_renew)
     there = _term(plan.total_billing_cycles, auto_renew=plan.auto_renew)

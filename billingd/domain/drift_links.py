@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from billingd.domain.agreement import add_on_differences, differences, same_prices
+from billingd.domain.agreement import Uncharged, add_on_differences, costs_nothing, differences, same_prices
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription
 from billingd.domain.catalog import ProductPlan, Subscription
 from billingd.domain.drift import LINK_MISSING, LINK_ORPHANED, PRICE_DIFFERS, Drift
@@ -31,6 +31,8 @@ class LinkedPlan:
     name: str
     code: str
     state: str
+    uncharged: tuple[Uncharged, ...] = ()
+    """Its add-ons that Amplify charges nothing for, as far as that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,11 @@ def _linked_plan(sides: Sides, plan: LinkedPlan) -> Iterator[Drift]:
                 NEW_PRICES,
                 add_on_code=add_on.code,
             )
+    for free in plan.uncharged:
+        if wrong := free.differences(there.get(free.code)):
+            yield _drift(
+                PRICE_DIFFERS, f"add_on:{free.code}", " ".join(wrong), NEW_PRICES, add_on_code=free.code
+            )
 
 
 def _unlinked_plans(sides: Sides) -> Iterator[Drift]:
@@ -273,10 +280,18 @@ def _as_linked(sides: Sides, link: LinkedSubscription, theirs: BilledSubscriptio
     if link.plan_code != theirs.plan_code:
         return
     own = {one.code: one for one in theirs.add_ons}
-    for code, add_on in sides.add_ons.get(link.plan_code, {}).items():
-        if add_on.state != "active" or add_on.add_on_type != "usage":
-            continue
+    at_plan = {
+        code: one
+        for code, one in sides.add_ons.get(link.plan_code, {}).items()
+        if one.state == "active" and one.add_on_type == "usage"
+    }
+    uncharged = {
+        one.code: one for plan in sides.linked_plans if plan.code == link.plan_code for one in plan.uncharged
+    }
+    for code, add_on in at_plan.items():
         attached = own.get(code)
+        if attached is None and code in uncharged and not uncharged[code].belongs(add_on):
+            continue
         if attached is None:
             yield _drift(
                 LINK_MISSING,
@@ -291,6 +306,18 @@ def _as_linked(sides: Sides, link: LinkedSubscription, theirs: BilledSubscriptio
                 PRICE_DIFFERS,
                 f"subscription:{link.subscription_id}:{code}",
                 f"{about} pays other prices for {code} than its plan has now: they changed after it began",
+                KEEP_PRICES,
+                subscription_id=link.subscription_id,
+                add_on_code=code,
+            )
+    for code, free in uncharged.items():
+        if free.gone or code in at_plan or code not in own:
+            continue
+        if not costs_nothing(own[code].prices):
+            yield _drift(
+                PRICE_DIFFERS,
+                f"subscription:{link.subscription_id}:{code}",
+                f"{about} pays for {code}, and Amplify charges nothing for it now: it changed after it began",
                 KEEP_PRICES,
                 subscription_id=link.subscription_id,
                 add_on_code=code,

@@ -247,7 +247,7 @@ def adopt_action(subscription_id: str, name: str, uuid: str, since: datetime, *,
 
 
 def attach_action(subscription_id: str, add_on_codes: Collection[str]) -> Action:
-    """Put the add-ons that its plan has now on a subscription, which was made before it had them all.
+    """Put add-ons of its plan on a subscription, which was made before it had them.
 
     Its subject is its own: while it waits, the subscription may end.
     """
@@ -256,7 +256,7 @@ def attach_action(subscription_id: str, add_on_codes: Collection[str]) -> Action
         ATTACH_ADD_ONS,
         attach_subject(subscription_id),
         f"{ATTACH_ADD_ONS}:{subscription_id}:{codes}",
-        {"id": subscription_id},
+        {"id": subscription_id, "add_ons": sorted(add_on_codes)},
     )
 
 

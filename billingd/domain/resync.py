@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
-from billingd.domain.agreement import add_on_differences, differences
+from billingd.domain.agreement import Uncharged, add_on_differences, differences, uncharged
 from billingd.domain.attempts import Action
 from billingd.domain.billing import OUR_ACCOUNTS, BilledAddOn, BilledPlan, BilledSubscription
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota, Subscription
@@ -100,6 +100,8 @@ class LinkedPlan(Protocol):
 class LinkedAddOn(Protocol):
     """A linked quota."""
 
+    @property
+    def quota_id(self) -> str: ...
     @property
     def plan_id(self) -> str: ...
     @property
@@ -265,9 +267,10 @@ class _Comparison:
         }
         self._live = {one.uuid: one for one in recurly.subscriptions}
         self._names = {one.name for one in known.subscriptions.values()}
-        self._codes: defaultdict[str, set[str]] = defaultdict(set)
+        self._add_ons: defaultdict[str, list[LinkedAddOn]] = defaultdict(list)
         for add_on in known.add_ons.values():
-            self._codes[add_on.plan_id].add(add_on.add_on_code)
+            self._add_ons[add_on.plan_id].append(add_on)
+        self._codes = {link.plan_id: self._wanted(link.plan_id) for link in known.plans}
 
     # Products and plans.
 
@@ -447,7 +450,22 @@ class _Comparison:
         for add_on in spec.add_ons:
             if (billed := there.get(add_on.code)) is not None:
                 said += add_on_differences(add_on, billed)
+        for one in self._uncharged(spec):
+            said += one.differences(there.get(one.code))
         return said
+
+    def _uncharged(self, spec: PlanSpec) -> tuple[Uncharged, ...]:
+        """The plan's linked add-ons that Amplify charges nothing for."""
+        return uncharged(spec, self._amplify.quotas[spec.plan_id], self._add_ons[spec.plan_id])
+
+    def _wanted(self, plan_id: str) -> set[str]:
+        """The add-ons that every subscription to a plan is to have."""
+        codes = {one.add_on_code for one in self._add_ons[plan_id]}
+        spec = self._specs.get(plan_id)
+        if isinstance(spec, PlanSpec):
+            there = {one.code: one for one in self._recurly.add_ons.get(spec.code, ())}
+            codes -= {one.code for one in self._uncharged(spec) if not one.belongs(there.get(one.code))}
+        return codes
 
     # Subscriptions.
 
@@ -580,7 +598,7 @@ class _Comparison:
                 return None
             reason = "is active at Amplify and not among Recurly's live subscriptions: look at it again"
             return reason, refresh_action(link.uuid, because=self._because)
-        lacking = sorted(self._codes[link.plan_id] - set(billed.add_on_codes))
+        lacking = sorted(self._codes.get(link.plan_id, set()) - set(billed.add_on_codes))
         if not lacking or f"subscription:{subscription.id}:add_ons" in self._known.held:
             return None
         action = attach_action(link.subscription_id, lacking)

@@ -48,7 +48,7 @@ class AddOnAttacher:
         self._look_again = look_again
 
     async def attach(self, action: Leased) -> Wait | None:
-        """Put on the subscription what its plan has and it lacks, as it is now at Recurly.
+        """Put on the subscription what it lacks of what was asked for, as it is now at Recurly.
 
         One that is over, here or there, needs nothing any more; a paused one takes no change.
         """
@@ -58,7 +58,8 @@ class AddOnAttacher:
         if link is None or link.state not in {"created", "active"}:
             return None
         theirs = await self._seen(link)
-        lacking = _lacking(theirs, [one.add_on_code for one in add_ons])
+        linked = [one.add_on_code for one in add_ons]
+        lacking = _lacking(theirs, action.args.get("add_ons", linked))  # an earlier release named none
         if not lacking or not theirs.live:
             await self._release(link)
             return None

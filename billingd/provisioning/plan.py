@@ -7,7 +7,7 @@ from typing import Final, Literal, Protocol
 
 import structlog
 
-from billingd.domain.agreement import add_on_differences, differences
+from billingd.domain.agreement import add_on_differences, differences, uncharged
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledUsage
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota
@@ -91,6 +91,8 @@ class Ensured:
 
     wrong: tuple[str, ...]
     add_ons: tuple[AddOnSpec, ...]
+    free: tuple[AddOnLink, ...] = ()
+    """Linked ones that charge nothing, as Amplify has it now."""
 
 
 class PlanProvisioner:
@@ -168,17 +170,24 @@ class PlanProvisioner:
                 if deprecated and await self._billing.find_plan(spec.code) is None:
                     await self._release(name, "the plan is deprecated")
                 else:
-                    await self._ensure(plan, product, spec, action.id)
+                    await self._ensure(plan, product, spec, quotas, action.id)
         return None
 
-    async def _ensure(self, plan: ProductPlan, product: Product, spec: PlanSpec, action_id: int) -> None:
+    async def _ensure(
+        self,
+        plan: ProductPlan,
+        product: Product,
+        spec: PlanSpec,
+        quotas: tuple[Quota, ...],
+        action_id: int,
+    ) -> None:
         async with self._store.read() as tx:
             linked = await links.find_plan(tx, plan.id)
             known = {one.quota_id: one for one in await links.add_ons_of(tx, plan.id)}
         try:
             for unit in {one.measured_unit.name: one.measured_unit for one in spec.add_ons}.values():
                 await self._ensure_unit(unit)
-            ensured = await self._ensure_plan(spec)
+            ensured = await self._ensure_plan(spec, quotas, known)
         except Refused as error:
             reason = f'Plan "{plan.title}": Recurly refused it: {error}'
             await self._hold(plan, "plan_refused", (reason,))
@@ -193,12 +202,11 @@ class PlanProvisioner:
             # subscriptions that exist go on in the currency they were made in
             assert linked is not None
             kept = replace(spec, currency=linked.currency)
-            agreeing = (
-                ensured.add_ons if kept == spec else ()
-            )  # else its amounts would be of another currency
-            await self._link(plan, product, kept, agreeing, resolution=None)
+            if kept != spec:  # its amounts would be of another currency
+                ensured = Ensured(ensured.wrong, ())
+            await self._link(plan, product, kept, ensured, resolution=None)
             return
-        await self._link(plan, product, spec, ensured.add_ons, resolution="provisioned")
+        await self._link(plan, product, spec, ensured, resolution="provisioned")
         code = {"billingSystem": BILLING_SYSTEM, "recurlyPlanCode": spec.code}
         version = await self._catalog.set_attributes("productplans", plan.name, code, resource_id=plan.id)
         if version is not None:
@@ -229,8 +237,13 @@ class PlanProvisioner:
 
         await self._once.write(f"unit:{unit.name}", asdict(unit), send=send, find=find, look_first=True)
 
-    async def _ensure_plan(self, spec: PlanSpec) -> Ensured:
-        """The plan and its add-ons exist; says how what was there already charges otherwise."""
+    async def _ensure_plan(
+        self, spec: PlanSpec, quotas: tuple[Quota, ...], known: Mapping[str, AddOnLink]
+    ) -> Ensured:
+        """The plan and its add-ons exist; says how what was there already charges otherwise.
+
+        `known` are the linked add-ons by quota, also those that Amplify charges for no more.
+        """
 
         async def send(key: str, *, retried: bool) -> str:
             return await self._billing.create_plan(spec, key=key, retried=retried)
@@ -258,7 +271,15 @@ class PlanProvisioner:
                 wrong += differing
                 continue
             agreeing.append(add_on)
-        return Ensured(tuple(wrong), tuple(agreeing))
+        free = {one.code: one for one in uncharged(spec, quotas, known.values())}
+        for code, one in free.items():
+            wrong += one.differences(there.get(code))
+        for_nothing = tuple(
+            replace(link, prices=there[link.add_on_code].prices)
+            for link in known.values()
+            if link.add_on_code in free and free[link.add_on_code].belongs(there.get(link.add_on_code))
+        )
+        return Ensured(tuple(wrong), tuple(agreeing), for_nothing)
 
     async def _ensure_add_on(self, plan: PlanSpec, add_on: AddOnSpec) -> None:
         async def send(key: str, *, retried: bool) -> str:
@@ -277,7 +298,7 @@ class PlanProvisioner:
         plan: ProductPlan,
         product: Product,
         spec: PlanSpec,
-        agreeing: tuple[AddOnSpec, ...],
+        ensured: Ensured,
         *,
         resolution: str | None,
     ) -> None:
@@ -294,7 +315,7 @@ class PlanProvisioner:
         )
         add_ons = tuple(
             AddOnLink(one.quota_id, plan.id, one.code, one.name, one.unit, one.tier_type, one.prices)
-            for one in agreeing
+            for one in ensured.add_ons
         )
         now = self._clock.now()
         async with self._store.read() as tx:
@@ -304,7 +325,7 @@ class PlanProvisioner:
         async with self._store.write() as tx:
             linked = await links.find_plan(tx, plan.id)
             known = {one.add_on_code for one in await links.add_ons_of(tx, plan.id)}
-            await links.save_plan(tx, link, add_ons, now=now)
+            await links.save_plan(tx, link, (*add_ons, *ensured.free), now=now)
             for subscription, found in told:
                 assert self._read_back is not None
                 await self._read_back.keep(tx, subscription, found, now=now)
@@ -313,7 +334,7 @@ class PlanProvisioner:
             if linked is None:
                 await outbox.insert(tx, [_linked_notice(plan, product, spec.code, len(add_ons))], now=now)
             elif gained := [one for one in add_ons if one.add_on_code not in known]:
-                codes = {*known, *(one.add_on_code for one in gained)}
+                codes = [one.add_on_code for one in gained]
                 subscribed = await links.subscriptions(tx, plan_id=plan.id, states=LIVE)
                 attach = [attach_action(one.subscription_id, codes) for one in subscribed]
                 await outbox.insert(tx, [*attach, _gained_notice(plan, gained, len(attach))], now=now)
@@ -333,7 +354,8 @@ class PlanProvisioner:
                 f"Quota {one.title} of {plan.title} is gone",
                 f"Amplify has no quota {one.title} in plan {plan.title} ({plan.name}) any more. Its add-on "
                 f"{one.add_on_code} stays at Recurly, on the plan and on its subscriptions, so that what was "
-                "counted is billed; without usage it costs nothing. Nothing was removed.",
+                "counted is billed; without usage it costs nothing. Nothing was removed; new subscriptions "
+                "do not get it.",
             )
             for one in gone
         ]

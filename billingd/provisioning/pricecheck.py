@@ -1,13 +1,15 @@
 """Price check: a linked plan as both sides have it now, right before somebody is charged by it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from billingd.domain.agreement import add_on_differences, differences
+from billingd.domain.agreement import add_on_differences, differences, uncharged
 from billingd.domain.billing import BilledAddOn, BilledPlan
 from billingd.domain.catalog import ProductPlan, Quota
 from billingd.domain.errors import NotFound, Retryable
 from billingd.domain.pricing import Inexpressible, NotOurs, translate
-from billingd.store.links import PlanLink
+from billingd.store.links import AddOnLink, PlanLink
 
 
 class Catalog(Protocol):
@@ -24,6 +26,14 @@ class Billing(Protocol):
     async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """How a new subscription would be charged otherwise than Amplify says, and the add-ons it is to have."""
+
+    faults: tuple[str, ...]
+    add_on_codes: tuple[str, ...] = ()
+
+
 class PriceCheck:
     """Compares what Amplify charges with what Recurly would charge a new subscription.
 
@@ -35,8 +45,8 @@ class PriceCheck:
         self._catalog = catalog
         self._billing = billing
 
-    async def faults(self, plan: PlanLink) -> tuple[str, ...]:
-        """How a new subscription would be charged otherwise than Amplify says: sentences, none if it agrees.
+    async def check(self, plan: PlanLink, linked: Sequence[AddOnLink]) -> Checked:
+        """Sentences, none if both sides agree; `linked` are the plan's add-ons.
 
         Raises Retryable while Amplify does not show what is linked: that says nothing of its prices.
         """
@@ -49,21 +59,25 @@ class PriceCheck:
             raise Retryable(f"Amplify does not show the quotas of plan {plan.title}: {error}") from error
         spec = translate(there, quotas)
         if isinstance(spec, NotOurs):
-            return (spec.reason,)
+            return Checked((spec.reason,))
         if isinstance(spec, Inexpressible):
-            return spec.reasons
+            return Checked(spec.reasons)
         if spec.currency != plan.currency:
-            return (f"Amplify charges in {spec.currency}, and it was linked in {plan.currency}.",)
+            return Checked((f"Amplify charges in {spec.currency}, and it was linked in {plan.currency}.",))
         billed = await self._billing.find_plan(plan.plan_code)
         if billed is None:
-            return (f"Recurly does not show plan {plan.plan_code}.",)
+            return Checked((f"Recurly does not show plan {plan.plan_code}.",))
         faults = list(differences(spec, billed))
         if billed.state != "active":
-            return tuple(faults)
+            return Checked(tuple(faults))
         add_ons = {one.code: one for one in await self._billing.list_add_ons(plan.plan_code, spec.currency)}
         for one in spec.add_ons:
             if one.code not in add_ons:
                 faults.append(f'Recurly does not show add-on "{one.code}".')
             else:
                 faults += add_on_differences(one, add_ons[one.code])
-        return tuple(faults)
+        free = uncharged(spec, quotas, linked)
+        for each in free:
+            faults += each.differences(add_ons.get(each.code))
+        kept = (each.code for each in free if each.belongs(add_ons.get(each.code)))
+        return Checked(tuple(faults), (*(one.code for one in spec.add_ons), *kept))

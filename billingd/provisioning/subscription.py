@@ -23,7 +23,7 @@ from billingd.provisioning.ending import HELD_SERVED, end_action, end_again, hol
 from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
-from billingd.provisioning.pricecheck import PriceCheck
+from billingd.provisioning.pricecheck import Checked, PriceCheck
 from billingd.store import events, held, intents, links, outbox
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
@@ -356,17 +356,19 @@ class SubscriptionProvisioner:
             )
             return await self._hold(subscription, "subscription_unmarked", reason)
         made_already = any(one.marker == subscription.id for one in theirs)
-        if not made_already and (faults := await self._prices.faults(plan)):
-            return await self._priced_otherwise(subscription, plan, faults)
         async with self._store.read() as tx:
             add_ons = await links.add_ons_of(tx, plan.plan_id)
+        linked = [one.add_on_code for one in add_ons]
+        checked = Checked((), tuple(linked)) if made_already else await self._prices.check(plan, add_ons)
+        if checked.faults:
+            return await self._priced_otherwise(subscription, plan, checked.faults)
         new = NewSubscription(
             plan_code=plan.plan_code,
             account_code=account,
             currency=plan.currency,
             collection_method=self._policy.collection_method,
             marker=subscription.id,
-            add_on_codes=tuple(add_on.add_on_code for add_on in add_ons),
+            add_on_codes=checked.add_on_codes,
         )
 
         async def send(key: str, *, retried: bool) -> str:
@@ -417,7 +419,8 @@ class SubscriptionProvisioner:
                 "the subscriber may then subscribe anew."
             )
             return await self._hold(subscription, "subscription_expired", reason)
-        return await self._linker.link(subscription, plan, made)
+        left_out = set(linked) - set(checked.add_on_codes)
+        return await self._linker.link(subscription, plan, made, left_out=left_out)
 
     async def _priced_otherwise(
         self, subscription: Subscription, plan: PlanLink, faults: tuple[str, ...]

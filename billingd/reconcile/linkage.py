@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from billingd.domain.agreement import Uncharged, uncharged
 from billingd.domain.attempts import UNFINISHED
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota, Subscription, Unreadable
@@ -11,6 +12,7 @@ from billingd.domain.drift_links import LinkedPlan, LinkedSubscription, Sides, c
 from billingd.domain.errors import NotFound, Permanent
 from billingd.domain.events import ADOPT_SUBSCRIPTION
 from billingd.domain.pricing import PlanSpec, translate
+from billingd.domain.resync import to_translate
 from billingd.provisioning import absence
 from billingd.reconcile.scope import LINKS, not_compared
 from billingd.store import absences, held, links, outbox
@@ -85,8 +87,9 @@ class Linkage:
         labelled = {one.name for one in await self._catalog.list_products(BILLING_SYSTEM)}
         plans = _understood(await self._catalog.survey_product_plans(), unread)
         specs: dict[str, PlanSpec] = {}
+        free: dict[str, tuple[Uncharged, ...]] = {}
         for plan in plans.values():
-            if plan.product_name in labelled and plan.state == "active" and not plan.deleting:
+            if to_translate(plan, labelled):
                 try:
                     quotas = await _or_nothing(self._catalog.list_quotas(plan.name))
                 except Permanent as error:
@@ -94,7 +97,10 @@ class Linkage:
                     continue
                 spec = translate(plan, quotas)
                 if isinstance(spec, PlanSpec):
-                    specs[plan.id] = spec
+                    if plan.state == "active":
+                        specs[plan.id] = spec
+                    async with self._store.read() as tx:
+                        free[plan.id] = uncharged(spec, quotas, await links.add_ons_of(tx, plan.id))
         subscriptions = _understood(await self._catalog.survey_subscriptions(), unread)
         billed_plans = {one.code: one for one in await self._billing.list_plans()}
         billed = {one.uuid: one for one in await self._billing.list_live_subscriptions()}
@@ -136,7 +142,10 @@ class Linkage:
             plans,
             specs,
             subscriptions,
-            [LinkedPlan(one.plan_id, one.name, one.plan_code, one.state) for one in linked_plans],
+            [
+                LinkedPlan(one.plan_id, one.name, one.plan_code, one.state, free.get(one.plan_id, ()))
+                for one in linked_plans
+            ],
             [
                 LinkedSubscription(
                     one.subscription_id,

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from billingd.domain.agreement import add_on_differences, differences
+from billingd.domain.agreement import Uncharged, add_on_differences, costs_nothing, differences
 from billingd.domain.billing import BilledAddOn, BilledPlan
+from billingd.domain.charges import Prices
 from billingd.domain.pricing import AddOnSpec, MeasuredUnitSpec, PlanSpec, TierSpec
 
 SPEC = PlanSpec(
@@ -86,7 +87,7 @@ def test_equal_plans_agree() -> None:
         ({"auto_renew": False, "total_billing_cycles": None},
          "has no set term and does not renew at Recurly; Amplify says it renews after 12 periods."),
         ({"trial_length": 30, "trial_unit": "days"},
-         "begins with a free trial of 30 days at Recurly, in which no usage is ever billed; Amplify has none."),
+         "begins with a free trial of 30 days at Recurly, whose usage is never billed; Amplify has none."),
     ],
 )  # fmt: skip
 def test_differences_of_plans(changes: dict[str, Any], sentence: str) -> None:
@@ -170,3 +171,31 @@ def test_differences_of_flat_prices(amount: Decimal | None, sentence: str) -> No
 )
 def test_what_changes_no_money_is_not_told(changes: dict[str, Any]) -> None:
     assert add_on_differences(TIERED_SPEC, replace(TIERED, **changes)) == ()
+
+
+NOUGHT, ONE = Decimal("0.00"), Decimal(1)
+
+
+@pytest.mark.parametrize(
+    ("prices", "nothing"),
+    [
+        (Prices("flat", NOUGHT), True),
+        (Prices("flat", ONE), False),
+        (Prices("flat", None), False),
+        (Prices("tiered", None, (TierSpec(5, NOUGHT), TierSpec(None, NOUGHT))), True),
+        (Prices("volume", None, (TierSpec(5, NOUGHT), TierSpec(None, ONE))), False),
+        (Prices("stairstep"), False),
+    ],
+)
+def test_costing_nothing(prices: Prices, nothing: bool) -> None:
+    """Not what has no price in the currency: Recurly sells none of it."""
+    assert costs_nothing(prices) is nothing
+
+
+def test_a_quota_that_is_free_at_amplify_is_free_at_recurly_or_a_difference() -> None:
+    free = Uncharged(FLAT.code, "API calls", gone=False)
+    [told] = free.differences(FLAT)
+    assert told.startswith(f'Add-on "{FLAT.code}" charges for quota "API calls" at Recurly')
+    for one in (replace(FLAT, unit_amount=NOUGHT), replace(FLAT, state="inactive"), None):
+        assert free.differences(one) == ()
+    assert replace(free, gone=True).differences(FLAT) == ()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from billingd.domain.agreement import Uncharged
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription, SubscribedAddOn
 from billingd.domain.catalog import ProductPlan, Subscription
 from billingd.domain.charges import Prices
@@ -133,6 +134,34 @@ DEARER = Decimal("0.6")
 )
 def test_plans(changes: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     assert told(**changes) == expected
+
+
+X = "amplify-quota-x"
+FREE = Uncharged(X, "Extra", gone=False)
+FOR_NOTHING = replace(ADD_ON, code=X, unit_amount=Decimal(0))
+WITH_IT = {"u1": replace(BILLED, add_ons=(*BILLED.add_ons, SubscribedAddOn("4", X, FLAT, None)))}
+
+
+@pytest.mark.parametrize(
+    ("free", "at_plan", "billed", "expected"),
+    [
+        (FREE, replace(ADD_ON, code=X), WITH_IT, [("price_differs", f"add_on:{X}")]),
+        (FREE, replace(ADD_ON, code=X), {"u1": BILLED}, [("price_differs", f"add_on:{X}")]),
+        (FREE, FOR_NOTHING, WITH_IT, [("price_differs", f"subscription:s1:{X}")]),
+        (FREE, FOR_NOTHING, {"u1": BILLED}, [("link_missing", f"subscription:s1:{X}")]),
+        (FREE, replace(FOR_NOTHING, state="inactive"), WITH_IT, [("price_differs", f"subscription:s1:{X}")]),
+        (FREE, replace(FOR_NOTHING, state="inactive"), {"u1": BILLED}, []),
+        (replace(FREE, gone=True), replace(ADD_ON, code=X), WITH_IT, []),
+        (replace(FREE, gone=True), replace(ADD_ON, code=X), {"u1": BILLED}, []),
+        (replace(FREE, gone=True), replace(ADD_ON, code=X, state="inactive"), WITH_IT, []),
+    ],
+)
+def test_what_amplify_charges_nothing_for(
+    free: Uncharged, at_plan: BilledAddOn, billed: Any, expected: list[tuple[str, str]]
+) -> None:
+    """New subscriptions, and those that are there, charged for it at Recurly."""
+    changes = {"add_ons": {CODE: {QUOTA: ADD_ON, X: at_plan}}, "billed": billed}
+    assert told(linked_plans=[replace(LINKED_PLAN, uncharged=(free,))], **changes) == expected
 
 
 ENDED = replace(LINKED, state="ended")

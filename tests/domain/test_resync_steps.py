@@ -39,6 +39,7 @@ class Plan:
 class AddOn:
     """A quota's link."""
 
+    quota_id: str = "q1"
     plan_id: str = "p1"
     add_on_code: str = "amplify-quota-q1"
     title: str = "Calls"
@@ -201,6 +202,18 @@ DEAR = replace(BILLED_PLAN, unit_amounts={"USD": Decimal(11)})
 DEAR_REASON = 'Plan "amplify-plan-p1" costs 11 USD per period at Recurly; Amplify says 10.'
 OTHER_QUOTA = Quota("q2", "maps", "Maps", "transactions", PerUnit(Decimal(1)))
 
+FREE = (QUOTA, replace(OTHER_QUOTA, pricing=Unlimited()))
+FREE_REASON = (
+    'Add-on "amplify-quota-q2" charges for quota "Maps" at Recurly; Amplify charges nothing for it. '
+    "Set its price to 0 there, in every tier."
+)
+FREE_ADD_ON = replace(BILLED_ADD_ON, code="amplify-quota-q2")
+FOR_NOTHING = replace(FREE_ADD_ON, unit_amount=Decimal(0))
+TWO: dict[str, Any] = {
+    "linked_add_ons": (AddOn(), AddOn("q2", "p1", "amplify-quota-q2", "Maps")),
+    "billed_add_ons": (BILLED_ADD_ON, FREE_ADD_ON),
+}
+
 ID = "8ac9dd00aa000001aa000001aa000001"
 ORPHAN: dict[str, Any] = {"links": (), "billed": (replace(BILLED, marker=ID),)}
 OVER = subscription(state="archived")
@@ -338,6 +351,23 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "~plan",
     ),
     ("an add-on removed at Recurly", {"billed_add_ons": ()}, "note"),
+    ("a quota that became free, and charges at Recurly", {**TWO, "quotas": FREE}, "~plan"),
+    (
+        "a quota that became free, held for it",
+        {**TWO, "quotas": FREE, "held": (("plan:metered", "plan_differs", FREE_REASON),)},
+        "",
+    ),
+    (
+        "a quota that became free at Recurly too, held for what it was",
+        {
+            **TWO,
+            "quotas": FREE,
+            "billed_add_ons": (BILLED_ADD_ON, FOR_NOTHING),
+            "billed": (replace(BILLED, add_on_codes=("amplify-quota-q1", "amplify-quota-q2")),),
+            "held": (("plan:metered", "plan_differs", FREE_REASON),),
+        },
+        "~plan",
+    ),
     # Labels.
     ("no longer labelled", {"products": (UNLABELLED,)}, "~product"),
     (
@@ -416,6 +446,19 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "~sub",
     ),
     ("not live at Recurly", {"billed": ()}, "~sub"),
+    ("lacks what is charged", {**TWO, "quotas": (QUOTA, OTHER_QUOTA)}, "~plan ~sub"),
+    ("lacks what charges for a free quota", {**TWO, "quotas": FREE}, "~plan"),
+    (
+        "lacks the add-on of a free quota that costs nothing",
+        {**TWO, "quotas": FREE, "billed_add_ons": (BILLED_ADD_ON, FOR_NOTHING)},
+        "~sub",
+    ),
+    (
+        "lacks that of a free quota that was removed",
+        {**TWO, "quotas": FREE, "billed_add_ons": (BILLED_ADD_ON,)},
+        "",
+    ),
+    ("lacks that of a quota that is gone", TWO, ""),
     ("not live, known", {"billed": (), "links": (Link(billed_state="expired"),)}, ""),
     ("paused", {"billed": (), "links": (Link(billed_state="paused"),)}, ""),
     ("not live, linked since the listing", {"billed": (), "before": frozenset({"p1"})}, ""),
