@@ -334,6 +334,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         poller,
         source=source.name,
         length=settings.traffic.window,
+        settle=settings.traffic.settle,
         late=settings.traffic.horizon + settings.traffic.settle,
         requests_per_minute=settings.recurly.requests_per_minute,
         wake_outbox=engine.wake,

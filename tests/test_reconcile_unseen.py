@@ -9,12 +9,14 @@ import sqlalchemy as sa
 from rig import HOUR, LOOK_AGAIN, Json, Rig, a_rig
 from test_adoption import found as adopted
 from test_adoption import original
-from test_reconcile import DAY, drift_status, kinds, posted, reconciled, reported
+from test_reconcile import DAY, drift_status, kinds, posted, reconciled, repaired, reported
 from test_reconcile_safely import by_itself, standing
 
 from billingd.domain.errors import Refused, Retryable
+from billingd.domain.windows import floor
+from billingd.reconcile.document import time_text
 from billingd.sandbox import control_amplify
-from billingd.store import schema
+from billingd.store import read_back, schema
 
 pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 MINUTES = timedelta(minutes=1)
@@ -173,6 +175,80 @@ async def test_what_can_be_compared_no_more_still_stands(rig: Rig) -> None:
     await rig.drain()
     assert [item["kind"] for item in await standing(rig)] == ["late_beyond_horizon"]
     assert (await drift_status(rig), rig.channels.provider) == ((5, 1, True), [])
+
+
+async def set_back(rig: Rig) -> None:
+    """A drift that is known, then a watermark before it, as when a link is made again."""
+    await reported(rig, 7)
+    rig.pass_(2 * DAY)
+    await rig.poll()
+    await rig.traffic("acme", 5, at=rig.far.now() - 30 * HOUR)
+    assert kinds(await reconciled(rig)) == [("late_beyond_horizon", 5)]
+    await rig.drain()
+    rig.channels.provider.clear()
+    [link] = await rig.rows(schema.subscription_links)
+    now = rig.far.now()
+    async with rig.store.write() as tx:
+        await read_back.read_again(
+            tx, link["subscription_id"], now - 40 * HOUR, horizon=rig.horizon, now=rig.clock.now()
+        )
+
+
+async def test_what_is_to_be_read_again_is_read_and_compared(rig: Rig) -> None:
+    """A run does not end at a watermark that was set back: what it finds there mends the drift."""
+    await set_back(rig)
+    found = await reconciled(rig)
+    assert (kinds(found), found["not_compared"]) == ([], [])
+    await rig.drain()
+    assert rig.units() == 12
+
+
+async def test_what_cannot_be_read_yet_is_said_and_still_stands(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run waits for ever, and none says that all agree; once it is read, it does."""
+    await set_back(rig)
+
+    async def hold_up() -> bool:
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.poller, "run_once", hold_up)
+        [mark] = await rig.rows(schema.watermarks)
+        found = await reconciled(rig)
+    assert kinds(found) == [("late_beyond_horizon", 5)]
+    [told] = found["not_compared"]
+    settled = floor(rig.far.now() - rig.settle, rig.window)
+    assert (told["since"], told["until"]) == (time_text(mark["at"]), time_text(settled))
+    await rig.drain()
+    assert rig.channels.provider == []
+    await reconciled(rig)
+    await rig.drain()
+    assert ["agree again" in told for told in rig.channels.provider] == [True]
+
+
+async def test_a_clean_run_that_missed_windows_changes_nobodys_mind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differed lay elsewhere and is mended; of the rest nothing can be said yet."""
+    one = await reported(rig, 7)
+    await rig.recurly._adapter.remove_usage(one.id, key="by hand")
+    await reconciled(rig)
+    await repaired(rig)
+    rig.channels.provider.clear()
+    rig.pass_(6 * HOUR)
+
+    async def hold_up() -> bool:
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.poller, "run_once", hold_up)
+        found = await reconciled(rig)
+    await rig.drain()
+    assert (kinds(found), len(found["not_compared"]), rig.channels.provider) == ([], 1, [])
+    await reconciled(rig)
+    await rig.drain()
+    assert ["agree again" in told for told in rig.channels.provider] == [True]
 
 
 async def test_a_run_until_the_middle_of_a_window_mends_nothing_of_it(rig: Rig) -> None:

@@ -9,7 +9,7 @@ import structlog
 
 from billingd.domain.drift import Drift
 from billingd.domain.errors import BillingdError, Illegible, NotFound, Permanent, Retryable
-from billingd.domain.windows import floor
+from billingd.domain.windows import floor, settled_end
 from billingd.loops import Clock
 from billingd.reconcile import document
 from billingd.reconcile.asking import ask
@@ -57,6 +57,11 @@ TOO_LONG: Final = (
 
 STALE: Final = "it was cut off, and what it saw is too old to go on from; reconcile anew"
 
+NOT_READ: Final = (
+    "Amplify and the ledger are not compared: this traffic is settled and not read yet, or to be read again; "
+    "`billingd traffic poll` reads it, or says why not"
+)
+
 GIVE_UP: Final = timedelta(days=1)
 """How long a run is tried while a far side is away."""
 
@@ -87,6 +92,7 @@ class Reconciler:
         *,
         source: str,
         length: timedelta,
+        settle: timedelta,
         late: timedelta,
         requests_per_minute: int,
         wake_outbox: asyncio.Event,
@@ -100,6 +106,7 @@ class Reconciler:
         self._poller = poller
         self._source = source
         self._length = length
+        self._settle = settle
         self._late = late
         self._held_up: dict[int, str] = {}
         self._stuck: dict[str, tuple[int, datetime]] = {}
@@ -157,7 +164,7 @@ class Reconciler:
             if since is None and opened < begin:
                 unseen.insert(0, not_compared(SERVED, opened, begin, TOO_LONG))
             span = CHUNK_WINDOWS * mark.length
-            served = max(0, -((begin - min(stop, mark.at)) // span))
+            served = max(0, -((begin - min(stop, self._settled(mark, stop, now))) // span))
             steps = served + len(overlapping(linked, begin, stop)) + 1 + int(repair)
             run_id = await drift.begin(
                 tx,
@@ -259,10 +266,18 @@ class Reconciler:
         return Watermark(self._source, at, self._length, at)
 
     async def _served(self, run: Run, mark: Watermark) -> None:
-        """A chunk of windows of every subscription, up to the watermark; earlier sizes are not compared."""
-        start = max(floor(run.since, mark.length), mark.regular_since)
-        if run.cursor is not None:
-            start = datetime.fromisoformat(run.cursor)
+        """A chunk of windows of every subscription, up to the watermark; earlier sizes are not compared.
+
+        A watermark that is behind what has settled (it was set back, or this is the first look after a while)
+        is no reason to leave windows out: they are read first, and told of where that cannot be.
+        """
+        settled = self._settled(mark, run.until, run.started_at)
+        start = _begins(run, mark)
+        if mark.at < min(settled, start + CHUNK_WINDOWS * mark.length):
+            await self._poller.run_once()
+            async with self._store.read() as tx:
+                mark = await self._mark(tx)
+            start = _begins(run, mark)
         stop = min(floor(run.until, mark.length), mark.at)
         end = min(start + CHUNK_WINDOWS * mark.length, stop)
         found: list[Drift] = []
@@ -271,6 +286,8 @@ class Reconciler:
         if start < end:
             found, unread = await self._served_survey.compare(run, mark, start, end)
         over = end >= stop
+        if over and (missed := max(start, mark.at)) < settled:
+            unread = [*unread, not_compared(SERVED, missed, settled, NOT_READ)]
         await self._keep(
             run,
             found,
@@ -278,6 +295,10 @@ class Reconciler:
             cursor=None if over else end.isoformat(),
             not_compared=unread,
         )
+
+    def _settled(self, mark: Watermark, until: datetime, now: datetime) -> datetime:
+        """How far what a run looks at could have been read when it began."""
+        return settled_end(mark.at, min(now, until + self._settle), length=mark.length, settle=self._settle)
 
     async def _billed(self, run: Run, mark: Watermark) -> None:
         """One subscription."""
@@ -425,7 +446,10 @@ class Reconciler:
         unread = len(unseen_ones) + sum(
             one["subscription"] is None and one.get("phase") == LINKS for one in latest.not_compared
         )
+        missed = any(one["reason"] == NOT_READ for one in latest.not_compared)
         drifting = totals.drifting > 0 or unread > 0
+        if missed and before is not None:  # nobody can say that they agree again
+            drifting = drifting or before.drifting is True
         await drift.finish(tx, run.id, now=now, drifting=drifting)
         log.info("reconcile.done", run=run.id, units=totals.units, findings=totals.findings)
         await close_gone(tx, scope, now)
@@ -444,6 +468,13 @@ class Reconciler:
         """What a run found so far (contract section 2), None when there is no such run."""
         found = await document.of(self._store, run_id)
         return None if found is None else found | {"held_up": self._held_up.get(run_id)}
+
+
+def _begins(run: Run, mark: Watermark) -> datetime:
+    """Where its next chunk of windows begins."""
+    if run.cursor is not None:
+        return datetime.fromisoformat(run.cursor)
+    return max(floor(run.since, mark.length), mark.regular_since)
 
 
 def _earliest(linked: Sequence[SubscriptionLink], now: datetime) -> datetime:
