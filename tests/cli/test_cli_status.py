@@ -1,15 +1,21 @@
 """`status`: of the daemon, of the store without it, of neither."""
 
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from aiohttp import web
 from cli_bench import Bench, document
+from page_bench import reconciled
 
 from billingd.cli.output import plain
 from billingd.cli.status import COLUMNS, _row, lines
+from billingd.domain.drift import Drift
+from billingd.store import drift, schema
+from billingd.store.engine import Store
 
 
 @pytest.mark.parametrize("over", ["tcp", "unix"])
@@ -65,6 +71,27 @@ async def test_check_is_3_while_something_waits_for_a_person(tmp_path: Path, sql
     await bench.ask("held", "release", "1")
     assert (await bench.ask("status", "--check")).exit_code == 0
     assert (await bench.ask("status")).exit_code == 0
+
+
+@pytest.mark.parametrize("over", ["unix", "store"])
+async def test_check_is_3_while_drift_stands(over: str, tmp_path: Path, sqlite_template: Path) -> None:
+    """Also where no unit differs, and when nobody knows, for the latest reconciliation failed."""
+    bench = Bench(tmp_path)
+    shutil.copy(sqlite_template, bench.path)
+    async with Store(bench.url) as store:
+        await reconciled(
+            store, Drift("price_differs", "plan:p1", None, None, None, 0, "It differs.", "Mend it.")
+        )
+    async with bench.reached(over):
+        assert (await bench.ask("status", "--check")).exit_code == 3
+        async with Store(bench.url) as store, store.write() as tx:
+            run = await drift.latest(tx)
+            assert run is not None
+            await drift.gone(tx, [one.id for one in await drift.of(tx, run.id)], "gone")
+        assert (await bench.ask("status", "--check")).exit_code == 0
+        async with Store(bench.url) as store, store.write() as tx:
+            await tx.execute(sa.update(schema.reconciliations).values(state="failed", error="404"))
+        assert (await bench.ask("status", "--check")).exit_code == 3
 
 
 @pytest.mark.parametrize("over", ["tcp", "unix", "store"])
