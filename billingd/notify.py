@@ -1,6 +1,7 @@
 """What a person is told. A notice is an action of its own, so a failing one never holds back billing."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
@@ -8,7 +9,7 @@ import structlog
 
 from billingd.domain.attempts import Leased, State, Wait
 from billingd.domain.catalog import Person
-from billingd.domain.errors import Retryable
+from billingd.domain.errors import Permanent, Retryable
 from billingd.domain.notices import DIGEST, NOTIFY_PROVIDER
 from billingd.loops import Clock
 from billingd.store import outbox
@@ -45,6 +46,14 @@ class Channels(Protocol):
     async def tell_subscriber(self, email: str, title: str, body: str) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Notice:
+    """A notice to the provider; `due_to` is what its log lines name when another's attempt sends it along."""
+
+    args: Mapping[str, Any]
+    due_to: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Notifier:
     """Handles the two kinds of notice."""
 
@@ -57,7 +66,9 @@ class Notifier:
         self._people = people
         self._wording = wording
         self._told: dict[int, set[str]] = {}
-        """Channels that have had a notice which others still lack. After a restart they may have it again."""
+        """Channels that have had a notice which others still lack, also once it was given up: it may be
+        retried. After a restart they may have it again.
+        """
         self._failing: dict[str, str] = {}
 
     async def provider(self, action: Leased) -> Wait | None:
@@ -76,17 +87,23 @@ class Notifier:
                 subject=action.subject,
                 limit=TOGETHER_MAX - 1,
             )
+            known = await outbox.correlations(tx, rows)
             own = await outbox.find(tx, action.id)
-        args = {action.id: action.args} | {row["id"]: row["args"] for row in rows if row["id"] > action.id}
-        failures = [why for name in self._channels.names if (why := await self._tell(name, args)) is not None]
-        await self._settle_others(args, action.id)
+        notices = {action.id: _Notice(action.args)}
+        for row in rows:
+            if row["id"] > action.id:
+                due_to = {name: row[name] for name in ("attempt", "event_id")}
+                due_to |= {"action": row["id"], "correlation": known.get(row["event_id"])}
+                notices[row["id"]] = _Notice(row["args"], due_to)
+        told = [await self._tell(name, notices) for name in self._channels.names]
+        failures = [why for why in told if why is not None]
+        await self._settle_others(notices, action.id)
         if not failures:
             self._told.pop(action.id, None)
             return None
         age = self._clock.now() - (self._clock.now() if own is None else own["created_at"])
         if age >= GIVE_UP:
-            self._told.pop(action.id, None)
-            raise Retryable("; ".join(failures))
+            raise Permanent("; ".join(failures))
         return Wait(min(max(age / 10, PAUSE_MIN), PAUSE_MAX), "; ".join(failures))
 
     async def now(self, topic: str, facts: Mapping[str, Any]) -> bool:
@@ -116,18 +133,18 @@ class Notifier:
         await self._channels.tell_subscriber(person.email, title, body)
         return None
 
-    async def _tell(self, name: str, args: Mapping[int, Mapping[str, Any]]) -> str | None:
+    async def _tell(self, name: str, notices: Mapping[int, _Notice]) -> str | None:
         """Send a channel what it lacks of these notices; None, or why it took nothing."""
-        lacking = {id_: one for id_, one in args.items() if name not in self._told.get(id_, ())}
+        lacking = {id_: one for id_, one in notices.items() if name not in self._told.get(id_, ())}
         if not lacking:
             return None
-        notices = []
+        words = []
         for one in lacking.values():
-            title, body = self._wording.words(_topic(one), _facts(one))
-            notices.append({"topic": _topic(one), "title": title, "body": body})
-        title, body = notices[0]["title"], notices[0]["body"]
-        if len(notices) > 1:
-            title, body = self._wording.words(DIGEST, {"notices": notices})
+            title, body = self._wording.words(_topic(one.args), _facts(one.args))
+            words.append({"topic": _topic(one.args), "title": title, "body": body})
+        title, body = words[0]["title"], words[0]["body"]
+        if len(words) > 1:
+            title, body = self._wording.words(DIGEST, {"notices": words})
         try:
             await self._channels.tell(name, title, body)
         except Retryable as error:
@@ -137,20 +154,21 @@ class Notifier:
             return str(error)
         if self._failing.pop(name, None) is not None:
             log.info("notice.channel_recovered", channel=name)
-        log.info("notice.sent", channel=name, topics=[notice["topic"] for notice in notices])
-        for id_ in lacking:
+        for id_, one in lacking.items():
+            log.info("notice.sent", channel=name, topic=_topic(one.args), **one.due_to)
             self._told.setdefault(id_, set()).add(name)
         return None
 
-    async def _settle_others(self, args: Mapping[int, Mapping[str, Any]], own: int) -> None:
+    async def _settle_others(self, notices: Mapping[int, _Notice], own: int) -> None:
         """What was sent along, to every channel, is done."""
         names = set(self._channels.names)
-        done = [id_ for id_ in args if id_ != own and names <= self._told.get(id_, set())]
+        done = [id_ for id_ in notices if id_ != own and names <= self._told.get(id_, set())]
         if not done:
             return
         async with self._store.write() as tx:
             await outbox.finish(tx, done, now=self._clock.now())
         for id_ in done:
+            log.info("action.settled", state=State.DONE.value, error=None, **notices[id_].due_to)
             del self._told[id_]
 
 

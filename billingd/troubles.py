@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
 import structlog
@@ -22,7 +22,7 @@ from billingd.domain.notices import (
 from billingd.loops import Clock, Progress
 from billingd.notify import moment
 from billingd.store import held, marks, outbox
-from billingd.store.engine import Store, Tx
+from billingd.store.engine import Store, StoreDamaged, StoreUnavailable, Tx
 
 log = structlog.get_logger()
 
@@ -34,6 +34,8 @@ AWAY_FOR: Final = timedelta(minutes=10)
 
 UNWRITABLE_FOR: Final = timedelta(minutes=1)
 """How long the store may fail before anybody is told."""
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 CAUSES_MAX: Final = 5_000
 """Dead letters whose causes are read for a notice."""
@@ -85,12 +87,20 @@ class TroubleWatch:
     async def run_once(self) -> bool:
         """Look once; False, for the next look is due after a rest."""
         now = self._clock.now()
-        if (error := self._store.write_error) is not None:
+        error = self._store.write_error
+        if error is None:
+            try:
+                await self._look(now)
+                if self._unwritable is not None:
+                    await self._can_be_written(self._unwritable, now)
+                    self._unwritable = None
+            except (StoreUnavailable, StoreDamaged) as failed:  # nor can any other part work with it
+                error = str(failed)
+        if error is not None:
             await self._cannot_be_written(error, now)
-            return False
-        if self._unwritable is not None:
-            await self._can_be_written(self._unwritable, now)
-            self._unwritable = None
+        return False
+
+    async def _look(self, now: datetime) -> None:
         for name, side in self._sides.items():
             await self._see(Trouble(FAR_SIDE, name), self._away(name, side, now), AWAY_FOR, now)
         stuck = self._progress.stuck(now)
@@ -101,7 +111,6 @@ class TroubleWatch:
             waits = bool(await held.standing(tx))
         await self._see(Trouble(DEAD_LETTERS), dead, GATHER, now)
         await self._see(Trouble(HELD), Trouble(HELD) if waits else None, timedelta(0), now)
-        return False
 
     def _away(self, name: str, side: FarSide, now: datetime) -> Trouble | None:
         at = side.last_reached_at
@@ -113,11 +122,12 @@ class TroubleWatch:
         return Trouble(FAR_SIDE, name, facts={"side": name, "error": side.last_error, "since": since})
 
     async def _dead(self, tx: Tx) -> Trouble | None:
-        """`size` is the newest one's id: it grows when there are more, not when some are retried."""
-        number, newest, first = await outbox.dead(tx)
-        if number == 0 or first is None:
+        """`size` is when the last of them gave up (µs): it grows with each further one, whatever its id."""
+        number, first, last = await outbox.dead(tx)
+        if first is None or last is None:
             return None
-        return Trouble(DEAD_LETTERS, size=newest, facts={"total": number, "since": moment(first)})
+        size = (last - EPOCH) // timedelta(microseconds=1)
+        return Trouble(DEAD_LETTERS, size=size, facts={"total": number, "since": moment(first)})
 
     async def _see(self, name: Trouble, trouble: Trouble | None, patience: timedelta, now: datetime) -> None:
         async with self._store.read() as tx:

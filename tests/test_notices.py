@@ -1,6 +1,7 @@
 """Notices from the trouble to the channel: together, once per channel, on change, and none is lost."""
 
 import ast
+import sqlite3
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import structlog
 from manual_clock import ManualClock
 
 from billingd import wording
 from billingd.domain.attempts import Action, Leased, Patience, State, Verdict, Wait
 from billingd.domain.errors import Retryable
+from billingd.domain.events import Event
 from billingd.domain.notices import NOTIFY_PROVIDER, PROVIDER_SUBJECT, provider_notice, topic_of
 from billingd.loops import Progress
-from billingd.notify import GIVE_UP, Notifier
+from billingd.notify import Notifier
 from billingd.outbox import Outbox
-from billingd.store import held, outbox, schema
+from billingd.store import events, held, outbox, schema
 from billingd.store.engine import Store
 from billingd.store.held import Hold
 from billingd.troubles import AWAY_FOR, GATHER, UNWRITABLE_FOR, TroubleWatch
@@ -118,6 +121,24 @@ def notices(number: int) -> list[Action]:
     return [provider_notice(f"plan-linked:{n}", f"Plan {n}", f"Body {n}") for n in range(number)]
 
 
+def an_event(number: int) -> Event:
+    return Event(
+        source="amplify",
+        id=f"event-{number}",
+        type="ResourceCreated",
+        kind="ProductPlan",
+        name="metered",
+        happened_at=None,
+        resource_id="p1",
+        subresource=None,
+        correlation_id=f"correlation-{number}",
+        resource_version=None,
+        scope_name=None,
+        state=None,
+        deleting=False,
+    )
+
+
 async def test_what_waits_goes_into_one_message(bench: Bench) -> None:
     """Forty notices at once are two messages for each channel, and each is in one of them."""
     await bench.put(*notices(40))
@@ -158,7 +179,7 @@ async def test_a_restart_loses_no_notice(bench: Bench) -> None:
     await bench.drain()
     bench.start()
     bench.channels.out = set()
-    bench.clock.advance(GIVE_UP / 2)
+    bench.clock.advance(timedelta(days=1))
     await bench.drain()
     [told] = bench.heard()
     assert all(f"Plan {number}" in told for number in range(3))
@@ -168,12 +189,54 @@ async def test_a_restart_loses_no_notice(bench: Bench) -> None:
 async def test_after_three_days_it_is_a_dead_letter(bench: Bench) -> None:
     bench.channels.out = {"chat", "mail"}
     await bench.put(*notices(1))
-    bench.clock.advance(GIVE_UP)
-    for _ in range(2):  # as often as the outbox tries whatever fails
+    for after, state in ((timedelta(days=3) - MINUTE, "pending"), (timedelta(minutes=10), "dead")):
+        bench.clock.advance(after)
         await bench.drain()
-        bench.clock.advance(MINUTE)
-    async with bench.store.read() as tx:
+        async with bench.store.read() as tx:
+            assert await outbox.count(tx) == {(state, NOTIFY_PROVIDER): 1}
+
+
+@SQLITE
+async def test_a_channel_that_works_is_left_alone_when_the_other_is_given_up(bench: Bench) -> None:
+    """However often the outbox tries what fails, and also when a person has it tried again."""
+    bench.channels.out = {"mail"}
+    await bench.put(*notices(1))
+    await bench.drain()
+    bench.clock.advance(timedelta(days=3))
+    for _ in range(3):
+        await bench.drain()
+        bench.clock.advance(timedelta(minutes=10))
+    async with bench.store.write() as tx:
         assert await outbox.count(tx) == {("dead", NOTIFY_PROVIDER): 1}
+        assert await outbox.retry(tx, [1], now=bench.clock.now()) == 1
+    await bench.drain()
+    bench.channels.out = set()
+    async with bench.store.write() as tx:
+        await outbox.retry(tx, [1], now=bench.clock.now())
+    await bench.drain()
+    assert [len(told) for told in bench.channels.told.values()] == [1, 1]
+
+
+async def test_each_notice_is_in_the_log_under_its_own_event(bench: Bench) -> None:
+    """Sent along in one message, they are found one by one; one that no event led to is under none."""
+    put = notices(4)
+    async with bench.store.write() as tx:
+        for number, notice in enumerate(put):
+            cause = f"event-{number}" if number < 3 else None
+            await outbox.insert(tx, [notice], now=bench.clock.now(), event_id=cause)
+        for number in range(2):  # of the third event nothing is kept any more
+            await events.insert(tx, an_event(number), now=bench.clock.now())
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+        await bench.drain()
+    for number, correlation in enumerate(("correlation-0", "correlation-1", "event-2", None)):
+        found = [one for one in lines if one["action"] == number + 1]
+        assert {one.get("correlation") for one in found} == {correlation}
+        assert [(one["event"], one.get("channel")) for one in found] == [
+            ("notice.sent", "chat"),
+            ("notice.sent", "mail"),
+            ("action.settled", None),
+        ]
+        assert {one["attempt"] for one in found} == {1 if number == 0 else 0}
 
 
 async def test_dead_letters_are_one_notice_with_counts_and_one_when_they_are_gone(bench: Bench) -> None:
@@ -194,7 +257,7 @@ async def test_dead_letters_are_one_notice_with_counts_and_one_when_they_are_gon
     assert bench.heard() == []
     await bench.look(timedelta(hours=1))
     [told] = bench.heard()
-    assert told.startswith("42 dead letters, more than before")
+    assert told.startswith("42 dead letters, some of them new")
     async with bench.store.write() as tx:
         await tx.execute(
             sa.update(schema.outbox)
@@ -206,6 +269,31 @@ async def test_dead_letters_are_one_notice_with_counts_and_one_when_they_are_gon
     await bench.look(MINUTE)
     [told] = bench.heard()
     assert told.startswith("No dead letters are left")
+
+
+@SQLITE
+async def test_an_older_action_that_gives_up_later_is_told(bench: Bench) -> None:
+    """Its id is lower than that of the dead letter that was told already."""
+    await bench.put(Action("report_usage", "s0", "s0"))
+    now = bench.clock.now()
+    async with bench.store.write() as tx:
+        [older] = await outbox.claim(tx, now=now, lease=MINUTE, limit=1)
+        await outbox.settle(tx, older, Verdict(State.PENDING, now + timedelta(hours=5), "later"), now=now)
+    await bench.die("Refused: 422", kind="provision_plan")
+    await bench.look()
+    await bench.look(GATHER)
+    [told] = bench.heard()
+    assert told.startswith("1 dead letter\n")
+    bench.clock.advance(timedelta(hours=6))
+    async with bench.store.write() as tx:
+        [older] = await outbox.claim(tx, now=bench.clock.now(), lease=MINUTE, limit=1)
+        verdict = Verdict(State.DEAD, bench.clock.now(), "Unknown: no answer")
+        await outbox.settle(tx, older, verdict, now=bench.clock.now())
+    for _ in range(2):
+        await bench.look(timedelta(hours=1))
+    [told] = bench.heard()
+    assert told.startswith("2 dead letters, some of them new\n")
+    assert "- 1 x report_usage: Unknown: no answer" in told
 
 
 @SQLITE
@@ -245,6 +333,36 @@ async def test_a_store_that_cannot_be_written_is_told_at_once_and_its_return_thr
     assert told.startswith("The store cannot be written\nSince 2026-03-02 10:00 UTC: the disk is full")
     bench.store.write_error = None
     await bench.look(MINUTE)
+    [told] = bench.heard()
+    assert told.startswith("The store can be written again\nIt could not be from 2026-03-02 10:00 UTC to")
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (sqlite3.DatabaseError("file is not a database"), "the store is damaged, or is none"),
+        (sqlite3.OperationalError("disk I/O error"), "the store is not available: disk I/O error"),
+    ],
+)
+async def test_a_store_that_cannot_be_read_is_told_too(bench: Bench, cause: Exception, said: str) -> None:
+    """Nothing was written when it broke, so no write has failed."""
+
+    def refuse(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        kind = sa.exc.OperationalError if "I/O" in str(cause) else sa.exc.DatabaseError
+        raise kind(statement, {}, cause)
+
+    reader = bench.store._reader.sync_engine
+    sa.event.listen(reader, "before_cursor_execute", refuse)
+    await bench.watch.run_once()
+    for _ in range(2):
+        bench.clock.advance(UNWRITABLE_FOR)
+        await bench.watch.run_once()
+    [told] = bench.heard()
+    assert told.startswith(f"The store cannot be written\nSince 2026-03-02 10:00 UTC: {said}")
+    sa.event.remove(reader, "before_cursor_execute", refuse)
+    await bench.look()
+    await bench.look()
     [told] = bench.heard()
     assert told.startswith("The store can be written again\nIt could not be from 2026-03-02 10:00 UTC to")
 

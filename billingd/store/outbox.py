@@ -73,15 +73,17 @@ async def claim(tx: Tx, *, now: datetime, lease: timedelta, limit: int) -> list[
     """
     given = {"now": now, "leased_until": now + lease, "at_most": limit}
     rows = (await tx.execute(_CLAIM, given)).mappings().all()
-    event_ids = {row["event_id"] for row in rows} - {None}
-    known = {}
-    if event_ids:
-        found = await tx.execute(_CORRELATIONS, {"ids": sorted(event_ids)})
-        known = {row.id: row.correlation_id or row.id for row in found}
-    return sorted(
-        (_leased(row, known.get(row["event_id"], row["event_id"])) for row in rows),
-        key=lambda leased: leased.id,
-    )
+    known = await correlations(tx, rows)
+    return sorted((_leased(row, known.get(row["event_id"])) for row in rows), key=lambda leased: leased.id)
+
+
+async def correlations(tx: Tx, rows: Sequence[Mapping[Any, Any]]) -> dict[str | None, str]:
+    """What the log calls the events that these actions are due to, by their ids."""
+    known = {row["event_id"]: row["event_id"] for row in rows if row["event_id"] is not None}
+    if known:
+        found = await tx.execute(_CORRELATIONS, {"ids": sorted(known)})
+        known |= {row.id: row.correlation_id or row.id for row in found}
+    return known
 
 
 _CORRELATIONS: Final = sa.select(events.c.id, events.c.correlation_id).where(
@@ -299,23 +301,22 @@ async def newest(tx: Tx) -> int:
     return int((await tx.execute(sa.select(sa.func.max(outbox.c.id)))).scalar_one() or 0)
 
 
-_DEAD: Final = sa.select(sa.func.count(), sa.func.max(outbox.c.id), sa.func.min(outbox.c.settled_at)).where(
-    _in(outbox, [State.DEAD])
-)
+_DEAD: Final = sa.select(
+    sa.func.count(), sa.func.min(outbox.c.settled_at), sa.func.max(outbox.c.settled_at)
+).where(_in(outbox, [State.DEAD]))
 
 
-async def dead(tx: Tx) -> tuple[int, int, datetime | None]:
-    """How many dead letters there are, the newest one's id (0: there is none), when the first gave up."""
-    number, newest_id, first = (await tx.execute(_DEAD)).one()
-    return int(number), int(newest_id or 0), first
+async def dead(tx: Tx) -> tuple[int, datetime | None, datetime | None]:
+    """How many dead letters there are, when the first of them gave up, and when the last (None: none is)."""
+    number, first, last = (await tx.execute(_DEAD)).one()
+    return int(number), first, last
 
 
 async def dead_causes(tx: Tx, *, limit: int) -> list[tuple[str, str | None]]:
-    """Kind and error of dead letters, the newest first."""
+    """Kind and error of dead letters, those that gave up last first."""
     statement = sa.select(outbox.c.kind, outbox.c.error).where(_in(outbox, [State.DEAD]))
-    return [
-        (row.kind, row.error) for row in await tx.execute(statement.order_by(outbox.c.id.desc()).limit(limit))
-    ]
+    last = (outbox.c.settled_at.desc(), outbox.c.id.desc())
+    return [(row.kind, row.error) for row in await tx.execute(statement.order_by(*last).limit(limit))]
 
 
 async def newest_done(tx: Tx, subjects: Collection[str], *, after: int) -> dict[tuple[str, str], int]:
