@@ -30,7 +30,6 @@ from billingd.domain.usage import book
 from billingd.domain.windows import Window
 from billingd.loops import Progress
 from billingd.outbox import ATTEMPT_MAX, Outbox
-from billingd.settings import Settings
 from billingd.store import outbox, schema, usage, watermarks
 from billingd.store.engine import Store, StoreUnavailable
 
@@ -304,6 +303,20 @@ def test_the_alerts_are_rules_that_prometheus_loads(tmp_path: Path) -> None:
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_only_what_never_goes_down_is_asked_for_its_rate() -> None:
+    """Units that are taken back would look like a counter set back to 0, and all of it as new usage."""
+    made = Metrics()
+    families = [*made._registry.collect(), *made._stored.collect()]
+    growing = {f"{one.name}_total" for one in families if one.type == "counter"}
+    growing |= {f"{one.name}_bucket" for one in families if one.type == "histogram"}
+    exprs = [one.expr for one in monitoring.ALERTS]
+    exprs += [target["expr"] for one in monitoring.dashboard()["panels"] for target in one.get("targets", ())]
+    asked = set(re.findall(r"(?:rate|increase)\((\w+)", " ".join(exprs)))
+    assert asked
+    assert asked <= growing
+    assert "billingd_usage_units_total" not in growing
+
+
 def test_every_alert_links_to_a_runbook_in_readme() -> None:
     """A heading of its own whose anchor is the link's, with what it means and what to do."""
     [section] = re.findall(r"^## Alerts and runbooks$(.*?)^## ", README, re.MULTILINE | re.DOTALL)
@@ -313,9 +326,3 @@ def test_every_alert_links_to_a_runbook_in_readme() -> None:
     links = {rule["alert"]: rule["annotations"]["runbook_url"] for rule in group["rules"]}
     assert links == {name: f"https://wiki.example/b#{name.lower()}" for name in runbooks}
     assert all("`" in text for text in runbooks.values()), "each names a command or a key"
-
-
-def test_thresholds_suit_the_defaults() -> None:
-    """Traffic is read up to a window, its settling and a turn of the schedule ago."""
-    traffic = Settings().traffic
-    assert traffic.window + traffic.settle + 2 * HOUR < timedelta(hours=6)

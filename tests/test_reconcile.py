@@ -366,7 +366,7 @@ async def test_status_and_metrics_tell_of_the_latest_run(rig: Rig) -> None:
 
 async def drift_status(rig: Rig) -> tuple[int, int, bool]:
     document = await rig.daemon.admin._document()
-    text = rig.daemon.admin._parts.metrics.render(document, {}).decode()
+    text = rig.daemon.admin._parts.metrics.render((document, {})).decode()
     drift = document["drift"]
     assert f"billingd_drift_units {float(drift['units'])}" in text
     assert drift["running"] is False

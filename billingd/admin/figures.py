@@ -40,7 +40,7 @@ class Figures:
             if newest - OVERLAP > self._summed_up_to:
                 more, _ = await usage.added(tx, after=self._summed_up_to, up_to=newest - OVERLAP)
                 self._summed, self._summed_up_to = self._summed + more, newest - OVERLAP
-            unreported = await usage.not_reported(tx)
+            unreported, written_off = await usage.not_reported(tx)
             if _old(self._settled_at, now, SETTLED_EVERY):
                 counts = await outbox.count(tx)
                 self._settled = {key: number for key, number in counts.items() if key[0] in SETTLED}
@@ -63,6 +63,7 @@ class Figures:
                 "recorded_units": recorded,
                 "reported_units": recorded - unreported,
                 "unreported_units": unreported,
+                "written_off_units": written_off,
                 "unknown_outcomes": unknown,
             },
             "periods": {"missed_units": self._missed},

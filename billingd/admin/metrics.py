@@ -12,7 +12,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from billingd import __version__
@@ -21,14 +21,16 @@ SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40)
 
 
 class _UsageUnits(Collector):
-    """Counters that live in the store, so that a restart does not set them back."""
+    """What the ledger has. No counter but for the name: a unit that is taken back is one less."""
 
     def __init__(self) -> None:
         self.units = {"recorded": 0, "reported": 0}
 
     def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(
-            "billingd_usage_units", "Units in the ledger, by how far they have come", labels=["stage"]
+        family = GaugeMetricFamily(
+            "billingd_usage_units_total",
+            "Units in the ledger, by how far they have come; fewer when some are taken back, so use delta()",
+            labels=["stage"],
         )
         for stage, units in self.units.items():
             family.add_metric([stage], units)
@@ -36,10 +38,10 @@ class _UsageUnits(Collector):
 
 
 class Metrics:
-    """The process's metrics; gauges are filled from a status document at each scrape."""
+    """The process's metrics, and the store's, which are filled from a status document at each scrape."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self._registry, self._stored = CollectorRegistry(), CollectorRegistry()
         self._events = Counter(
             "billingd_webhook_events",
             "Webhook deliveries by outcome",
@@ -60,25 +62,33 @@ class Metrics:
             registry=self._registry,
         )
         self._actions = Gauge(
-            "billingd_outbox_actions", "Actions by state and kind", ["state", "kind"], registry=self._registry
+            "billingd_outbox_actions", "Actions by state and kind", ["state", "kind"], registry=self._stored
         )
-        self._oldest = self._gauge(
+        self._oldest = self._of_store(
             "billingd_outbox_oldest_pending_seconds", "Age of the oldest unfinished action"
         )
-        self._lag = self._gauge("billingd_traffic_lag_seconds", "Now less the watermark")
-        self._unreported = self._gauge("billingd_usage_unreported_units", "Recorded and not reported")
-        self._unknown = self._gauge("billingd_unknown_outcomes", "Writes to Recurly with no clear outcome")
-        self._missed = self._gauge(
-            "billingd_period_missed_units", "Units that missed the invoice of the last billing period"
+        self._lag = self._of_store("billingd_traffic_lag_seconds", "Now less the watermark")
+        self._unreported = self._of_store(
+            "billingd_usage_unreported_units", "Recorded, neither reported nor written off"
         )
-        self._drift = self._gauge(
+        self._unknown = self._of_store("billingd_unknown_outcomes", "Writes to Recurly with no clear outcome")
+        self._missed = self._of_store(
+            "billingd_period_missed_units",
+            "Units that missed the invoice of the last billing period, not written off",
+        )
+        self._drift = self._of_store(
             "billingd_drift_units", "Units in which the latest reconciliation differed, not mended since"
         )
-        self._findings = self._gauge(
+        self._findings = self._of_store(
             "billingd_drift_findings", "Differences that the latest reconciliation found, not mended since"
         )
+        self._held = Gauge("billingd_held", "Things held for a person", ["what"], registry=self._stored)
+        self._usage = _UsageUnits()
+        self._stored.register(self._usage)
         self._ready = self._gauge("billingd_ready", "1 while /readyz says 200")
-        self._writable = self._gauge("billingd_store_writable", "0 while the store cannot be written")
+        self._writable = self._gauge(
+            "billingd_store_writable", "0 while the store cannot be written, or not even read"
+        )
         self._overdue = Gauge(
             "billingd_loop_overdue",
             "1 while a loop takes longer than it should",
@@ -92,12 +102,9 @@ class Metrics:
         self._reached = Gauge(
             "billingd_remote_reached", "1 while a far side answers", ["side"], registry=self._registry
         )
-        self._held = Gauge("billingd_held", "Things held for a person", ["what"], registry=self._registry)
         Gauge("billingd_build_info", "The version", ["version"], registry=self._registry).labels(
             __version__
         ).set(1)
-        self._usage = _UsageUnits()
-        self._registry.register(self._usage)
         ProcessCollector(registry=self._registry)
         for outcome in ("accepted", "duplicates", "rejected", "unavailable"):
             self._events.labels(
@@ -109,6 +116,9 @@ class Metrics:
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, registry=self._registry)
+
+    def _of_store(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self._stored)
 
     def webhook(self, outcome: str) -> None:
         """Count a delivery."""
@@ -140,29 +150,33 @@ class Metrics:
 
     def names(self) -> set[str]:
         """Every name of a sample that a scrape may show."""
+        families = [*self._registry.collect(), *self._stored.collect()]
         return {
-            sample
-            for family in self._registry.collect()
-            for sample in {family.name, *(one.name for one in family.samples)}
-        } | {f"{family.name}_total" for family in self._registry.collect() if family.type == "counter"}
+            sample for family in families for sample in {family.name, *(one.name for one in family.samples)}
+        } | {f"{family.name}_total" for family in families if family.type == "counter"}
 
-    def render(self, status: dict[str, Any], actions: dict[tuple[str, str], int]) -> bytes:
-        """The exposition text, with the gauges as the status says."""
+    def render(self, figures: tuple[dict[str, Any], dict[tuple[str, str], int]] | None) -> bytes:
+        """The exposition text; None: the store cannot be read, and nothing is said of what is in it."""
+        if figures is None:
+            return generate_latest(self._registry)
+        status, actions = figures
         self._actions.clear()
         for (state, kind), number in actions.items():
             self._actions.labels(state, kind).set(number)
         traffic = status["traffic"]
         self._oldest.set(status["outbox"]["oldest_pending_seconds"] or 0)
         self._lag.set(traffic["lag_seconds"] or 0)
-        self._unreported.set(traffic["unreported_units"])
+        self._unreported.set(traffic["unreported_units"] - traffic["written_off_units"])
         self._unknown.set(traffic["unknown_outcomes"])
         self._missed.set(status["periods"]["missed_units"])
         self._drift.set(status["drift"]["units"])
         self._findings.set(status["drift"]["findings"])
+        held = status["held"]
+        self._held.labels("items").set(held["standing"])
         for what in ("plans", "subscriptions", "units"):
-            self._held.labels(what).set(status["held"][what])
+            self._held.labels(what).set(held[what])
         self._usage.units = {
             "recorded": traffic["recorded_units"],
             "reported": traffic["reported_units"],
         }
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + generate_latest(self._stored)

@@ -31,7 +31,7 @@ ALERTS: Final = (
         "absent(billingd_build_info)",
         "5m",
         "critical",
-        "No billingd is scraped: nothing is billed and webhooks are lost until it runs.",
+        "No billingd answers a scrape. Nothing is billed while none runs; nothing is lost either.",
     ),
     Alert(
         "BillingdHangs",
@@ -46,7 +46,7 @@ ALERTS: Final = (
         ' or increase(billingd_webhook_events_total{outcome="unavailable"}[5m]) > 0',
         "1m",
         "critical",
-        "The store cannot be written; webhooks are refused with 503.",
+        "The store cannot be written, or not even read; webhooks are refused with 503.",
     ),
     Alert(
         "BillingdFarSideAway",
@@ -106,10 +106,10 @@ ALERTS: Final = (
     ),
     Alert(
         "BillingdHeld",
-        "sum by (instance, what) (billingd_held) > 0",
+        'billingd_held{what="items"} > 0',
         "1h",
         "info",
-        "{{ $labels.what }} are held for a person ({{ $value }}).",
+        "{{ $value }} things are held for a person.",
     ),
     Alert(
         "BillingdWebhooksRejected",
@@ -176,6 +176,7 @@ class Panel:
     kind: str = "timeseries"
     width: int = 8
     about: str = ""
+    least: int | None = 0
 
 
 PANELS: Final = (
@@ -204,8 +205,9 @@ PANELS: Final = (
         "Usage",
         Panel(
             "Units recorded and reported",
-            (("increase(billingd_usage_units_total[1h])", "{{stage}}"),),
-            about="In the hour before each point.",
+            (("delta(billingd_usage_units_total[1h])", "{{stage}}"),),
+            about="In the hour before each point; below 0 where units were taken back.",
+            least=None,
         ),
         Panel("Traffic is behind by", (("billingd_traffic_lag_seconds", "lag"),), unit="s"),
         Panel(
@@ -311,7 +313,7 @@ def _shown(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
         "description": panel.about,
         "gridPos": place,
         "datasource": source,
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": panel.least}, "overrides": []},
         "options": {},
         "targets": [
             {"refId": chr(ord("A") + n), "expr": expr, "legendFormat": legend, "datasource": source}

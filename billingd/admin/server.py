@@ -196,18 +196,21 @@ class AdminListener:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         parts, now = self._parts, self._parts.clock.now()
-        document, actions = await self._figures.read(now)
+        try:
+            figures = await self._figures.read(now)
+        except BillingdError:  # what the process knows of itself is told all the same: alerts are made of it
+            figures = None
         loops = parts.progress.ages(now)
         overdue = sum(age > patience for age, patience in loops.values())
         for name, side in parts.sides.items():
             parts.metrics.reached(name.lower(), reached=self._lately(side, now))
         parts.metrics.seen(
-            ready=not self._reasons(),
-            writable=parts.store.write_error is None,
+            ready=figures is not None and not self._reasons(),
+            writable=figures is not None and parts.store.write_error is None,
             loops=loops,
             hung=len(parts.progress.stuck(now)) - overdue,
         )
-        text = parts.metrics.render(document, actions)
+        text = parts.metrics.render(figures)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _show(self, request: web.Request) -> web.Response:

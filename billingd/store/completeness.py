@@ -46,7 +46,7 @@ class ClosedPeriod:
     """The newest billing period that is over.
 
     `corrected_units` reached Recurly after its end, and come as a correction on the next invoice;
-    `missed_units` have not reached it: held, written off, or still to be sent.
+    `missed_units` have not reached it: held, or still to be sent. Units written off are among `units` alone.
     """
 
     started_at: datetime
@@ -58,7 +58,7 @@ class ClosedPeriod:
 
     @property
     def complete(self) -> bool:
-        """Every unit was there when its invoice was made."""
+        """Every unit was there when its invoice was made, or a person wrote it off."""
         return not self.corrected_units and not self.missed_units
 
 
@@ -118,13 +118,13 @@ async def _put_together(
     for row in await tx.execute(_periods()):
         name, key = row.subscription_id, (row.subscription_id, row.started_at)
         waits, (there, late) = waiting[key], reported.get(key, (0, 0))
-        missed = sum(waits.values())
+        recorded = there + sum(waits.values())
+        unreported, held = waits.get("recorded", 0), waits.get("held", 0)
         period = (row.started_at, row.ends_at, row.trial)
         if row.newness == 1 and row.ends_at > now and row.billed_state not in OVER:
-            unreported, held = waits.get("recorded", 0), waits.get("held", 0)
-            current[name] = CurrentPeriod(*period, there + missed, there, unreported, held)
+            current[name] = CurrentPeriod(*period, recorded, there, unreported, held)
         elif name not in last:
-            last[name] = ClosedPeriod(*period, there + missed, late, missed)
+            last[name] = ClosedPeriod(*period, recorded, late, unreported + held)
     return {
         name: Completeness(current.get(name), last.get(name)) for name in sorted(current.keys() | last.keys())
     }

@@ -158,10 +158,12 @@ async def by_person(tx: Tx, subscription_id: str | None) -> set[str]:
 
 
 async def count(tx: Tx) -> dict[str, int]:
-    """How many plans and subscriptions are held, and how many units."""
+    """How many things are held, how many of them plans and subscriptions, and how many units are at stake."""
     part = sa.func.substr(held.c.subject, 1, 5)
     plans = sa.func.sum(sa.case((part == "plan:", 1), else_=0))
     subscriptions = sa.func.sum(sa.case((part == "subsc", 1), else_=0))
-    units = sa.func.sum(sa.func.coalesce(held.c.units, 0))
-    row = (await tx.execute(sa.select(plans, subscriptions, units).where(held.c.closed_at.is_(None)))).one()
-    return {"plans": int(row[0] or 0), "subscriptions": int(row[1] or 0), "units": int(row[2] or 0)}
+    units = sa.func.sum(sa.func.abs(sa.func.coalesce(held.c.units, 0)))  # too much and too little, both are
+    statement = sa.select(sa.func.count(), plans, subscriptions, units).where(held.c.closed_at.is_(None))
+    numbers = (await tx.execute(statement)).one()
+    names = ("standing", "plans", "subscriptions", "units")
+    return {name: int(number or 0) for name, number in zip(names, numbers, strict=True)}

@@ -297,12 +297,14 @@ async def added(tx: Tx, *, after: int, up_to: int | None = None) -> tuple[int, i
     return int(units or 0), int(highest or after)
 
 
-async def not_reported(tx: Tx) -> int:
-    """Units that Recurly does not have, whatever they wait for."""
-    statement = sa.select(sa.func.sum(usage_records.c.units)).where(
+async def not_reported(tx: Tx) -> tuple[int, int]:
+    """Units that Recurly does not have, and how many of these a person wrote off."""
+    units, given_up = usage_records.c.units, usage_records.c.state == "written_off"
+    statement = sa.select(sa.func.sum(units), sa.func.sum(sa.case((given_up, units), else_=0))).where(
         sa.text("usage_records.state <> 'reported'")  # as the partial index has it
     )
-    return int((await tx.execute(statement)).scalar_one() or 0)
+    missing, written_off = (await tx.execute(statement)).one()
+    return int(missing or 0), int(written_off or 0)
 
 
 async def totals_by_subscription(tx: Tx) -> dict[str, dict[str, int]]:

@@ -72,13 +72,15 @@ async def test_closing_may_spare_one_kind(store: Store) -> None:
 
 
 async def test_counts_are_of_what_stands(store: Store) -> None:
-    """Plans, subscriptions, units."""
+    """All, plans, subscriptions; units, of which too few are as much at stake as too many."""
     async with store.write() as tx:
-        assert await held.count(tx) == {"plans": 0, "subscriptions": 0, "units": 0}
+        assert set((await held.count(tx)).values()) == {0}
         await held.add(tx, PLAN, now=TEN)
         await held.add(tx, replace(PLAN, subject="subscription:s1"), now=TEN)
         await held.add(tx, USAGE, now=TEN)
         await held.add(tx, replace(USAGE, subject="usage:u", units=30), now=TEN)
         await held.add(tx, replace(USAGE, subject="usage:v", units=99), now=TEN)
         await held.close(tx, subject="usage:v", resolution="x", now=TEN)
-        assert await held.count(tx) == {"plans": 1, "subscriptions": 1, "units": 42}
+        await held.add(tx, replace(USAGE, subject="reading:r", units=-5), now=TEN)
+        found = await held.count(tx)
+        assert found == {"standing": 5, "plans": 1, "subscriptions": 1, "units": 47}
