@@ -15,6 +15,10 @@ from typing import Any, Final
 
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.http import RawRequestMessage
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+
+from billingd.domain.errors import Rejected
 
 log = structlog.get_logger()
 
@@ -24,8 +28,14 @@ OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS
 REST_SECONDS: Final = 0.1
 """How long nothing is accepted when the system has no descriptor left."""
 
-PIECE: Final = 16_384
-"""What is parsed at once: small, so that one read cannot become thousands of requests."""
+PIECE: Final = 4_096
+"""What is parsed at once: small, for nothing is parsed behind a whole request until that is answered."""
+
+UNPROVEN_BODY_BYTES_MAX: Final = 65_536
+"""Of a body that must be read before its signature can be checked; Recurly's have a few hundred bytes."""
+
+FRAMING: Final = 2
+"""How many times its size a body may take on its way, for it may come in small chunks."""
 
 NOT_HTTP: Final = "the request is not HTTP/1.1 as it should be"
 
@@ -40,7 +50,8 @@ class Limits:
     connections: int = 512
     head_bytes: int = 32_768
     head_seconds: float = 10.0
-    """From the connection to the end of the first request's head; a TLS handshake has as long, before it."""
+    """From the connection, later from a request's first byte, to the end of its head; a TLS handshake has as
+    long, before it."""
     idle_seconds: float = 75.0
     """Between two requests of one who has shown the secret: longer than proxies keep theirs."""
     lingering_seconds: float = 2.0
@@ -54,7 +65,22 @@ class Limits:
 class Visitor(web.RequestHandler):
     """One connection."""
 
-    __slots__ = ("_head", "_heard_at", "_limits", "_on_gone", "_seen", "_tail", "_timer", "proven", "waiting")
+    __slots__ = (
+        "_allowance",
+        "_answered",
+        "_deaf",
+        "_head_whole",
+        "_heard_at",
+        "_limits",
+        "_on_gone",
+        "_payload",
+        "_seen",
+        "_spent",
+        "_tail",
+        "_timer",
+        "proven",
+        "waiting",
+    )
 
     def __init__(self, manager: web.Server, limits: Limits, on_gone: Callable[[], None]) -> None:
         super().__init__(
@@ -66,24 +92,32 @@ class Visitor(web.RequestHandler):
             auto_decompress=False,  # a body is as large as it was sent
         )
         self._limits = limits
-        self._head: int | None = 0
-        """Bytes of the head that is being received; None once it is whole."""
+        self._spent = 0
+        """Bytes of the request that is being received, its head, its body and what frames that."""
+        self._allowance = 0
+        """How many it may have; of its head alone, the limits tell."""
+        self._head_whole = False
         self._tail = b""
+        self._payload: StreamReader = EMPTY_PAYLOAD
+        """The body of the newest request."""
+        self._answered = False
+        """Whether the last answer of this connection has left."""
+        self._deaf = False
+        """Whether nothing more is parsed: what still comes is dropped, and the next answer is the last."""
         self._seen = False
         self._heard_at = asyncio.get_running_loop().time()
         self._on_gone = on_gone
         self._timer: asyncio.TimerHandle | None = None
         self.proven = False
-        """Whether it has shown the secret."""
+        """Whether a request on it has shown the secret."""
         self.waiting = True
         """Whether the next request's head is still to come."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is there; the head must follow in time."""
         super().connection_made(transport)
-        loop = asyncio.get_running_loop()
-        self._heard_at = loop.time()
-        self._timer = loop.call_later(self._limits.head_seconds, self._too_slow)
+        self._heard_at = asyncio.get_running_loop().time()
+        self._start_timer()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """It is gone."""
@@ -92,44 +126,77 @@ class Visitor(web.RequestHandler):
         self._on_gone()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came; while they are a head's they are counted."""
+        """Bytes came; those of a request are counted, and no more of them are parsed than it may have."""
         self._heard_at = asyncio.get_running_loop().time()
         self._seen = True
+        if self.waiting and self._timer is None:
+            self._start_timer()
+        # Only once it is handled is it known who sends it: so a read is judged by those before it.
+        if not self.waiting and self._spent > self._allowance:
+            self._hear_no_more(Rejected("the request is too large", status=413, code="too_large"))
         for start in range(0, len(data), PIECE):
-            if self.transport is None or self.transport.is_closing():
+            if self._deaf or self.transport is None or self.transport.is_closing():
                 return
-            piece = data[start : start + PIECE]
-            if self._head is not None and not self._counted(piece):
+            if self._payload.is_eof() and (self._messages or not self.waiting):
+                self._deaf = True  # sent ahead of the answer to a whole request
+                return
+            self._parse(data[start : start + PIECE])
+
+    def _parse(self, piece: bytes) -> None:
+        known, before = len(self._messages), self._spent
+        self._spent += len(piece)
+        if not self._head_whole:
+            end = (self._tail + piece).find(b"\r\n\r\n")
+            head = self._spent if end < 0 else before + max(0, end + 4 - len(self._tail))
+            self._tail = (self._tail + piece)[-3:]
+            if head > self._limits.head_bytes:
                 self._answer_rudely(431, "head_too_large", "the request's head is too large")
                 return
-            try:
-                super().data_received(piece)
-            except ValueError:  # an address such as http://[ gets through the parser's own net
-                self._answer_rudely(400, "not_http", NOT_HTTP)
-                return
+        try:
+            super().data_received(piece)
+        except ValueError:  # an address such as http://[ gets through the parser's own net
+            self._answer_rudely(400, "not_http", NOT_HTTP)
+            return
+        if len(self._messages) == known:
+            return
+        message, payload = self._messages[-1]
+        if isinstance(message, RawRequestMessage):
+            self._head_whole, self._payload = True, payload
+            return
+        # The parser failed. It would do so again at each piece, and queue an answer for each.
+        if not self._payload.is_eof():  # within a body: whoever waits for that must know
+            self._messages.pop()
+        self._hear_no_more(web.RequestPayloadError(NOT_HTTP))
 
-    def _counted(self, piece: bytes) -> bool:
-        """Whether the head is still as small as it must be, or over."""
-        assert self._head is not None
-        joined = self._tail + piece
-        end = joined.find(b"\r\n\r\n")
-        self._head += len(piece) if end < 0 else max(0, end + 4 - len(self._tail))
-        self._tail = joined[-3:]
-        within = self._head <= self._limits.head_bytes
-        if end >= 0:
-            self._head = None
-        return within
+    def _hear_no_more(self, why: Exception) -> None:
+        """Drop what still comes; whoever waits for more of a body is told why it does not come."""
+        self._deaf = True
+        if self._answered:
+            if not self.proven:  # a friend hears the answer out, for as long as is lingered
+                self.force_close()
+        elif not self._payload.is_eof():
+            self._payload.set_exception(why)
 
     def begin(self) -> None:
-        """A head is whole, and the request is handled now."""
+        """A head is whole, and the request is handled now, as a stranger's until it is proven."""
         self._stop_timer()
-        self._head, self.waiting = None, False
+        self._head_whole, self.waiting = True, False
+        self._allowance = self._limits.head_bytes + FRAMING * UNPROVEN_BODY_BYTES_MAX
         self._heard_at = asyncio.get_running_loop().time()
 
-    def end(self) -> None:
-        """Its answer leaves now."""
-        self._head, self._tail, self.waiting = 0, b"", True
+    def prove(self, body_bytes_max: int) -> None:
+        """The request has shown the secret, and may have a body of so many bytes."""
+        self.proven = True
+        self._allowance = self._limits.head_bytes + FRAMING * body_bytes_max
+
+    def end(self, *, whole: bool) -> bool:
+        """A request's answer leaves now; whether another may follow. Not when its body is still to come."""
         self._heard_at = asyncio.get_running_loop().time()
+        if not self.proven or not whole or (self._deaf and not self._messages):
+            self._answered = True
+            return False
+        self._spent, self._head_whole, self._tail, self.waiting = 0, False, b"", True
+        return True
 
     def quiet(self, seconds: float) -> bool:
         """Whether nothing is under way, and nothing was heard for so long."""
@@ -166,7 +233,7 @@ class Visitor(web.RequestHandler):
 
     def _answer_rudely(self, status: int, code: str, message: str) -> None:
         """Answer what never became a request, and hang up."""
-        if self.transport is not None:
+        if self.transport is not None and not self.transport.is_closing():
             body = _document(code, message)
             head = (
                 f"HTTP/1.1 {status} Refused\r\nContent-Type: application/json; charset=utf-8\r\n"
@@ -174,6 +241,10 @@ class Visitor(web.RequestHandler):
             )
             self.transport.write(head.encode() + body)
         self.force_close()
+
+    def _start_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._limits.head_seconds, self._too_slow)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -338,11 +409,10 @@ class Reception:
         """One more request only for who has shown the secret, and none once we are leaving."""
         response.headers[hdrs.SERVER] = "billingd"
         visitor = visitor_of(request)
-        if self._closing or (visitor is not None and not visitor.proven):
+        another = visitor is None or visitor.end(whole=request.content.is_eof())
+        if self._closing or not another:
             response.force_close()
             response.headers[hdrs.CONNECTION] = "close"  # said too, for the headers are made before this
-        if visitor is not None:
-            visitor.end()
 
     async def close(self) -> None:
         """Accept no more, answer what has come or is about to, and leave."""

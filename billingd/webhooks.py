@@ -19,7 +19,7 @@ from billingd.domain.errors import Rejected
 from billingd.domain.events import Event, parse_amplify, parse_recurly
 from billingd.intake import Intake
 from billingd.loops import Clock
-from billingd.reception import visitor_of
+from billingd.reception import UNPROVEN_BODY_BYTES_MAX, visitor_of
 from billingd.settings import SCHEMES
 from billingd.store.engine import StoreDamaged, StoreUnavailable
 from billingd.throttle import Throttle, source_of
@@ -33,11 +33,11 @@ SIGNATURE_AGE_MAX: Final = timedelta(minutes=5)
 BODY_SECONDS: Final = 20.0
 """How long a body may take to arrive."""
 
-UNPROVEN_BODY_BYTES_MAX: Final = 65_536
-"""Of a body that must be read before its signature can be checked; Recurly's have a few hundred bytes."""
-
 TELL_SECONDS: Final = 60.0
 """How often the log has a line about refusals that have no line of their own."""
+
+PROVEN: Final = "billingd.proven"
+"""Set in a request that has shown the secret; its connection tells nothing: behind a proxy all share it."""
 
 AMPLIFY_PATHS: Final = ("/webhooks/amplify", "/provisionplan", "/provisionsubscription")
 """The last two are what the original integration's hooks post to."""
@@ -198,8 +198,7 @@ class WebhookListener:
         message: str,
         headers: dict[str, str] | None = None,
     ) -> web.Response:
-        visitor = visitor_of(request)
-        self._say(request, status, code, (visitor and visitor.proven) or self._within(request))
+        self._say(request, status, code, PROVEN in request or self._within(request))
         return _error(status, code, message, headers)
 
     def _turn_away(self, request: web.Request, error: Rejected) -> web.Response:
@@ -215,7 +214,7 @@ class WebhookListener:
     def _within(self, request: web.Request) -> bool:
         return self._throttle.failed(source_of(request.remote))
 
-    def _say(self, request: web.Request, status: int, code: str, aloud: bool | None) -> None:
+    def _say(self, request: web.Request, status: int, code: str, aloud: bool) -> None:
         """Count a refusal; a line for each in the log, or one a minute for those of a source with many."""
         self._tally.add("rejected")
         self._tally.unauthorized += status == 401
@@ -231,7 +230,7 @@ class WebhookListener:
     async def _amplify(self, request: web.Request) -> web.Response:
         if not self._authenticator.admits(request):
             raise _Unauthorized
-        _proven(request)
+        self._prove(request)
         body = await self._body(request, self._body_bytes_max)
         return await self._accept(parse_amplify(body))
 
@@ -241,13 +240,19 @@ class WebhookListener:
             body = await self._body(request, min(self._body_bytes_max, UNPROVEN_BODY_BYTES_MAX))
             if not self._authenticator.signed(body, signature, now=self._clock.now()):
                 raise _Unauthorized
-            _proven(request)
+            self._prove(request)
         else:
             if not self._authenticator.admits(request):
                 raise _Unauthorized
-            _proven(request)
+            self._prove(request)
             body = await self._body(request, self._body_bytes_max)
         return await self._accept(parse_recurly(body, request.headers.get("recurly-notification-id")))
+
+    def _prove(self, request: web.Request) -> None:
+        """Note that this request has shown the secret, and its connection once."""
+        request[PROVEN] = True
+        if (visitor := visitor_of(request)) is not None:
+            visitor.prove(self._body_bytes_max)
 
     async def _body(self, request: web.Request, bytes_max: int) -> bytes:
         """The body, never more of it than allowed, and only when it claims to be JSON."""
@@ -293,12 +298,6 @@ class _Unauthorized(Rejected):
 
     def __init__(self) -> None:
         super().__init__("the secret is missing or wrong", status=401, code="unauthorized")
-
-
-def _proven(request: web.Request) -> None:
-    """Note on its connection that the secret was shown."""
-    if (visitor := visitor_of(request)) is not None:
-        visitor.proven = True
 
 
 def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> web.Response:

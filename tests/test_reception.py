@@ -3,14 +3,16 @@
 import asyncio
 import errno
 import socket
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import structlog
 from manual_clock import ManualClock
 from receiving import event, receiving, request
 
-from billingd.reception import Limits
+from billingd.reception import PIECE, Limits
 from billingd.store.engine import Store
 from billingd.throttle import FAILURES_MAX, SECONDS_PER_FAILURE
 
@@ -77,6 +79,96 @@ async def test_what_is_not_http_is_a_400_in_the_contracts_words(store: Store) ->
             answer = await caller.answer()
             assert (answer.status, answer.document["error"]["code"]) == (400, "not_http"), text
             assert await caller.ended() == b""
+
+
+SIGNED = (
+    b"POST /webhooks/recurly HTTP/1.1\r\nHost: x\r\n"
+    b"Content-Type: application/json\r\nrecurly-signature: 1,ab\r\nExpect: 100-continue\r\n"
+)
+CHUNKED = SIGNED + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "more", "status"),
+    [
+        (CHUNKED + b"0\r\n", b"a: " + b"b" * 8_000 + b"\r\n", 413),
+        (CHUNKED + b"0\r\n", b"a: b\r\n", 400),
+        (CHUNKED + b"1;", b"x" * 1_000, 413),
+        (CHUNKED, b"zz\r\n", 400),
+        (CHUNKED, b"1\r\nx\r\n", 413),
+        (
+            SIGNED + b"Connection: Upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"x" * 999,
+            401,
+        ),
+    ],
+    ids=["long trailers", "many trailers", "a chunk's extension", "no chunk", "tiny chunks", "an upgrade"],
+)
+async def test_all_that_a_stranger_sends_with_a_body_is_bounded(
+    store: Store, begin: bytes, more: bytes, status: int
+) -> None:
+    """It is refused as soon as it is too much or makes no sense, long before the body's time is over."""
+    with structlog.testing.capture_logs() as lines:
+        async with receiving(store, body_seconds=1.0) as door:
+            caller = await door.call()
+            await caller.say(begin)
+            await caller.reader.readuntil(b"100 Continue\r\n\r\n")
+            with suppress(ConnectionError):  # it may not want to hear the end
+                await caller.say(more * (1_000_000 // len(more)))
+            await caller.ended()
+    assert [line["status"] for line in lines if line["event"] == "webhook.rejected"] == [status]
+
+
+async def test_no_more_is_taken_ahead_of_an_answer_than_a_piece(store: Store) -> None:
+    """Also from one who knows the secret, who sends the others again."""
+    async with receiving(store) as door:
+        friend = await door.call()
+        text = request(event("e1"))
+        await friend.say(text * 2_000)
+        answers = [await friend.answer()]
+        while "connection" not in answers[-1].headers:
+            answers.append(await friend.answer())
+        assert {answer.status for answer in answers} == {202}
+        assert 1 < len(answers) <= PIECE / len(text) + 1
+        assert await friend.ended() == b""
+
+
+async def test_a_body_that_is_still_coming_after_its_answer_gets_no_second_one(store: Store) -> None:
+    """The rest is dropped with the connection, also of one who knows the secret."""
+    async with receiving(store) as door:
+        friend = await door.call()
+        await friend.say(request())
+        assert (await friend.answer()).status == 202
+        await friend.say(request(b" " * 300_000))
+        answer = await friend.answer()
+        assert (answer.status, answer.headers["connection"]) == (413, "close")
+        assert await friend.ended() == b""
+
+
+async def test_each_head_has_its_time_on_a_connection_that_is_kept(store: Store) -> None:
+    """From its first byte; before that it may be quiet for longer."""
+    async with receiving(store, Limits(head_seconds=SOON)) as door:
+        friend = await door.call()
+        await friend.say(request())
+        assert (await friend.answer()).status == 202
+        await friend.say(b"POST /webhooks/amplify HTTP/1.1\r\n")
+        assert (await friend.answer()).status == 408
+
+
+async def test_strangers_who_share_the_senders_connection_fill_no_log(store: Store) -> None:
+    """As behind a proxy: what counts is whether this request shows the secret."""
+    with structlog.testing.capture_logs() as lines:
+        async with receiving(store) as door:
+            proxy = await door.call()
+            for number in range(FAILURES_MAX + 20):
+                await proxy.say(
+                    request(event("e1")) if number == 0 else b"GET /wp HTTP/1.1\r\nHost: x\r\n\r\n"
+                )
+                await proxy.answer()
+            await proxy.say(request(b"{"))
+            assert (await proxy.answer()).status == 400
+    said = [line["status"] for line in lines if line["event"] == "webhook.rejected"]
+    assert said == [404] * FAILURES_MAX + [400]
 
 
 async def test_who_has_not_shown_the_secret_gets_one_request(store: Store) -> None:
