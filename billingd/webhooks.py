@@ -7,6 +7,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -33,11 +34,17 @@ SIGNATURE_AGE_MAX: Final = timedelta(minutes=5)
 BODY_SECONDS: Final = 20.0
 """How long a body may take to arrive."""
 
+SIGNATURES_MAX: Final = 4
+"""Recurly sends one, and two for 24 h after its secret was changed (recurly.md 4.10): this is enough for two
+changes in a day, and one to spare. A header with more of them is refused."""
+
 TELL_SECONDS: Final = 60.0
 """How often the log has a line about refusals that have no line of their own."""
 
 PROVEN: Final = "billingd.proven"
 """Set in a request that has shown the secret; its connection tells nothing: behind a proxy all share it."""
+
+_SIGNATURE: Final = re.compile(r"\s*([0-9a-f]{64})\s*")
 
 AMPLIFY_PATHS: Final = ("/webhooks/amplify", "/provisionplan", "/provisionsubscription")
 """The last two are what the original integration's hooks post to."""
@@ -86,21 +93,19 @@ class Authenticator:
 
     def signed(self, body: bytes, header: str, *, now: datetime) -> bool:
         """Whether a `recurly-signature` header (`ts,hex[,hex...]`, ts in Unix ms or s) signs this body."""
-        stamp, *signatures = header.split(",")
-        if not (stamp.isascii() and stamp.isdigit() and len(stamp) <= 13):
+        stamp, *signatures = header.split(",", SIGNATURES_MAX + 1)
+        if len(signatures) > SIGNATURES_MAX or not (stamp.isascii() and stamp.isdigit() and len(stamp) <= 13):
             return False
+        signatures = [found[1] for one in signatures if (found := _SIGNATURE.fullmatch(one))]
         seconds = int(stamp) / 1000 if len(stamp) > 10 else int(stamp)
         if abs(now - datetime.fromtimestamp(seconds, UTC)) > SIGNATURE_AGE_MAX:
             return False
-        matches = [
-            hmac.compare_digest(
-                hmac.new(secret.encode(), stamp.encode() + b"." + body, hashlib.sha256).hexdigest(),
-                signature.strip(),
-            )
+        # once for each secret: a body is large, and whoever sends it may be anybody
+        expected = [
+            hmac.new(secret.encode(), stamp.encode() + b"." + body, hashlib.sha256).hexdigest()
             for secret in self._secrets
-            for signature in signatures
-            if signature.isascii()
         ]
+        matches = [hmac.compare_digest(one, signature) for one in expected for signature in signatures]
         return any(matches)
 
     def _presented(self, request: web.Request) -> bytes:

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from billingd.intake import Intake
 from billingd.store import links, migrate, schema
 from billingd.store.engine import Store, StoreDamaged, Tx
-from billingd.webhooks import AMPLIFY_PATHS, Authenticator, Tally, WebhookListener
+from billingd.webhooks import AMPLIFY_PATHS, SIGNATURES_MAX, Authenticator, Tally, WebhookListener
 
 SECRET = "correct-horse"
 MAX = 2_000
@@ -584,6 +584,30 @@ async def test_recurlys_signature(store: Store, clock: ManualClock) -> None:
             status, _, _ = await hook.send(PATHS[3], body, headers=nothing | {"recurly-signature": header})
             assert status == 202, header
         assert await hook.kept() == (1, 0)
+
+
+def test_a_signature_costs_one_digest_for_each_secret_and_is_one_of_few(
+    monkeypatch: pytest.MonkeyPatch, clock: ManualClock
+) -> None:
+    """Whoever sends it may be anybody: a body is hashed once a secret, however many signatures there are."""
+    digests: list[bytes] = []
+    real = hmac.new
+
+    def counted(key: bytes, message: bytes, how: Any) -> hmac.HMAC:
+        digests.append(key)
+        return real(key, message, how)
+
+    body = b"x" * 65_536
+    stamp, right = signature(body, clock, "one").split(",")
+    monkeypatch.setattr(hmac, "new", counted)
+    judge = Authenticator(HEADER, "one two")
+    wrong = "0" * 64
+    assert judge.signed(body, ",".join([stamp, *[wrong] * (SIGNATURES_MAX - 1), right]), now=clock.now())
+    assert digests == [b"one", b"two"]
+    assert not judge.signed(body, ",".join([stamp, *[wrong] * 100]), now=clock.now())
+    assert not judge.signed(body, ",".join([stamp, right, *["a"] * SIGNATURES_MAX]), now=clock.now())
+    assert len(digests) == 2, "so many are not looked at"
+    assert judge.signed(body, f"{stamp},a,{right}", now=clock.now())
 
 
 async def test_events_that_are_none_of_our_business_lead_to_nothing(hook: Listening) -> None:
