@@ -26,11 +26,21 @@ PRIORITIES: Final[Mapping[str, int]] = {
 
 
 class Blotter:
-    """A processor: hides secrets and addresses in every value of an event."""
+    """A processor: hides secrets and addresses in every value of an event.
 
-    def __init__(self, secrets: Iterable[str]) -> None:
-        known = forms(secrets)
-        self._secrets = re.compile("|".join(re.escape(form) for form in known)) if known else None
+    One for the life of the process, for loggers keep the one that they first used.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self._known: set[str] = set()
+        self._secrets: re.Pattern[str] | None = None
+        self.learn(secrets)
+
+    def learn(self, secrets: Iterable[str]) -> None:
+        """Hide these too; a secret that was replaced is still nobody's business."""
+        self._known |= set(secrets)
+        if known := forms(self._known):
+            self._secrets = re.compile("|".join(re.escape(form) for form in known))
 
     def __call__(
         self, _logger: Any, _method: str, event: structlog.typing.EventDict
@@ -51,8 +61,8 @@ class Blotter:
         return self._clean(str(value))
 
 
-def configure(*, level: str = "info", json: bool | None = None, secrets: Iterable[str] = ()) -> None:
-    """Send billingd's and its libraries' logs to stderr, without these secrets.
+def configure(*, level: str = "info", json: bool | None = None, blotter: Blotter | None = None) -> None:
+    """Send billingd's and its libraries' logs to stderr, without what the blotter hides.
 
     `json` None: JSON unless stderr is a terminal. To journald each line goes with its priority.
     """
@@ -63,14 +73,13 @@ def configure(*, level: str = "info", json: bool | None = None, secrets: Iterabl
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    blotter = Blotter(secrets)
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if as_json
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
     )
     last: list[structlog.typing.Processor] = [
-        blotter,
+        blotter or Blotter(),
         _with_priority(renderer) if to_journal(sys.stderr) else renderer,
     ]
     structlog.configure(

@@ -38,7 +38,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
 def test_secrets_and_addresses_are_blotted_out_of_every_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also out of lists, exceptions, other libraries' lines, and in the forms in which they are sent."""
     with logged(monkeypatch) as stream:
-        logs.configure(json=True, secrets=[SECRET])
+        logs.configure(json=True, blotter=logs.Blotter([SECRET]))
         log = structlog.get_logger().new()
         log.warning("one", text=f"it said {SECRET} to {MAIL}", about=[MAIL, {"deep": SECRET}], number=7)
         log.warning("two", text=" ".join(forms([SECRET])), url=URL)
@@ -55,6 +55,22 @@ def test_secrets_and_addresses_are_blotted_out_of_every_value(monkeypatch: pytes
     text = json.dumps(said)
     for form in [MAIL, "planted.person", "pl4nted", *forms([SECRET])]:
         assert form not in text, form
+
+
+def test_a_secret_that_is_taken_over_later_is_hidden_by_loggers_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the one that it took the place of still is."""
+    with logged(monkeypatch) as stream:
+        blotter = logs.Blotter([SECRET])
+        logs.configure(json=True, blotter=blotter)
+        log = structlog.get_logger()
+        log.warning("before", text=SECRET)
+        blotter.learn(["brand-new-secret another-one"])
+        log.warning("after", text=f"{SECRET} brand-new-secret")
+        logging.getLogger("some.library").warning("another-one")
+    said = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [one.get("text") or one["event"] for one in said] == ["[hidden]", "[hidden] [hidden]", "[hidden]"]
 
 
 def test_an_error_that_is_kept_has_no_address_in_it() -> None:

@@ -72,13 +72,16 @@ def test_a_reload_checks_first_then_changes_what_can_change(manager: ServiceMana
     manager.process.send_signal(signal.SIGHUP)
     until("the secret is taken over", lambda: "webhooks.secret" in manager.log())
     assert _send(manager, Authorization="another-secret") == 202
+    assert _send(manager, path="/another-secret/webhook-secret") == 404
+    until("the 404 is logged", lambda: '"status": 404' in manager.log())
     assert "another-secret" not in manager.log()
+    assert "webhook-secret" not in manager.log()
     assert manager.stop() == 0
 
 
-def _send(manager: ServiceManager, more: bytes = b"", **headers: str) -> int:
+def _send(manager: ServiceManager, more: bytes = b"", path: str = "/webhooks/amplify", **headers: str) -> int:
     connection = http.client.HTTPConnection(*manager.address, timeout=PATIENCE_SECONDS)
-    connection.request("POST", "/webhooks/amplify", event("e1") + more, HEADERS | headers)
+    connection.request("POST", path, event("e1") + more, HEADERS | headers)
     status = connection.getresponse().status
     connection.close()
     return status

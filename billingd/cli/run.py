@@ -36,16 +36,18 @@ def run(config: Path | None) -> None:
 
     level = os.environ.get("BILLINGD_LOG_LEVEL", "").lower() or "info"
     form = os.environ.get("BILLINGD_LOG_FORMAT", "").lower()
+    blotter = logs.Blotter()
 
     def read() -> "Settings":
         settings, faults = everything_wrong(config)
         faults = log_faults(os.environ) + faults
         if faults or settings is None:
             raise ConfigurationError(faults)
-        logs.configure(level=level, json=FORMATS[form], secrets=secrets_of(settings))
+        blotter.learn(secrets_of(settings))
         return settings
 
     settings = read()
+    logs.configure(level=level, json=FORMATS[form], blotter=blotter)
     from billingd import daemon
 
     asyncio.run(daemon.run(settings, read))
