@@ -66,7 +66,7 @@ from billingd.reload import CERTIFICATE_EVERY, Reloader
 from billingd.resync import Resync
 from billingd.settings import ConfigurationError, Fault, Settings, host_port, parse_duration
 from billingd.store import copies, events, intents, migrate, outbox
-from billingd.store.engine import Store
+from billingd.store.engine import STATEMENT_SECONDS, Store
 from billingd.traffic.audit import UsageAuditor
 from billingd.traffic.periods import REFRESH_EVERY, PeriodWatch
 from billingd.traffic.poll import TrafficPoller
@@ -121,9 +121,10 @@ async def run(settings: Settings, read: Callable[[], Settings]) -> None:
         loop.add_signal_handler(number, stop.set)
     inherited = systemd.inherited()
     clock = Clock()
-    async with Store(settings.store.url) as store:
+    async with Store(settings.store.url, statement_seconds=STATEMENT_SECONDS) as store:
         store.lock()
-        await _migrate(store, clock.now())
+        async with Store(settings.store.url) as unhurried:
+            await _migrate(unhurried, clock.now())
         await take_over(store, clock.now())
         async with build(settings, store, clock) as daemon:
             await _serve(daemon, stop, inherited, read)

@@ -34,7 +34,7 @@ class Intake:
         self._wake_outbox = wake_outbox
 
     async def take(self, event: Event) -> Taken:
-        """Take one delivery of a webhook. Raises StoreUnavailable, and then nothing of it was kept."""
+        """Take one delivery of a webhook. Raises StoreUnavailable; what is sent again then may be known."""
         async with self._store.write() as tx:
             taken = await self._take(tx, event, "webhook")
             if not taken.new:

@@ -34,6 +34,10 @@ SIGNATURE_AGE_MAX: Final = timedelta(minutes=5)
 BODY_SECONDS: Final = 20.0
 """How long a body may take to arrive."""
 
+STORE_SECONDS: Final = 10.0
+"""How long an event may take to be stored, before its sender is told to send it again: below what proxies
+wait, above what SQLite waits for a lock. Recurly waits 5 s only, and sends again in either case."""
+
 SIGNATURES_MAX: Final = 4
 """Recurly sends one, and two for 24 h after its secret was changed (recurly.md 4.10): this is enough for two
 changes in a day, and one to spare. A header with more of them is refused."""
@@ -135,12 +139,14 @@ class WebhookListener:
         body_bytes_max: int,
         tally: Tally,
         body_seconds: float = BODY_SECONDS,
+        store_seconds: float = STORE_SECONDS,
     ) -> None:
         self._intake = intake
         self._clock = clock
         self._authenticator = authenticator
         self._body_bytes_max = body_bytes_max
         self._body_seconds = body_seconds
+        self._store_seconds = store_seconds
         self._tally = tally
         self._throttle = Throttle(clock.elapsed)
         self._unsaid = 0
@@ -175,14 +181,7 @@ class WebhookListener:
         except Rejected as error:
             return self._refuse(request, error.status, error.code, str(error))
         except (StoreUnavailable, StoreDamaged) as error:
-            self._tally.add("unavailable")
-            log.error("webhook.not_stored", error=str(error))
-            return _error(
-                503,
-                "store_unavailable",
-                "the event could not be stored; nothing of it was kept, send it again",
-                {hdrs.RETRY_AFTER: str(RETRY_AFTER_SECONDS)},
-            )
+            return self._not_stored(str(error), "nothing of it was kept, send it again")
         except web.HTTPMethodNotAllowed as error:
             allow = {"Allow": ", ".join(sorted(error.allowed_methods))}
             return self._refuse(request, 405, "method_not_allowed", "webhooks are sent by POST", allow)
@@ -205,6 +204,12 @@ class WebhookListener:
     ) -> web.Response:
         self._say(request, status, code, PROVEN in request or self._within(request))
         return _error(status, code, message, headers)
+
+    def _not_stored(self, why: str, then: str) -> web.Response:
+        self._tally.add("unavailable")
+        log.error("webhook.not_stored", error=why)
+        headers: dict[str, str] = {hdrs.RETRY_AFTER: str(RETRY_AFTER_SECONDS)}
+        return _error(503, "store_unavailable", f"the event could not be stored; {then}", headers)
 
     def _turn_away(self, request: web.Request, error: Rejected) -> web.Response:
         """A 401, or from a source that had too many of them a 429."""
@@ -284,7 +289,11 @@ class WebhookListener:
         return bytes(body)
 
     async def _accept(self, event: Event) -> web.Response:
-        taken = await self._intake.take(event)
+        try:
+            async with asyncio.timeout(self._store_seconds):
+                taken = await self._intake.take(event)
+        except TimeoutError:  # cut off within the commit it may be kept all the same: then it is a duplicate
+            return self._not_stored("it took too long", "that took too long, send it again")
         self._tally.add("duplicates" if taken.repeated else "accepted")
         log.info(
             "webhook.accepted",

@@ -19,12 +19,20 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 from linked import PLAN, link
 from manual_clock import ManualClock
+from silent_postgres import reached_through
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from billingd.intake import Intake
 from billingd.store import links, migrate, schema
 from billingd.store.engine import Store, StoreDamaged, Tx
-from billingd.webhooks import AMPLIFY_PATHS, SIGNATURES_MAX, Authenticator, Tally, WebhookListener
+from billingd.webhooks import (
+    AMPLIFY_PATHS,
+    SIGNATURES_MAX,
+    STORE_SECONDS,
+    Authenticator,
+    Tally,
+    WebhookListener,
+)
 
 SECRET = "correct-horse"
 MAX = 2_000
@@ -53,7 +61,9 @@ NOTIFICATION = {"id": "r1", "object_type": "account", "event_type": "updated", "
 class Listening:
     """A listener on a free port."""
 
-    def __init__(self, store: Store, clock: ManualClock, auth: str, secrets: str) -> None:
+    def __init__(
+        self, store: Store, clock: ManualClock, auth: str, secrets: str, store_seconds: float
+    ) -> None:
         self.store = store
         self.clock = clock
         self.tally = Tally()
@@ -64,6 +74,7 @@ class Listening:
             Authenticator(auth, secrets),
             body_bytes_max=MAX,
             tally=self.tally,
+            store_seconds=store_seconds,
         )
         self.server = TestServer(listener.application())
         self.session: ClientSession
@@ -105,9 +116,13 @@ class Listening:
 
 @asynccontextmanager
 async def listening(
-    store: Store, clock: ManualClock, auth: str = "header:Authorization", secrets: str = SECRET
+    store: Store,
+    clock: ManualClock,
+    auth: str = "header:Authorization",
+    secrets: str = SECRET,
+    store_seconds: float = STORE_SECONDS,
 ) -> AsyncIterator[Listening]:
-    made = Listening(store, clock, auth, secrets)
+    made = Listening(store, clock, auth, secrets, store_seconds)
     async with made.server, ClientSession() as made.session:
         yield made
 
@@ -320,6 +335,24 @@ async def test_a_postgres_that_is_read_only_or_away_is_a_503_until_it_is_back(
             status, _, _ = await hook.send(body=event(9))
             assert status == 202
     await admin.dispose()
+
+
+@pytest.mark.parametrize("store_url", ["postgres"], indirect=True)
+async def test_a_postgres_that_falls_silent_is_a_503_in_time(store_url: str, clock: ManualClock) -> None:
+    """And a 202 as soon as it is back."""
+    async with (
+        reached_through(store_url) as (url, silent),
+        Store(url, statement_seconds=0.1) as store,
+        listening(store, clock, store_seconds=0.1) as hook,
+    ):
+        silent.set()
+        status, answer, headers = await hook.send(body=event(777))
+        assert (status, answer["error"]["code"]) == (503, "store_unavailable")
+        assert "Retry-After" in headers
+        assert hook.tally.unavailable == 1
+        silent.clear()
+        status, _, _ = await hook.send(body=event(777))
+        assert status == 202
 
 
 @SQLITE

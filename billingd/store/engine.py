@@ -24,6 +24,11 @@ Tx = AsyncConnection
 BUSY_TIMEOUT_MS: Final = 5_000
 READERS: Final = 4
 POSTGRES_CONNECTIONS: Final = 10
+POSTGRES_CONNECT_SECONDS: Final = 10.0
+STATEMENT_SECONDS: Final = 120.0
+"""What the daemon gives a statement on PostgreSQL, which may have fallen silent: longer than any of its own
+takes, shorter than a loop may stand still. Migrations, copies and commands take as long as they take."""
+
 APPLICATION: Final = "billingd"
 """How PostgreSQL's `pg_stat_activity` names our connections: a restore waits for none to be left."""
 
@@ -45,7 +50,8 @@ class StoreDamaged(BillingdError):
 class Store:
     """The durable store. `write` and `read` are its only ways in; flows open them, statements run in them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, statement_seconds: float | None = None) -> None:
+        """`statement_seconds`: how long PostgreSQL may take for a statement; None is no limit."""
         self.url = sa.make_url(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._locked: int | None = None
@@ -61,7 +67,11 @@ class Store:
                 pool_size=POSTGRES_CONNECTIONS,
                 max_overflow=0,
                 pool_pre_ping=True,
-                connect_args={"server_settings": {"application_name": APPLICATION}},
+                connect_args={
+                    "server_settings": {"application_name": APPLICATION},
+                    "timeout": POSTGRES_CONNECT_SECONDS,
+                    "command_timeout": statement_seconds,
+                },
             )
             self._group = None
 
@@ -294,6 +304,8 @@ def _translated() -> Iterator[None]:
 def _plain(error: BaseException) -> str:
     """The driver's own words, without the statement and its parameters."""
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
+    if isinstance(cause, TimeoutError) and not str(cause):
+        return "it did not answer in time"
     return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
 
 

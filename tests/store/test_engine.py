@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from manual_clock import ManualClock
+from silent_postgres import reached_through
 
 from billingd.domain.attempts import Action
 from billingd.store import outbox, schema
@@ -200,3 +201,27 @@ async def test_a_deadlock_is_tried_again(store: Store, clock: ManualClock) -> No
     outcomes = await asyncio.gather(lock("a", "b"), lock("b", "a"), return_exceptions=True)
     [error] = [each for each in outcomes if each is not None]
     assert isinstance(error, StoreUnavailable)
+
+
+@pytest.mark.parametrize("when", ["statement", "commit"])
+async def test_a_postgres_that_falls_silent_is_not_waited_for_for_ever(
+    postgres_migrated: str, when: str
+) -> None:
+    """Neither for a statement nor for a commit, which may have happened; a connection is not kept for it."""
+    async with (
+        reached_through(postgres_migrated) as (url, silent),
+        Store(url, statement_seconds=0.1) as store,
+    ):
+
+        async def fall_silent() -> None:
+            async with store.write() as tx:
+                await tx.execute(sa.text("SELECT 1"))
+                silent.set()
+                if when == "statement":
+                    await tx.execute(sa.text("SELECT 2"))
+
+        with pytest.raises(StoreUnavailable, match="it did not answer in time"):
+            await fall_silent()
+        silent.clear()
+        async with store.read() as tx:
+            assert (await tx.execute(sa.text("SELECT 3"))).scalar_one() == 3
