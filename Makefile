@@ -19,7 +19,7 @@ LIBDIR := $(PREFIX)/lib/billingd
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 MANDIR ?= $(PREFIX)/share/man
 
-.PHONY: help demo browser test chaos fuzz audit lint format bench wheel install uninstall clean
+.PHONY: help demo browser test chaos fuzz audit lint format bench wheel install installed uninstall clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,7 +78,10 @@ wheel: $(READY) ## build the wheel into dist/
 
 # The new program is made beside the old one and then takes its place, so that a daemon that runs keeps its files
 # as long as can be. Secrets and a configuration that is there already are left alone.
-install: ## as a service: program, units, example configuration (PREFIX=/usr/local, DESTDIR=)
+install: ## as a service: program, units, manual page, example configuration (PREFIX=/usr/local, DESTDIR=)
+	umask 022 && $(MAKE) --no-print-directory installed  # root's may be 077, and the service's user is another
+
+installed:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "billingd needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	rm -rf build/install "$(DESTDIR)$(LIBDIR).new" && mkdir -p build/install
 	.ci/locked > build/install/running.lock && .ci/locked hatchling > build/install/building.lock
@@ -103,7 +106,8 @@ install: ## as a service: program, units, example configuration (PREFIX=/usr/loc
 	  install -m 0644 systemd/billingd.toml "$(DESTDIR)$(SYSCONFDIR)/billingd/billingd.toml"
 	case "$$(readlink -f "$(DESTDIR)$(LIBDIR)/bin/python")" in /root/*|/home/*) \
 	  echo "warning: the service may not see $$(readlink -f "$(DESTDIR)$(LIBDIR)/bin/python") (ProtectHome=): install with PYTHON=/usr/bin/python3" >&2;; esac
-	if test -f man/billingd.1; then install -D -m 0644 man/billingd.1 "$(DESTDIR)$(MANDIR)/man1/billingd.1"; fi
+	"$(DESTDIR)$(LIBDIR)/bin/python" -m billingd man > build/install/billingd.1
+	install -D -m 0644 build/install/billingd.1 "$(DESTDIR)$(MANDIR)/man1/billingd.1"
 
 uninstall: ## remove what install made, but configuration, secrets and the store
 	for unit in billingd.service billingd.socket billingd-backup.service billingd-backup.timer; do \
