@@ -15,6 +15,7 @@ from billingd.settings import (
     load,
     missing_for_run,
     parse_duration,
+    passwords_in,
     shown,
 )
 
@@ -87,6 +88,27 @@ def test_environment_beats_secret_files_which_beat_the_file(tmp_path: Path) -> N
     assert origins["outbox.lease"] == str(config)
     assert origins["amplify.client_secret"] == str(secrets)
     assert origins["outbox.drain"] == "default"
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql+asyncpg://me:pa55@db/b", "postgresql+asyncpg://me@db/b?password=pa55"]
+)
+def test_the_databases_password_is_a_secret_too(url: str, tmp_path: Path) -> None:
+    """Refused in the file, where anybody may read it; taken from where secrets come from."""
+    (tmp_path / "store.url").write_text(f"{url}\n")
+    (tmp_path / "url").write_text("none of ours")
+    found = faults(f'[store]\nurl = "{url}"\n', tmp_path)
+    assert list(found) == ["store.url"]
+    assert "pa55" not in found["store.url"]
+    for way in ("PGPASSFILE", "a file named store.url", "BILLINGD_STORE__URL"):
+        assert way in found["store.url"]
+    without = 'url = "postgresql+asyncpg://me@db/b"'
+    assert load(write(tmp_path, f"[store]\n{without}\n"), {}).settings.store.url in without
+    for environment in ({"BILLINGD_STORE__URL": url}, {"CREDENTIALS_DIRECTORY": str(tmp_path)}):
+        loaded = load(write(tmp_path, ""), environment)
+        assert loaded.settings.store.url == url
+        assert passwords_in(loaded.settings.store.url) == ["pa55"]
+        assert "pa55" not in json.dumps(shown(loaded))
 
 
 def test_what_is_shown_holds_no_secret(tmp_path: Path) -> None:

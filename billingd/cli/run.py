@@ -55,7 +55,7 @@ def run(config: Path | None) -> None:
 
 def secrets_of(settings: "Settings") -> list[str]:
     """Everything configured that may stand in no log."""
-    import sqlalchemy as sa
+    from billingd.settings import passwords_in
 
     found = [
         settings.amplify.client_secret.get_secret_value(),
@@ -63,7 +63,7 @@ def secrets_of(settings: "Settings") -> list[str]:
         settings.webhooks.secret.get_secret_value(),
         settings.notifications.subscriber.get_secret_value(),
         *(url.get_secret_value() for url in settings.notifications.provider),
-        str(sa.make_url(settings.store.url).password or ""),
+        *passwords_in(settings.store.url),
     ]
     return [secret for secret in found if secret]
 

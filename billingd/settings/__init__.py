@@ -8,6 +8,7 @@ from billingd.settings.load import (
     Settings,
     load,
     missing_for_run,
+    passwords_in,
     placed,
     shown,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "missing_for_run",
     "parse_duration",
+    "passwords_in",
     "placed",
     "shown",
 ]

@@ -40,6 +40,9 @@ from billingd.settings.values import format_duration, host_port, is_loopback
 DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
 ENV_PREFIX: Final = "BILLINGD_"
 SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
+STORE_URL: Final = ("store", "url")
+"""May hold a password, and then comes from where secrets come from."""
+
 SCHEMES: Final = frozenset({"bearer", "basic"})
 """Words that may stand in front of the webhooks' secret, and are no secret."""
 
@@ -236,6 +239,18 @@ def _toml(path: Path, faults: list[Fault], places: dict[str, str]) -> tuple[dict
                     places.pop(name, f"{path}"),
                 )
             )
+    store = document.get("store")
+    if isinstance(store, dict) and passwords_in(store.get("url")):
+        del store["url"]
+        faults.append(
+            Fault(
+                "store.url",
+                "holds a password, which may not stand in the file; leave the password out (it is then read "
+                "from $PGPASSFILE), or put the whole URL into a file named store.url in secrets_dir or "
+                f"$CREDENTIALS_DIRECTORY, or set {ENV_PREFIX}STORE__URL",
+                places.pop("store.url", f"{path}"),
+            )
+        )
     return document, not broken
 
 
@@ -277,10 +292,11 @@ def key_of(where: tuple[str | int, ...]) -> str:
 
 
 def _secret_files(directory: Path, faults: list[Fault], places: dict[str, str]) -> dict[str, Any]:
-    """Secrets in files named after their keys: `recurly.api_key`, or `api_key` alone."""
+    """Secrets in files named after their keys: `recurly.api_key`, or `api_key` alone (but not `url`)."""
     found: dict[str, Any] = {}
-    for section, key in SECRETS:
-        for name in (f"{section}.{key}", f"{section}__{key}", key):
+    for section, key in (*SECRETS, STORE_URL):
+        alone = [key] if (section, key) in SECRETS else []
+        for name in (f"{section}.{key}", f"{section}__{key}", *alone):
             file = directory / name
             try:
                 content = file.read_bytes()[:SECRET_BYTES_MAX].decode().strip()
@@ -440,6 +456,20 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "total_seconds"):
         return format_duration(value)
     return without_credentials(value)
+
+
+def passwords_in(url: object) -> list[str]:
+    """The passwords that a database URL holds, those of its query too."""
+    try:
+        parts = sa.make_url(url) if isinstance(url, str) else None
+    except sa.exc.ArgumentError:
+        return []
+    if parts is None:
+        return []
+    found = [str(parts.password or "")]
+    for name, value in parts.query.items():
+        found += ([value] if isinstance(value, str) else value) if "password" in name else []
+    return [password for password in found if password]
 
 
 def without_credentials(value: Any) -> Any:
