@@ -158,6 +158,16 @@ async def test_whoever_does_not_hear_is_no_reason_to_stop(
     await asyncio.sleep(0)
 
 
+def test_no_start_that_fails_makes_the_socket_refuse_webhooks() -> None:
+    """At a start limit the socket unit fails too; without one a webhook waits for the next attempt."""
+    service = unit("billingd.service")
+    assert (service["Restart"], service["StartLimitIntervalSec"]) == (["on-failure"], ["0"])
+    assert "RestartPreventExitStatus" not in service, (
+        "a start that the socket asks for would not wait RestartSec="
+    )
+    assert service["MemoryMax"] == ["1G"]
+
+
 def _analyze(*words: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is missing: apt install systemd")
