@@ -1,7 +1,8 @@
 """Broken requests and slow connections against the real daemon, as `make fuzz` plays them.
 
-What must hold: no answer of 5xx but an honest 503, no memory that grows, every event that was acknowledged is
-stored, and good webhooks are taken while 200 slow connections stand. A test plays a short one.
+What must hold: no answer of 5xx but an honest 503, no memory that grows, at no time much of it, every event
+that was acknowledged is stored, and good webhooks are taken while 200 slow connections stand. A test plays a
+short one.
 """
 
 import argparse
@@ -33,6 +34,8 @@ UNANSWERED_SECONDS = 1.0
 """How long to wait for the answer to a request that may never be whole."""
 BYTE_SECONDS = 0.5
 """Between two bytes of a slow connection."""
+PEAK_KIB_MAX = 200 * 1024
+"""What the daemon may have in memory at any time: twice what it has at rest."""
 GOOD_EVERY = 5
 """Each so many requests one is good, and must be taken."""
 
@@ -49,6 +52,7 @@ class Fuzzed:
     good_seconds: list[float] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
     """After how many requests the daemon had how many KiB in memory."""
+    peak_kib: int = 0
 
 
 def document(rng: random.Random, identity: str) -> dict[str, Any]:
@@ -151,6 +155,11 @@ def request(rng: random.Random, number: int) -> bytes:
         lambda: whole(rng, sound, **{f"X_{n}": b"v" * 300 for n in range(rng.randint(1, 300))}),
         lambda: whole(rng, sound, X_Long=b"v" * rng.randint(1, 80_000)),
         lambda: whole(rng, b"", Content_Length=None, Transfer_Encoding=b"chunked") + chunks(rng, sound),
+        lambda: signed_by_nobody(rng) + b"0\r\n" + endless(rng, b"a: %s\r\n"),
+        lambda: signed_by_nobody(rng) + endless(rng, b"1;%s\r\nx\r\n"),
+        lambda: signed_by_nobody(rng) + endless(rng, b"zz%s\r\n"),
+        lambda: signed_by_nobody(rng, many=True) + b"ffff\r\n" + b"x" * 65_535 + b"\r\n0\r\n\r\n",
+        lambda: b"GET / HTTP/1.1\r\n\r\n" * rng.randint(2, 100_000),
         lambda: whole(rng, sound) * rng.randint(2, 400),
         lambda: whole(rng, sound, Authorization=wrong) * rng.randint(2, 2_000),
         lambda: whole(rng, sound).replace(b"POST", rng.choice([b"GET", b"PUT", b"BREW", b"", b"P\xffST"]), 1),
@@ -163,6 +172,23 @@ def request(rng: random.Random, number: int) -> bytes:
         lambda: whole(rng, b"[" * 50_000),
     ]
     return rng.choice(sorts)()
+
+
+def signed_by_nobody(rng: random.Random, *, many: bool = False) -> bytes:
+    """The head of a request whose body must be read before it can be judged."""
+    stamp = str(int(time.time())).encode()
+    signature = b",".join([stamp, *[b"0" * 64] * 120]) if many else stamp + b"," + b"0" * 64
+    path = PATHS[3] if rng.random() < 0.9 else PATHS[0]
+    return (
+        b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"recurly-signature: " + signature + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+
+
+def endless(rng: random.Random, line: bytes) -> bytes:
+    """One line for megabytes, each short or long."""
+    one = line % (b"b" * rng.choice([1, 100, 8_000]))
+    return one * (rng.choice([100_000, 8_000_000]) // len(one))
 
 
 def chunks(rng: random.Random, body: bytes) -> bytes:
@@ -251,9 +277,9 @@ async def _within(over: asyncio.Event, reader: asyncio.StreamReader | None) -> b
     return None
 
 
-def resident(pid: int) -> int:
-    """KiB in memory."""
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+def resident(pid: int, what: str = "VmRSS") -> int:
+    """KiB in memory, now or (VmHWM) at most so far."""
+    found = re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1])
 
@@ -292,6 +318,7 @@ async def play(
 
     await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
     done.memory.append((requests, resident(pid)))
+    done.peak_kib = resident(pid, "VmHWM")
     over.set()
     await asyncio.gather(*crawling)
     return done
@@ -362,9 +389,11 @@ def main() -> None:
     median, late = good_seconds[len(good_seconds) // 2], good_seconds[len(good_seconds) * 99 // 100]
     tell(f"good webhooks meanwhile: {dict(done.good)}; half in {median:.3f} s, 99 % in {late:.2f} s")
     tell(f"acknowledged {len(done.acknowledged)}, of these stored {len(done.acknowledged) - len(lost)}")
-    tell(f"memory: {growth_kib(done)} KiB more at the end than after a third of them; exit code {exit_code}")
-    tell(f"the daemon used {used:.0f} s of CPU; {complaints} tracebacks in its log")
+    grown = growth_kib(done)
+    tell(f"memory: {grown} KiB more at the end than after a third of them, at most {done.peak_kib} KiB")
+    tell(f"the daemon used {used:.0f} s of CPU; {complaints} tracebacks in its log; exit code {exit_code}")
     failed = lost or complaints or server_faults(done) or set(done.good) != {"202"} or exit_code
+    failed = failed or done.peak_kib > PEAK_KIB_MAX
     sys.exit(1 if failed else 0)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from fuzz import not_stored, play, server_faults
+from fuzz import PEAK_KIB_MAX, not_stored, play, server_faults
 from service_manager import ServiceManager
 
 
@@ -21,6 +21,7 @@ def test_whatever_comes_is_answered_as_promised(tmp_path: Path) -> None:
         assert set(done.good) == {"202"}
         assert len(done.acknowledged) >= done.good.total() == 30
         assert not_stored(manager, done) == set()
+        assert done.peak_kib < PEAK_KIB_MAX
         assert "Traceback" not in manager.log()
     finally:
         manager.close()
