@@ -73,6 +73,8 @@ class Steps:
     def __init__(self) -> None:
         self.taken: list[str] = []
         self.die_at: int | None = None
+        self.die_on: str | None = None
+        """Die at the first step whose name begins so, whatever its number is."""
         self.dead = False
         self.wire = False
         self.reads = False
@@ -81,7 +83,7 @@ class Steps:
 
     def arm(self, step: int | None) -> None:
         """Count from zero, die at that step."""
-        self.taken, self.die_at, self.dead = [], step, False
+        self.taken, self.die_at, self.die_on, self.dead = [], step, None, False
 
     def step(self, name: str) -> None:
         self.note(name)
@@ -90,7 +92,7 @@ class Steps:
     def note(self, name: str) -> bool:
         """A step that is taken outside of the process; whether it is dead, of which it learns later."""
         self.taken.append(name)
-        if len(self.taken) == self.die_at:
+        if len(self.taken) == self.die_at or (self.die_on is not None and name.startswith(self.die_on)):
             self.dead = True
         return self.dead
 
