@@ -30,6 +30,7 @@ class Reconciling:
         self.error: str | None = None
         self.held_up: str | None = None
         self.not_compared: list[dict[str, Any]] = []
+        self.under_way = 0
 
     async def start(
         self,
@@ -67,6 +68,7 @@ class Reconciling:
             "left": sum(one["mended"] is None for one in found),
             "checked": {"subscriptions": 5, "records": 812},
             "held_units": 3,
+            "under_way_units": self.under_way,
             "repair": repair,
             "repaired_units": sum(one["units"] for one in found) if repair else 0,
             "drift": found,

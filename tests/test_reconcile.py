@@ -114,15 +114,18 @@ async def test_what_is_under_way_is_no_drift(rig: Rig) -> None:
     await rig.traffic("acme", 7)
     rig.pass_(2 * HOUR)
     await rig.poll()
-    assert kinds(await reconciled(rig)) == []
+    found = await reconciled(rig)
+    assert (kinds(found), found["under_way_units"]) == ([], 7), "Recurly does not have them yet"
+    other = await reconciled(rig, since=rig.far.now() - HOUR)
+    assert other["under_way_units"] == 0, "not of what it looks at"
     rig.fault("list_lag", "GET", USAGE, times=1, args={"seconds": 3600})
     await rig.drain()
     run = await rig.daemon.reconciler.start()
     await rig.daemon.reconciler.finish(run)
-    found = await rig.daemon.reconciler.document(run)
-    assert found is not None
+    after = await rig.daemon.reconciler.document(run)
+    assert after is not None
     assert rig.world.faults.counts["list_lag"] == 1
-    assert kinds(found) == []
+    assert (kinds(after), after["under_way_units"]) == ([], 0)
 
 
 @ONE_DATABASE

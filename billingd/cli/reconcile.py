@@ -101,10 +101,16 @@ def _show(found: Mapping[str, Any]) -> None:
     checked = found["checked"]
     over = f"{checked['subscriptions']} subscription(s), {checked['records']} record(s)"
     span = f"from {found['since']} to {found['until']}"
+    under_way = found["under_way_units"]
     if not found["findings"]:
-        output.say(f"no drift: {over} agree {span}")
+        output.say(f"no drift: {over} {'were compared' if under_way else 'agree'} {span}")
     else:
         output.say(f"{found['findings']} difference(s), {found['drift_units']} unit(s), in {over} {span}")
+    if under_way:
+        output.say(
+            f"{under_way} unit(s) are still on their way to Recurly: `billingd outbox list` shows them; "
+            "once they are reported, run it again to see that all agree"
+        )
     for one in found["not_compared"]:
         whose = "" if one["subscription"] is None else f" of {one['subscription']}"
         output.say(f"not compared{whose}: {one['since']} to {one['until']}: {one['reason']}")

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Final
 
-from billingd.store import drift, links
+from billingd.store import drift, links, usage
 from billingd.store.drift import Found
 from billingd.store.engine import Store
 
@@ -20,6 +20,16 @@ async def of(store: Store, run_id: int) -> dict[str, Any] | None:
         totals = await drift.totals(tx, run_id)
         running = run.state == "running"
         found = [] if running else await drift.of(tx, run_id, limit=SHOWN_MAX)
+        under_way = (
+            0
+            if running
+            else await usage.units_under_way(
+                tx,
+                subscription_id=run.subscription_id,
+                start=None if run.whole_periods else run.since,
+                end=run.until,
+            )
+        )
         names = {one.drift.subscription_id for one in found if one.drift.subscription_id is not None}
         titles = {one.subscription_id: one.title for one in await links.subscriptions(tx)} if names else {}
     return {
@@ -37,6 +47,7 @@ async def of(store: Store, run_id: int) -> dict[str, Any] | None:
         "checked": {"subscriptions": run.subscriptions, "records": run.records},
         "not_compared": run.not_compared,
         "held_units": run.held_units,
+        "under_way_units": under_way,
         "repair": run.repair,
         "repaired_units": run.repaired_units,
         "drift": [_finding(one, titles) for one in found],

@@ -7,13 +7,15 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from billingd.domain.attempts import UNFINISHED
+from billingd.domain.events import REPORT_USAGE
 from billingd.domain.usage import Booked, UsageRecord
 from billingd.domain.windows import Window
 from billingd.store import links
 from billingd.store.engine import Tx
 from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.rows import PARAMETERS_MAX, upsert
-from billingd.store.schema import unlinked_traffic, usage_records
+from billingd.store.schema import outbox, unlinked_traffic, usage_records
 
 Pair = tuple[str, str]
 """(subscription id, quota id)"""
@@ -277,6 +279,29 @@ async def unreported_of(tx: Tx, subscription_id: str) -> int:
         )
     )
     return int((await tx.execute(statement)).scalar_one())
+
+
+async def units_under_way(
+    tx: Tx, *, subscription_id: str | None, start: datetime | None, end: datetime
+) -> int:
+    """Units with a time in [start, end) whose report is still to come; what gave up is not among them."""
+    columns = usage_records.c
+    statement = (
+        sa.select(sa.func.sum(columns.units))
+        .join(outbox, sa.cast(outbox.c.args["record"].as_string(), sa.BigInteger) == columns.id)
+        .where(
+            outbox.c.kind == REPORT_USAGE,
+            outbox.c.state.in_(UNFINISHED),
+            sa.text("usage_records.state <> 'reported'"),  # as the partial index has it
+            columns.state == "recorded",
+            columns.usage_timestamp < end,
+        )
+    )
+    if start is not None:
+        statement = statement.where(columns.usage_timestamp >= start)
+    if subscription_id is not None:
+        statement = statement.where(columns.subscription_id == subscription_id)
+    return int((await tx.execute(statement)).scalar_one() or 0)
 
 
 async def totals(tx: Tx) -> dict[str, int]:

@@ -68,6 +68,19 @@ async def test_nothing_differs(tmp_path: Path, sqlite_template: Path) -> None:
     assert result.stdout.startswith("no drift: 5 subscription(s), 812 record(s) agree")
 
 
+async def test_what_is_still_on_its_way_does_not_agree_yet(tmp_path: Path, sqlite_template: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    bench.reconciler.found, bench.reconciler.under_way = [], 42
+    async with bench.reached("unix"):
+        shown = await bench.ask("reconcile")
+        told = await bench.ask("reconcile", "--json")
+    assert (shown.exit_code, document(told)["under_way_units"]) == (0, 42)
+    first, second = shown.stdout.splitlines()[:2]
+    assert first.startswith("no drift: 5 subscription(s), 812 record(s) were compared")
+    assert second.startswith("42 unit(s) are still on their way to Recurly")
+
+
 async def test_a_run_that_failed_says_why(tmp_path: Path, sqlite_template: Path) -> None:
     bench = Bench(tmp_path)
     await bench.fill(sqlite_template)

@@ -7,13 +7,14 @@ import pytest
 import sqlalchemy as sa
 from linked import HOUR, TEN, add_on, link, subscription
 
-from billingd.domain.attempts import Action
+from billingd.domain.attempts import Action, State, Verdict
 from billingd.domain.charges import Prices
+from billingd.domain.events import REPORT_USAGE
 from billingd.domain.periods import Period
 from billingd.domain.tiers import TierSpec
 from billingd.domain.usage import Booked, UsageRecord, book
 from billingd.domain.windows import Window
-from billingd.store import periods, usage
+from billingd.store import outbox, periods, usage
 from billingd.store.engine import Store
 from billingd.store.stakes import at_stake, usage_hold
 
@@ -63,6 +64,31 @@ async def test_many_records_are_placed_in_order_whatever_their_number(ledger: St
     assert [id_ for id_, _ in placed] == sorted({id_ for id_, _ in placed})
     async with ledger.read() as tx:
         assert (await usage.find(tx, placed[2000][0])).record == records[2000]
+
+
+async def test_what_is_under_way_is_what_still_has_a_report_to_come(ledger: Store) -> None:
+    """Neither what is reported, nor what gave up, nor what is outside of what was asked about."""
+    sent, waiting, dead, elsewhere = (
+        *await insert(ledger, [one for hour in range(3) for one in booked(10**hour, hours=hour)]),
+        *await insert(ledger, booked(1000, subscription_id="s2")),
+    )
+    later = TEN + 3 * HOUR
+    async with ledger.write() as tx:
+        ids = (sent, waiting, dead, elsewhere)
+        reports = [Action(REPORT_USAGE, f"usage:{one}", f"{one}", {"record": one}) for one in ids]
+        await outbox.insert(tx, [Action("provision_plan", "plan:p1", "p"), *reports], now=TEN)
+        by_record = {
+            one.args.get("record"): one for one in await outbox.claim(tx, now=TEN, lease=HOUR, limit=9)
+        }
+        await usage.reported(tx, sent, usage_id="u", now=TEN)
+        for one, state in ((sent, State.DONE), (dead, State.DEAD), (elsewhere, State.PENDING)):
+            await outbox.settle(tx, by_record[one], Verdict(state, TEN, "so"), now=TEN)
+    async with ledger.read() as tx:
+        every = await usage.units_under_way(tx, subscription_id=None, start=None, end=later)
+        of_one = await usage.units_under_way(tx, subscription_id="s1", start=None, end=later)
+        after = await usage.units_under_way(tx, subscription_id=None, start=TEN + 2 * HOUR, end=later)
+        before = await usage.units_under_way(tx, subscription_id=None, start=None, end=TEN)
+    assert (every, of_one, after, before) == (1010, 10, 0, 0)
 
 
 async def test_the_same_record_twice_is_refused(ledger: Store) -> None:
