@@ -16,6 +16,7 @@ from hypothesis import settings
 from manual_clock import ManualClock
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from billingd.domain.privacy import KNOWN
 from billingd.store import migrate
 from billingd.store.engine import Store
 from billingd.store.schema import metadata
@@ -38,6 +39,13 @@ def pytest_collection_finish() -> None:
     """What was imported and collected stays: no collection of garbage need walk through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_secrets_known() -> Iterator[None]:
+    """A process knows its own secrets only; these tests are many in one."""
+    yield
+    KNOWN.forget()
 
 
 @pytest.fixture

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from billingd.cli.run import secrets_of as of_the_logs
+from billingd.domain.errors import BillingdError
+from billingd.domain.privacy import KNOWN
 from billingd.settings import (
     ConfigurationError,
     format_duration,
@@ -16,6 +19,7 @@ from billingd.settings import (
     missing_for_run,
     parse_duration,
     passwords_in,
+    secrets_of,
     shown,
 )
 
@@ -247,3 +251,27 @@ def test_without_authentication_no_secret_is_missing(tmp_path: Path) -> None:
     """`none` on loopback needs no secret."""
     settings = load(write(tmp_path, '[webhooks]\nauth = "none"\n'), {}).settings
     assert "webhooks.secret" not in {fault.key for fault in missing_for_run(settings)}
+
+
+def test_whatever_reads_the_configuration_knows_its_secrets_from_then_on(tmp_path: Path) -> None:
+    """All of them, when it has faults too; the same ones as those that are blotted out of the logs."""
+    text = """[notifications]
+provider = ["json://hidden-token@127.0.0.1/"]
+subscriber = "mailto://hidden-user@127.0.0.1/{email}"
+"""
+    env = {
+        "BILLINGD_AMPLIFY__CLIENT_SECRET": "hidden-client-secret",
+        "BILLINGD_RECURLY__API_KEY": "hidden-api-key",
+        "BILLINGD_STORE__URL": "postgresql+asyncpg://billingd:hidden-password@127.0.0.1/b",
+        "BILLINGD_WEBHOOKS__SECRET": "hidden-hook hidden-older-hook",
+    }
+    urls = ("json://hidden-token@127.0.0.1/", "mailto://hidden-user@127.0.0.1/{email}")
+    words = ("password", "client-secret", "api-key", "hook", "older-hook")
+    said = " ".join([*urls, *(f"hidden-{word}" for word in words)])
+    settings = load(write(tmp_path, text), env).settings
+    assert set(secrets_of(settings)) == set(of_the_logs(settings))
+    assert "hidden-" not in str(BillingdError(said))
+    KNOWN.forget()
+    with pytest.raises(ConfigurationError):
+        load(write(tmp_path, text + 'templtes = "/"\n'), env)
+    assert "hidden-" not in str(BillingdError(said))

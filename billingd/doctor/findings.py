@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from billingd.domain.attempts import describe
 from billingd.domain.errors import BillingdError, Misconfigured, Retryable
 
 AT_ONCE_MAX: Final = 6
@@ -100,4 +101,4 @@ async def _found(check: Check) -> Sequence[Found]:
         return [look(str(error), check.fix)]
     except Exception as error:  # a bug in one check may not hide what the others found
         fix = f"report it with this line; `billingd doctor --only {check.name}` shows it again"
-        return [look(f"this check itself failed: {type(error).__name__}: {error}", fix)]
+        return [look(f"this check itself failed: {describe(error)}", fix)]

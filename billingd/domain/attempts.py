@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, Final
 
 from billingd.domain.errors import Permanent, Retryable, Settling
-from billingd.domain.privacy import without_addresses
+from billingd.domain.privacy import KNOWN, without_addresses
 
 
 class State(StrEnum):
@@ -125,6 +125,6 @@ def judge(
 
 
 def describe(error: BaseException) -> str:
-    """The text an operator reads: its class too, since a bug's message alone says little; no addresses."""
-    text = without_addresses(f"{type(error).__name__}: {error}"[:2000])
+    """The text an operator reads: its class too, since a bug's message alone says little; no secrets."""
+    text = without_addresses(KNOWN.without(f"{type(error).__name__}: {error}")[:2000])
     return text.replace("\x00", "�").encode(errors="replace").decode()  # no database keeps these two

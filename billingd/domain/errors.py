@@ -2,9 +2,17 @@
 
 from datetime import timedelta
 
+from billingd.domain.privacy import KNOWN
+
 
 class BillingdError(Exception):
-    """Anything billingd raises on purpose; its text is written for an operator."""
+    """Anything billingd raises on purpose; its text is written for an operator, and has no secret in it.
+
+    Far sides, drivers and parsers quote what they were given, and errors are logged, kept, shown and sent.
+    """
+
+    def __str__(self) -> str:
+        return KNOWN.without(super().__str__())
 
 
 class Retryable(BillingdError):

@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
+from billingd.domain.attempts import describe
 from billingd.domain.drift import Drift
 from billingd.domain.errors import BillingdError, Illegible, NotFound, Permanent, Retryable
 from billingd.domain.windows import floor, settled_end
@@ -208,7 +209,7 @@ class Reconciler:
             raise
         except Exception as error:  # a bug: of one run, which may not end the daemon at each start anew
             log.exception("reconcile.broke", run=run.id, phase=run.phase)
-            await self._failed(run, f"a bug, see the log: {type(error).__name__}: {error}")
+            await self._failed(run, f"a bug, see the log: {describe(error)}")
         self._held_up.pop(run_id, None)
         return True
 

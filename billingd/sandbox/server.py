@@ -32,7 +32,7 @@ DRAIN_SECONDS: Final = 2.0
 TICK_SECONDS: Final = 0.2
 WEBHOOK_URL: Final = "http://127.0.0.1:8080/webhooks/amplify"
 WEBHOOK_SECRET: Final = "sandbox-webhook-secret"  # noqa: S105 - of the sandbox's own making
-API_KEY: Final = "sandbox"
+API_KEY: Final = "sandbox-api-key"
 
 
 def side_of(request: web.Request) -> str | None:

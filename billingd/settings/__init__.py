@@ -10,6 +10,7 @@ from billingd.settings.load import (
     missing_for_run,
     passwords_in,
     placed,
+    secrets_of,
     shown,
 )
 from billingd.settings.models import WebhookSettings
@@ -30,5 +31,6 @@ __all__ = [
     "parse_duration",
     "passwords_in",
     "placed",
+    "secrets_of",
     "shown",
 ]

@@ -11,7 +11,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from pydantic import SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from billingd.domain.errors import BillingdError
+from billingd.domain.privacy import KNOWN
 from billingd.settings.lines import lines_of
 from billingd.settings.models import (
     AccountSettings,
@@ -134,7 +135,8 @@ class Loaded:
 def load(config: Path | None, environment: Mapping[str, str] | None = None) -> Loaded:
     """Read and cross-check the configuration. Raises ConfigurationError with every fault at once.
 
-    `config` None means $BILLINGD_CONFIG, else the file in /etc when it exists, else none.
+    `config` None means $BILLINGD_CONFIG, else the file in /etc when it exists, else none. From then on no
+    error's text has a secret of it.
     """
     env = os.environ if environment is None else environment
     faults: list[Fault] = []
@@ -162,13 +164,29 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
         partial = _without(merged, [item["loc"] for item in error.errors()])
         named = {fault.key for fault in faults}
         if partial is not None:
+            KNOWN.add(secrets_of(partial))
             crossed = placed(cross_check(partial), places)
             faults += [fault for fault in crossed if fault.key not in named]
         raise ConfigurationError(faults, partial if readable else None, places) from None
+    KNOWN.add(secrets_of(settings))
     faults += placed(cross_check(settings), places)
     if faults:
         raise ConfigurationError(faults, settings if readable else None, places)
     return Loaded(settings, origins, places)
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Everything configured that may stand in no log and no error."""
+
+    def inside(value: Any) -> list[str]:
+        if isinstance(value, SecretStr):
+            return [value.get_secret_value()]
+        if isinstance(value, BaseModel):
+            return [each for _, one in value for each in inside(one)]
+        return [each for one in value for each in inside(one)] if isinstance(value, tuple) else []
+
+    found = [*inside(settings), *passwords_in(settings.store.url)]
+    return [secret for secret in found if secret]
 
 
 def _by_line(fault: Fault) -> tuple[bool, int]:

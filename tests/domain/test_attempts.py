@@ -19,6 +19,7 @@ from billingd.domain.attempts import (
     judge,
 )
 from billingd.domain.errors import (
+    BillingdError,
     Conflict,
     Misconfigured,
     NotFound,
@@ -28,6 +29,7 @@ from billingd.domain.errors import (
     Settling,
     Unknown,
 )
+from billingd.domain.privacy import KNOWN
 
 NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
 PATIENCE = Patience(attempts_max=5, backoff=timedelta(seconds=2), backoff_max=timedelta(minutes=10))
@@ -128,3 +130,13 @@ def test_an_error_can_always_be_kept(text: str) -> None:
     assert len(told) <= 2000
     assert "\x00" not in told
     told.encode()
+
+
+@pytest.mark.parametrize("quoted", ["s3cret-api-key", "s3cret%2Fhook", "czNjcmV0LWFwaS1rZXk6"])
+def test_no_error_that_is_kept_or_shown_has_a_secret(quoted: str) -> None:
+    """Whoever quoted it: in a URL, or as it was sent; not even the half that a long text is cut in."""
+    KNOWN.add(["s3cret-api-key", "s3cret/hook"])
+    for error in (ValueError(f"403: {quoted} may not"), Refused(f"403: {quoted} may not")):
+        assert describe(error).endswith(": 403: [hidden] may not")
+    assert f"{BillingdError(f'403: {quoted}')}" == "403: [hidden]"
+    assert quoted[:6] not in describe(ValueError("." * (2000 - len("ValueError: ") - 6) + quoted))

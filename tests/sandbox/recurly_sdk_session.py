@@ -43,7 +43,7 @@ SUBSCRIPTION = {
 
 def connected(port: int) -> Any:
     """A client wired to the port without TLS (recurly.md 1.7)."""
-    client = recurly.Client("sandbox", timeout=10.0)
+    client = recurly.Client("sandbox-api-key", timeout=10.0)
     assert "_BaseClient__conn" in vars(client), "unsupported recurly SDK layout"
     client._BaseClient__conn.close()
     client._BaseClient__conn = http.client.HTTPConnection("127.0.0.1", port, timeout=10.0)

@@ -174,6 +174,6 @@ async def recurly_side(start: datetime = START, **settings: Any) -> AsyncIterato
     app.add_routes(routes(site))
     app.on_response_prepare.append(dating(clock))
     headers = {"Accept": ACCEPT}
-    async with TestClient(TestServer(app), headers=headers, auth=BasicAuth("sandbox", "")) as client:
+    async with TestClient(TestServer(app), headers=headers, auth=BasicAuth("sandbox-api-key", "")) as client:
         yield RecurlySide(site, clock, faults, client)
         await faults.close()

@@ -35,7 +35,7 @@ async def test_a_key_replays_the_answer_for_an_hour(far: RecurlySide) -> None:
 
 async def test_the_identity_of_a_key(far: RecurlySide) -> None:
     """Another method, path, key or API key is another request; another body or query is not (2)."""
-    far.site.configure(api_keys={"sandbox", "second"})
+    far.site.configure(api_keys={"sandbox-api-key", "second"})
     headers: Any = {"headers": {KEY: "k1"}}
     await far.call("POST", "/accounts", {"code": "ann"}, status=201, **headers)
     await far.call("POST", "/accounts?x=1", {"code": "bob"}, status=201, **headers)

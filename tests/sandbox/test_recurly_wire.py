@@ -37,7 +37,7 @@ async def test_the_door_refuses_by_type(
 ) -> None:
     """401, 403, 406, 400: typed, and nothing is done."""
     far.site.configure(read_only_api_keys={"reader"})
-    credentials = {"Authorization": BasicAuth("sandbox", "").encode(), "Accept": ACCEPT}
+    credentials = {"Authorization": BasicAuth("sandbox-api-key", "").encode(), "Accept": ACCEPT}
     options = {"auth": None, "headers": credentials | {"Content-Type": "application/json"} | headers}
     far.client._session._default_auth = None
     error = (await far.call("POST", "/accounts", {"code": "ann"}, status=status, **options))["error"]

@@ -42,7 +42,7 @@ NOTICES_KEPT: Final = 20_000
 class Settings:
     """What a site's owner can switch; the defaults are those that refuse more."""
 
-    api_keys: set[str] = field(default_factory=lambda: {"sandbox"})
+    api_keys: set[str] = field(default_factory=lambda: {"sandbox-api-key"})
     read_only_api_keys: set[str] = field(default_factory=set)
     production: bool = False
     """Production sites limit only reads, sandbox sites everything."""
