@@ -24,6 +24,10 @@ class DaemonAway(Unreachable):
     """Nothing that is billingd answers at admin.listen."""
 
 
+class DaemonHangs(DaemonAway):
+    """Something listens at admin.listen, and does not answer in time."""
+
+
 class Declined(BillingdError):
     """The daemon answered, and says no."""
 
@@ -80,7 +84,7 @@ class Daemon:
             ):
                 return answer.status, await answer.read()
         except TimeoutError:
-            raise DaemonAway(f"the daemon does not answer at {self.listen} in time") from None
+            raise DaemonHangs(f"the daemon does not answer at {self.listen} in time") from None
         except (aiohttp.ClientError, OSError) as error:
             number = getattr(error, "errno", None)
             why = os.strerror(number) if number else str(error) or type(error).__name__

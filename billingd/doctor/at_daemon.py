@@ -1,7 +1,8 @@
 """Checks of the daemon that runs with the same configuration, if one does."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from billingd.doctor.findings import Found, fine, look
 
@@ -9,16 +10,48 @@ Ask = Callable[[str, str], Awaitable[Mapping[str, Any]]]
 """A document of the admin listener's, by path and a key that it has, whatever its status."""
 
 
-class DaemonChecks:
-    """What the daemon says over its admin listener; `away`: why none answers, None when one does."""
+LOCKS: Final = Path("/proc/locks")
 
-    def __init__(self, ask: Ask, *, away: str | None) -> None:
+
+def holder(store: Path | None) -> str | None:
+    """The process that has a SQLite store's lock, as the kernel lists it; None when nobody is seen to.
+
+    Looking by locking would keep a daemon that starts in this moment from its store.
+    """
+    try:
+        inode = None if store is None else store.with_name(f"{store.name}.lock").stat().st_ino
+        for line in LOCKS.read_text(encoding="ascii").splitlines():
+            _number, sort, _how, _access, process, file, *_range = line.split()
+            if sort == "FLOCK" and file.rpartition(":")[2] == str(inode):
+                return process
+    except (OSError, ValueError):  # no lock file, or a kernel that lists them in another way
+        pass
+    return None
+
+
+class DaemonChecks:
+    """What the daemon says over its admin listener; `away`: why none answers, None when one does.
+
+    `hangs`: it listens without answering. `holder` says which process has the store; `fix` mends both.
+    """
+
+    def __init__(
+        self, ask: Ask, *, away: str | None, hangs: bool, holder: Callable[[], str | None], fix: str
+    ) -> None:
         self._ask = ask
         self._away = away
+        self._hangs = hangs
+        self._holder = holder
+        self._fix = fix
 
     async def runs(self) -> Sequence[Found]:
         """It answers; none running is no fault of the installation."""
         if self._away is not None:
+            process = self._holder()
+            if process is not None:
+                return [look(f"{self._away}, but process {process} holds the store", self._fix)]
+            if self._hangs:
+                return [look(f"{self._away}, but listens there", self._fix)]
             return [fine(f"none answers ({self._away}); `billingd run` starts it")]
         return [fine("runs with this configuration")]
 

@@ -9,7 +9,7 @@ from typing import Final
 from billingd.adapters.amplify import Amplify, TrafficSource, traffic_source
 from billingd.adapters.recurly import Recurly
 from billingd.doctor.at_amplify import AmplifyChecks, clock, engage_admin
-from billingd.doctor.at_daemon import Ask, DaemonChecks
+from billingd.doctor.at_daemon import Ask, DaemonChecks, holder
 from billingd.doctor.at_hooks import Arrivals, HookChecks, Reach
 from billingd.doctor.at_recurly import RecurlyChecks
 from billingd.doctor.at_store import StoreChecks
@@ -38,6 +38,8 @@ class Subject:
     ask: Ask
     away: str | None
     """Why no daemon answers; None when one does."""
+    hangs: bool
+    """Whether something listens where it should, and does not answer."""
     reach: Reach
     now: Callable[[], datetime]
     free_bytes: Callable[[Path], int]
@@ -93,8 +95,11 @@ def _untried(side: str) -> list[Check]:
 
 
 def _of_daemon(subject: Subject) -> list[Check]:
-    daemon = DaemonChecks(subject.ask, away=subject.away)
+    path = None if subject.store is None else subject.store.path
     away = "journalctl -u billingd -n 100    says why it does not answer; systemctl restart billingd"
+    daemon = DaemonChecks(
+        subject.ask, away=subject.away, hangs=subject.hangs, holder=lambda: holder(path), fix=away
+    )
     found = [Check("daemon", daemon.runs, away, away)]
     if subject.away is None:
         found += [

@@ -1,6 +1,8 @@
 """`doctor`: the real command against both sides of the sandbox, each check made to fail once."""
 
+import asyncio
 import json
+import os
 import shutil
 import socket
 import sqlite3
@@ -19,7 +21,9 @@ from doctor_bench import URL, Clinic, a_clinic
 from processes import call, open_shop, rehearsal
 from test_cli_hooks import listening
 
+from billingd.cli import talk
 from billingd.daemon import make_amplify
+from billingd.doctor.at_daemon import LOCKS
 from billingd.doctor.at_recurly import RecurlyChecks
 from billingd.doctor.at_traffic import SourceName, TrafficChecks
 from billingd.doctor.facts import Facts
@@ -29,6 +33,7 @@ from billingd.domain.usage import Reading
 from billingd.loops import Clock
 from billingd.sandbox.faults import Rule
 from billingd.settings import load
+from billingd.store.engine import Store
 
 
 @pytest.fixture
@@ -431,6 +436,36 @@ async def test_beside_a_running_daemon_the_way_to_it_is_examined_too(
         clinic.change("Webhook", url=f"{clinic.base}/webhooks/amplify")
         elsewhere = await clinic.examine("--only", "webhooks")
         assert "leads elsewhere" in elsewhere.says("webhooks.address")
+
+
+async def test_a_daemon_that_hangs_is_no_daemon_that_was_not_started(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped, say: the kernel takes connections, and nobody answers them."""
+    monkeypatch.setattr(talk, "ANSWER_SECONDS", 0.2)
+
+    async def silent(_request: web.Request) -> web.Response:
+        await asyncio.sleep(3_600)
+        raise AssertionError
+
+    application = web.Application()
+    application.router.add_get("/healthz", silent)
+    async with clinic.bench.listening(application, "unix"):
+        found = await clinic.examine("--only", "daemon")
+    assert (found.code, found.wrong(), found.document["daemon"]) == (3, {"daemon": "look"}, False)
+    assert "in time, but listens there" in found.says("daemon")
+    assert "systemctl restart billingd" in found.fixes("daemon")
+
+
+@pytest.mark.skipif(not LOCKS.exists(), reason="this kernel lists no locks in /proc")
+async def test_a_store_that_somebody_holds_without_answering_is_told(clinic: Clinic) -> None:
+    async with Store(clinic.bench.url) as store:
+        store.lock()
+        found = await clinic.examine("--only", "daemon")
+    assert (found.code, found.wrong()) == (3, {"daemon": "look"})
+    assert f"but process {os.getpid()} holds the store" in found.says("daemon")
+    assert "journalctl -u billingd" in found.fixes("daemon")
+    assert (await clinic.examine("--only", "daemon")).wrong() == {}, "a lock file alone is none"
 
 
 async def test_what_an_unwell_daemon_says_is_told(clinic: Clinic) -> None:
