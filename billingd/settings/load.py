@@ -48,6 +48,9 @@ SCHEMES: Final = frozenset({"bearer", "basic"})
 """Words that may stand in front of the webhooks' secret, and are no secret."""
 
 SECRET_BYTES_MAX: Final = 65_536
+NAMELESS: Final = "(no name) "
+"""What tables are called whose head is no TOML."""
+
 BROKEN_LINES_MAX: Final = 20
 """Lines of a file that are no TOML; a file with more of them is something else."""
 
@@ -241,8 +244,7 @@ def _toml(path: Path, faults: list[Fault], places: dict[str, str]) -> tuple[dict
     faults += [Fault(str(path), f"is not TOML: {why}", f"{path}:{line}") for line, why in broken]
     if document is None:
         return {}, False
-    text = _blanked(text, [line for line, _ in broken])
-    for where, line in lines_of(text).items():
+    for where, line in lines_of(_blanked(text, [line for line, _ in broken])).items():
         places[key_of(where)] = f"{path}:{line}"
     for section, key in SECRETS:
         if isinstance(document.get(section), dict) and key in document[section]:
@@ -275,13 +277,15 @@ def _toml(path: Path, faults: list[Fault], places: dict[str, str]) -> tuple[dict
 def _parsed(text: str) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
     """The document without the lines that are no TOML, and these with what is wrong with each.
 
-    The parser stops at its first complaint; without that line it goes on to the next. None when a fault
-    reaches over lines, so that nobody can tell what the rest means.
+    The parser stops at its first complaint; without that line it goes on to the next. Of a table whose name
+    cannot be read nothing is in the document: nobody can tell what its keys mean. None when a fault reaches
+    over lines, so that nobody can tell what the rest means.
     """
     broken: list[tuple[int, str]] = []
     while len(broken) < BROKEN_LINES_MAX:
         try:
-            return tomllib.loads(_blanked(text, [line for line, _ in broken])), broken
+            document = tomllib.loads(_blanked(text, [line for line, _ in broken]))
+            return {name: it for name, it in document.items() if not name.startswith(NAMELESS)}, broken
         except tomllib.TOMLDecodeError as error:
             match = re.search(r"^(.*) \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$", str(error))
             line = int(match[2]) if match is not None and match[2] else text.rstrip().count("\n") + 1
@@ -294,10 +298,10 @@ def _parsed(text: str) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
 
 
 def _blanked(text: str, lines: list[int]) -> str:
-    """The text with nothing on these lines."""
+    """The text with nothing on these lines, or the head of a table that is none of ours."""
     rows = text.split("\n")
     for line in lines:
-        rows[line - 1] = ""
+        rows[line - 1] = f'["{NAMELESS}{line}"]' if rows[line - 1].lstrip().startswith("[") else ""
     return "\n".join(rows)
 
 

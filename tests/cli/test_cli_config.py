@@ -95,6 +95,29 @@ def test_faults_of_every_source_are_told_at_once_each_with_its_place(tmp_path: P
     assert "hidden" not in printed.output
 
 
+@pytest.mark.parametrize(
+    ("head", "why"), [("[amplify", "Expected ']'"), ("[store]", "twice"), ("  [ap i]", "Expected ']'")]
+)
+def test_of_a_table_whose_head_is_broken_no_key_is_judged(head: str, why: str, tmp_path: Path) -> None:
+    """Its lines are read all the same, and what comes after it."""
+    bench = Bench(tmp_path)
+    bench.config.write_text(
+        f'[store]\nkeep_done = "1d"\n{head}\nregion = "us"\n[traffic]\nwindow = 1\n'
+        f'{head}\nurl = "x"\nbroken\n[outbox]\nworkers = 0\n'
+    )
+    found = json.loads(bench.run("check-config", "--json").stdout)["faults"]
+    told = [(one["place"], one["key"]) for one in found]
+    name = str(bench.config)
+    assert told == [
+        (f"{name}:3", name),
+        (f"{name}:6", "traffic.window"),
+        (f"{name}:7", name),
+        (f"{name}:9", name),
+        (f"{name}:11", "outbox.workers"),
+    ]
+    assert why in found[0]["message"]
+
+
 def test_a_sound_configuration_as_json(tmp_path: Path) -> None:
     found = document(Bench(tmp_path).run("check-config", "--json"))
     assert found == {"sound": True, "faults": [], "warnings": []}
