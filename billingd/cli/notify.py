@@ -9,6 +9,7 @@ import click
 
 from billingd.cli import output
 from billingd.cli.reach import settings_of
+from billingd.domain.errors import BillingdError
 
 if TYPE_CHECKING:
     from billingd.adapters.announce import Announcer
@@ -133,11 +134,17 @@ def templates(config: Path | None, directory: Path | None, as_json: bool) -> Non
     settings = settings_of(config)
     own = Path(settings.notifications.templates) if settings.notifications.templates else None
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in sorted(PACKAGED.glob(f"*{SUFFIX}")):
-            if not (directory / path.name).exists():
-                (directory / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-                output.note(f"wrote {directory / path.name}")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in sorted(PACKAGED.glob(f"*{SUFFIX}")):
+                if not (directory / path.name).exists():
+                    (directory / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+                    output.note(f"wrote {directory / path.name}")
+        except OSError as error:
+            raise BillingdError(
+                f"cannot write {error.filename or directory}: {error.strerror}; "
+                "name a directory that this user may write with --write"
+            ) from error
         if own != directory.absolute():
             output.note(f'put them to use: [notifications] templates = "{directory.absolute()}"')
     rows = listed(own)
@@ -149,8 +156,6 @@ def templates(config: Path | None, directory: Path | None, as_json: bool) -> Non
 
 async def _send(announcer: "Announcer", email: str | None) -> list[dict[str, Any]]:
     """Try every channel; what became of each."""
-    from billingd.domain.errors import BillingdError
-
     tried: list[dict[str, Any]] = []
     ways: list[tuple[str, Awaitable[Any]]] = [
         (name, announcer.tell(name, TITLE, BODY)) for name in announcer.names

@@ -69,6 +69,13 @@ def test_nobody_to_tell_is_a_fault(tmp_path: Path) -> None:
     assert bench.run("notify", "test", "--email", "ann@example.com").exit_code == 2
 
 
+def test_templates_that_cannot_be_written_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = Bench(tmp_path).run("notify", "templates", "--write", str(tmp_path / "file" / "own"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: cannot write {tmp_path / 'file' / 'own'}: Not a directory; name")
+
+
 def test_a_template_that_cannot_be_used_is_a_fault(tmp_path: Path) -> None:
     """Each with its file and why; what is sound is listed as in use."""
     bench = Bench(tmp_path)
