@@ -28,4 +28,6 @@ def completion(ctx: click.Context, shell: str) -> None:
     made = get_completion_class(shell)
     assert made is not None
     # not the shell's own `source`, which for bash starts one to ask its version: it need not be here
-    click.echo(ShellComplete.source(made(ctx.find_root().command, {}, "billingd", VARIABLE)))
+    script = ShellComplete.source(made(ctx.find_root().command, {}, "billingd", VARIABLE))
+    # click's for fish would cut each help off at its first comma
+    click.echo(script.replace('(string split "," ', '(string split -m 1 "," '))
