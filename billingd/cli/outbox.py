@@ -25,6 +25,9 @@ MOVABLE: Final = (State.DEAD, State.PENDING)
 """States that an operator can change."""
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+looks_option = click.option(
+    "--dry-run", is_flag=True, expose_value=False, help="As the others take it; this only looks anyway."
+)
 
 
 def filter_options(command: Command) -> Command:
@@ -67,6 +70,7 @@ def outbox() -> None:
     show_default=True,
     help="At most so many, the oldest first.",
 )
+@looks_option
 @output.json_option
 @click.pass_obj
 def list_(
@@ -96,6 +100,7 @@ def list_(
 
 @outbox.command()
 @click.argument("action_id", metavar="ID", type=click.IntRange(min=1))
+@looks_option
 @output.json_option
 @click.pass_obj
 def show(config: Path | None, action_id: int, as_json: bool) -> None:

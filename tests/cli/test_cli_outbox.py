@@ -27,7 +27,7 @@ async def bench(tmp_path: Path, sqlite_template: Path) -> Bench:
         (["--kind", "report_usage", "--limit", "1"], [DEAD]),
         (["--subject", "subject:1"], [WAITING]),
         (["--cause", "timeout"], [TIMED_OUT]),
-        (["--cause", "100%"], []),
+        (["--cause", "100%", "--dry-run"], []),
     ],
 )
 async def test_list_filters(over: str, words: list[str], listed: list[int], bench: Bench) -> None:
@@ -198,3 +198,13 @@ async def test_held_items_are_listed_and_released(over: str, bench: Bench) -> No
     assert left == {"held": []}
     assert again.exit_code == 1
     assert "there is no held item 1" in again.stderr
+
+
+async def test_each_takes_a_dry_run_also_what_only_looks(bench: Bench) -> None:
+    """The contract's words; a script may put it after whichever it calls."""
+    before = await bench.states()
+    told = document(await bench.ask("outbox", "show", str(DEAD), "--dry-run", "--json"))
+    assert told == document(await bench.ask("outbox", "show", str(DEAD), "--json"))
+    for words in (["list"], ["retry", str(DEAD)], ["replay"], ["discard", str(DEAD), "--reason", "why"]):
+        assert (await bench.ask("outbox", *words, "--dry-run")).exit_code == 0
+    assert await bench.states() == before
