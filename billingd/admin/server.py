@@ -18,7 +18,7 @@ from billingd.admin.operations import NotForWritingOff, Selection
 from billingd.admin.overview import Seen, Where
 from billingd.admin.page import Page
 from billingd.domain.attempts import State
-from billingd.domain.errors import BillingdError, NotFound, Retryable
+from billingd.domain.errors import BillingdError, Misconfigured, NotFound, Retryable
 from billingd.loops import Clock, Progress
 from billingd.store import held, outbox, usage, watermarks
 from billingd.store.engine import Store
@@ -392,6 +392,8 @@ async def _answer(
             raise
         code = (error.reason or "error").lower().replace(" ", "_")
         return _error(error.status, code, f"{request.method} {request.path}: {error.reason}")
+    except Misconfigured as error:  # a far side that is there, and refuses us: not to be tried again as it is
+        return _error(500, "failed", str(error))
     except Retryable as error:
         return _error(503, "unavailable", str(error))
     except NotFound as error:

@@ -123,6 +123,10 @@ async def test_without_a_daemon_it_compares_and_asks_by_itself(tmp_path: Path, s
         async with Store(bench.url) as opened, opened.read() as tx:
             assert [row["kind"] for row in await outbox.select(tx)] == ["provision_plan"]
             assert await marks.find(tx, marks.RESYNCED) is not None
+        secrets["BILLINGD_AMPLIFY__CLIENT_SECRET"] = "another one"
+        refused = await ask("resync")
+        assert (refused.exit_code, "not reach" in refused.stderr) == (1, False), "it is there, and says no"
+        secrets["BILLINGD_AMPLIFY__CLIENT_SECRET"] = tokens.client_secret
         again = await ask("resync", "--dry-run")
         assert again.exit_code == 0
         assert again.stdout == "Nothing to do. 1 plan(s) and 0 subscription(s) at Amplify were compared.\n"

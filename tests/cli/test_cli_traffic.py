@@ -7,7 +7,7 @@ import pytest
 from cli_bench import HOUR, Bench, document
 from manual_clock import START
 
-from billingd.domain.errors import Retryable
+from billingd.domain.errors import Misconfigured, Retryable
 from billingd.domain.usage import book
 from billingd.domain.windows import Window
 from billingd.store import usage
@@ -93,6 +93,16 @@ async def test_a_far_side_that_is_away_is_4_in_its_own_words(tmp_path: Path, sql
         result = await bench.ask("traffic", "poll")
     assert result.exit_code == 4
     assert result.stderr == "Error: Amplify did not answer\n"
+
+
+async def test_a_far_side_that_refuses_us_is_1(tmp_path: Path, sqlite_template: Path) -> None:
+    """It was reached; the same again would be refused again."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    bench.poller.fault = Misconfigured("Amplify refuses the client secret")
+    async with bench.reached("unix"):
+        result = await bench.ask("traffic", "poll")
+    assert (result.exit_code, result.stderr) == (1, "Error: Amplify refuses the client secret\n")
 
 
 @pytest.mark.parametrize("over", ["unix", "store"])
