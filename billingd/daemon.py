@@ -145,9 +145,11 @@ async def _migrate(store: Store, now: datetime) -> None:
         await migrate.check(store)
     except migrate.SchemaBehind:
         empty = await migrate.current(store) is None
-        if not empty and (copy := copies.before_upgrade(store, now=now)) is not None:
+        copy = None if empty else copies.before_upgrade(store, now=now)
+        if copy is not None:
             log.info("store.backed_up", to=str(copy))
-        before, after = await migrate.upgrade(store)
+        with copies.one_kept(store, copy):
+            before, after = await migrate.upgrade(store)
         log.info("store.upgraded", before=before, after=after)
 
 

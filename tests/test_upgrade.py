@@ -214,3 +214,30 @@ async def test_nothing_is_migrated_when_no_copy_can_be_made(
         with pytest.raises(BillingdError, match=r"was not migrated.*No space left.*make room"):
             await root._migrate(store, START)
         assert await migrate.current(store) == "0002"
+
+
+async def test_a_migration_that_fails_at_each_start_leaves_one_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest, which can be restored; one that goes well keeps its own."""
+    path = tmp_path / "old.db"
+    url = f"sqlite+aiosqlite:///{path}"
+    upgrade = migrate.upgrade
+
+    async def broken(_store: Store) -> None:
+        raise BillingdError("a bug")
+
+    async with Store(url) as store:
+        async with store.write() as tx:
+            await migrate.upgrade_to(tx, "0003")
+        monkeypatch.setattr(migrate, "upgrade", broken)
+        for hours in range(3):
+            with pytest.raises(BillingdError, match="a bug"):
+                await root._migrate(store, START + hours * HOUR)
+        failed = path.with_name("old.db.before-failed-upgrade")
+        assert (copies_in(tmp_path), copies.inspect(failed).revision) == ([], "0003")
+        assert copies.inspect(failed).copied_at == START + 2 * HOUR
+        monkeypatch.setattr(migrate, "upgrade", upgrade)
+        await root._migrate(store, START + 3 * HOUR)
+        assert len(copies_in(tmp_path)) == 1
+        assert await migrate.current(store) == migrate.newest()

@@ -207,7 +207,8 @@ async def _upgrade(settings: "Settings") -> dict[str, Any]:
         except migrate.SchemaBehind:
             if there:
                 copy = copies.before_upgrade(store, now=datetime.now(UTC))
-        before, after = await migrate.upgrade(store)
+        with copies.one_kept(store, copy):
+            before, after = await migrate.upgrade(store)
     return {"before": before, "after": after, "backup": None if copy is None else str(copy)}
 
 

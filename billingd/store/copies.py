@@ -39,6 +39,9 @@ MAGIC: Final = b"SQLite format 3\0"
 BESIDE: Final = ("-wal", "-shm", "-journal")
 """What SQLite may keep beside its file."""
 
+FAILED: Final = ".before-failed-upgrade"
+"""How the copy ends from before the last migration that failed."""
+
 LOCK_WAIT: Final = "5s"
 """How long a restore waits for PostgreSQL's tables; nobody else should be using them."""
 
@@ -94,9 +97,11 @@ async def backup(store: Store, to: Path | None, *, now: datetime, tell: Tell = _
     """Copy a store while it may be in use, verified by opening the copy; without `to` named after the time.
 
     On PostgreSQL it is read in one transaction that sees one moment. Raises BillingdError: it exists already,
-    or is not sound.
+    or is not sound; StoreBusy: the store is newer than this program.
     """
     if store.sqlite:
+        if store.path is not None and store.path.exists():
+            await migrate.check_known(store)
         made = backup_file(store, to, now=now, tell=tell)
         if made is None:
             raise BillingdError(f"there is no store at {store.path}")
@@ -132,6 +137,20 @@ def before_upgrade(store: Store, *, now: datetime) -> Path | None:
             f"the store {store.path} was not migrated, for no copy of it could be made before: {error}; "
             "make room beside it, then start again"
         ) from error
+
+
+@contextmanager
+def one_kept(store: Store, copy: Path | None) -> Iterator[None]:
+    """Around a migration after `before_upgrade`: should it fail, its copy takes the place of the last such.
+
+    Else a start that is tried again and again would fill the disk with the same.
+    """
+    try:
+        yield
+    except BaseException:
+        if copy is not None and store.path is not None:
+            copy.replace(store.path.with_name(store.path.name + FAILED))
+        raise
 
 
 def backup_file(store: Store, to: Path | None, *, now: datetime, tell: Tell = _silent) -> Path | None:

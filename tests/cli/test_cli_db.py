@@ -89,10 +89,14 @@ def test_a_newer_store_is_5_and_the_way_back_is_one_that_works(tmp_path: Path) -
     for path in (bench.path, newer):
         sql(path, "UPDATE alembic_version SET version_num = '9999'")
     (tmp_path / "billingd.db.99990102T000000Z.backup").write_text("no copy at all")
-    for words in (("db", "upgrade"), ("db", "upgrade", "--dry-run"), ("db", "check"), ("run",)):
+    backup = ("db", "backup", str(tmp_path / "no.db"))
+    for words in (("db", "upgrade"), ("db", "upgrade", "--dry-run"), ("db", "check"), backup, ("run",)):
         refused = bench.run(*words)
         assert refused.exit_code == 5, words
         assert f"go back to schema 0002: billingd db restore {copy}" in refused.stderr
+    told = document(bench.run("db", "current", "--json"))
+    assert told == {"current": "9999", "newest": migrate.newest()}, "which is what it is for"
+    assert not (tmp_path / "no.db").exists()
     assert bench.run("db", "restore", str(copy), "--yes").exit_code == 0
     assert bench.run("db", "upgrade").exit_code == 0
     assert bench.run("db", "check").exit_code == 0

@@ -3,6 +3,7 @@
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,18 @@ def _bytes(path: Path) -> bytes:
 
 def _put(path: Path, content: bytes) -> None:
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_a_copy_of_what_is_not_sound_is_none(full: Store, tmp_path: Path) -> None:
+    """As many rows as were read are not enough: it is opened and checked."""
+    assert full.path is not None
+    with closing(sqlite3.connect(full.path)) as store:
+        store.execute("UPDATE usage_records SET quota_id = 'nowhere' WHERE id = 1")
+        store.commit()
+    with pytest.raises(copies.NotACopy, match="row 1 of usage_records refers to a row of add_on_links"):
+        await copies.backup(full, tmp_path / "copy.db", now=NOW)
+    assert not [name for name in names(tmp_path) if name.startswith("copy")]
 
 
 async def test_a_failed_copy_leaves_nothing(
