@@ -39,7 +39,10 @@ class Program(click.Group):
             return super().invoke(ctx)
         except BillingdError as error:
             ctx.exit(output.fail(error))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort) as error:
+            # at a prompt click raises Abort for Ctrl-C, for the end of input, and for "no" alike
+            if isinstance(error, click.Abort) and not isinstance(error.__context__, KeyboardInterrupt):
+                raise
             click.echo("interrupted", err=True)
             ctx.exit(output.INTERRUPTED)
 

@@ -32,11 +32,15 @@ class Unreachable(BillingdError):
 def fail(error: BillingdError) -> int:
     """Print what went wrong, and return the exit code that says which sort it is."""
     from billingd.settings import ConfigurationError
+    from billingd.store.engine import ServerAway
 
     if isinstance(error, ConfigurationError):
         for fault in error.faults:
             click.echo(plain(str(fault)), err=True)
         return MISUSED
+    if isinstance(error, ServerAway):
+        click.echo(f"Error: {plain(str(error))}; see that its server runs and lets us in", err=True)
+        return UNREACHABLE
     click.echo(f"Error: {plain(str(error))}", err=True)
     if isinstance(error, StoreBusy):
         return BUSY

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -79,6 +79,8 @@ def reconcile(
     """
     if since is not None and until is not None and until <= since:
         raise click.BadParameter("must be later than --since", param_hint="--until")
+    if since is not None and since > datetime.now(UTC):
+        raise click.BadParameter("is still to come", param_hint="--since")
     settings = settings_of(ctx.obj)
     found = asyncio.run(_reconcile(settings, since, until, subscription, repair, quiet=as_json))
     if found["state"] == "failed":

@@ -43,6 +43,10 @@ class StoreUnavailable(Retryable):
     """The store cannot read or commit now: disk full, read-only, locked, or the server away."""
 
 
+class ServerAway(StoreUnavailable):
+    """The server of a PostgreSQL store does not answer, or takes nothing now."""
+
+
 class StoreDamaged(BillingdError):
     """SQLite cannot read its file: it is damaged, or was never a store."""
 
@@ -57,6 +61,7 @@ class Store:
         self._locked: int | None = None
         self.write_error: str | None = None
         """Why writing failed; None again once as much as a webhook needs was written and is on disk."""
+        self._server = None if self.sqlite else self.url.set(query={}).render_as_string(hide_password=True)
         if self.sqlite:
             self._writer = _sqlite(self.url, pool_size=1)
             self._reader = _sqlite(self.url, pool_size=READERS)
@@ -96,7 +101,7 @@ class Store:
             await self._prove()
 
     def _transaction(self) -> AbstractAsyncContextManager[Tx]:
-        return self._group.member() if self._group is not None else _transaction(self._writer)
+        return self._group.member() if self._group is not None else _transaction(self._writer, self._server)
 
     async def _prove(self) -> None:
         """See that a write as large as any webhook's goes well again; what wrote nothing proves nothing.
@@ -118,7 +123,7 @@ class Store:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[Tx]:
         """A consistent view; nothing written in it is kept. Raises StoreUnavailable."""
-        with _translated():
+        with _translated(self._server):
             async with self._reader.connect() as tx:  # leaving it rolls back
                 if self.sqlite:
                     await tx.exec_driver_sql("BEGIN")
@@ -131,7 +136,7 @@ class Store:
             async with self.read() as tx:
                 yield tx
             return
-        with _translated():
+        with _translated(self._server):
             async with self._reader.connect() as connection:
                 yield await connection.execution_options(
                     isolation_level="REPEATABLE READ", postgresql_readonly=True
@@ -278,27 +283,33 @@ class GroupCommit:
 
 
 @asynccontextmanager
-async def _transaction(engine: AsyncEngine) -> AsyncIterator[Tx]:
-    with _translated():
+async def _transaction(engine: AsyncEngine, server: str | None) -> AsyncIterator[Tx]:
+    with _translated(server):
         async with engine.begin() as connection:
             yield connection
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """What the driver says of a store that is away, as StoreUnavailable."""
+def _translated(server: str | None = None) -> Iterator[None]:
+    """What the driver says of a store that is away, as StoreUnavailable; `server`: whose it is."""
     try:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, OSError) as error:
-        raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
+        raise _unavailable(server, error) from error
     except sa.exc.DBAPIError as error:
         if error.connection_invalidated or _connection_lost(error):
-            raise StoreUnavailable(f"the store is not available: {_plain(error)}") from error
+            raise _unavailable(server, error) from error
         if type(error.orig) is sqlite3.DatabaseError:
             raise StoreDamaged(
                 f"the store is damaged, or is none ({_plain(error)}); put a backup in its place"
             ) from error
         raise
+
+
+def _unavailable(server: str | None, error: BaseException) -> StoreUnavailable:
+    if server is None:
+        return StoreUnavailable(f"the store is not available: {_plain(error)}")
+    return ServerAway(f"the store (store.url {server}) is not available: {_plain(error)}")
 
 
 def _plain(error: BaseException) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 import pytest
 from cli_bench import Bench
+from click import termui
 from click.testing import CliRunner
 
 from billingd import __version__
-from billingd.cli import program
+from billingd.cli import Program, program
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -81,6 +82,7 @@ def test_the_version_is_one_line() -> None:
         ["sandbox", "--listen", "0.0.0.0:8010"],
         ["demo", "--store", "nonsense"],
         ["traffic", "backfill", "--since", "2999-01-01T00:00:00Z", "--until", "2999-01-02T00:00:00Z"],
+        ["reconcile", "--since", "2999-01-01T00:00:00Z"],
         ["sandbox", "--listen", "8010"],
         ["sandbox", "--webhook-url", "nonsense"],
         ["status", "more"],
@@ -91,6 +93,51 @@ def test_wrong_usage_is_2(words: list[str], tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Usage: billingd" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (EOFError(), 1, "Aborted!"),
+        ("n", 1, "Aborted!"),
+        ("y", 0, "done"),
+    ],
+    ids=repr,
+)
+def test_a_prompt_tells_an_interrupt_from_a_no(
+    typed: BaseException | str,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(_prompt: str) -> str:
+        if isinstance(typed, BaseException):
+            raise typed
+        return typed
+
+    @click.command()
+    def ask() -> None:
+        click.confirm("Sure?", abort=True, err=True)
+        click.echo("done")
+
+    monkeypatch.setattr(termui, "visible_prompt_func", answer)
+    with pytest.raises(SystemExit) as ended:
+        Program(commands={"ask": ask}).main(["ask"])
+    shown = capsys.readouterr()
+    assert ended.value.code == code
+    assert (shown.out + shown.err).splitlines()[-1] == said
+
+
+@pytest.mark.parametrize("words", [("db", "current"), ("db", "backup", "x"), ("status",), ("run",)])
+def test_a_database_that_is_away_is_4_and_the_line_names_it(words: tuple[str, ...], tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    url = "postgresql+asyncpg://billingd:hidden-password@127.0.0.1:1/ledger"
+    result = bench.run(*words, env={"BILLINGD_STORE__URL": url})
+    assert result.exit_code == 4
+    assert "store.url postgresql+asyncpg://billingd:***@127.0.0.1:1/ledger" in result.stderr
+    assert words == ("status",) or "see that its server runs and lets us in" in result.stderr
 
 
 def test_help_loads_nothing_heavy() -> None:
