@@ -43,7 +43,8 @@ class Program(click.Group):
             # at a prompt click raises Abort for Ctrl-C, for the end of input, and for "no" alike
             if isinstance(error, click.Abort) and not isinstance(error.__context__, KeyboardInterrupt):
                 raise
-            click.echo("interrupted", err=True)
+            prompt = isinstance(error, click.Abort)  # whose line is not ended yet
+            click.echo("\ninterrupted" if prompt else "interrupted", err=True)
             ctx.exit(output.INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
