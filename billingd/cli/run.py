@@ -32,7 +32,7 @@ def run(config: Path | None) -> None:
       BILLINGD_LOG_FORMAT=json BILLINGD_LOG_LEVEL=debug billingd run
     """
     from billingd import logs
-    from billingd.settings import ConfigurationError
+    from billingd.settings import ConfigurationError, secrets_of
 
     level = os.environ.get("BILLINGD_LOG_LEVEL", "").lower() or "info"
     form = os.environ.get("BILLINGD_LOG_FORMAT", "").lower()
@@ -51,21 +51,6 @@ def run(config: Path | None) -> None:
     from billingd import daemon
 
     asyncio.run(daemon.run(settings, read))
-
-
-def secrets_of(settings: "Settings") -> list[str]:
-    """Everything configured that may stand in no log."""
-    from billingd.settings import passwords_in
-
-    found = [
-        settings.amplify.client_secret.get_secret_value(),
-        settings.recurly.api_key.get_secret_value(),
-        settings.webhooks.secret.get_secret_value(),
-        settings.notifications.subscriber.get_secret_value(),
-        *(url.get_secret_value() for url in settings.notifications.provider),
-        *passwords_in(settings.store.url),
-    ]
-    return [secret for secret in found if secret]
 
 
 def log_faults(env: Mapping[str, str]) -> "list[Fault]":
