@@ -261,7 +261,8 @@ async def a_database_that_is_away(clinic: Clinic) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    clinic.configure(store=f"postgresql+asyncpg://billingd:hidden@127.0.0.1:{port}/billingd")
+    url = f"postgresql+asyncpg://billingd:hidden@127.0.0.1:{port}/billingd"
+    clinic.environment["BILLINGD_STORE__URL"] = url
 
 
 @case("store.integrity", "billingd db restore FILE")
