@@ -72,8 +72,10 @@ class Once:
         self._clock = clock
         self._trust = Trust(settling, attempt)
         self._doubt = doubt
-        self._gave_up: dict[str, float] = {}
-        """When sendings without an answer ended, on a clock that nobody sets (`Clock.elapsed`)."""
+        self._ended: dict[str, tuple[int, float]] = {}
+        """Of each write without an answer: how often it was sent, and when that was over at the latest, on a
+        clock that nobody sets (`Clock.elapsed`)."""
+        self._began = clock.elapsed()
 
     async def write(
         self,
@@ -134,7 +136,7 @@ class Once:
             await intents.done(tx, name, result=found)
             now = self._clock.now()
             await history.append(tx, name, "found", now=now, epoch=intent.epoch, result=found)
-        self._gave_up.pop(name, None)
+        self._ended.pop(name, None)
         return found
 
     async def _wait_out(self, intent: Intent) -> None:
@@ -146,17 +148,17 @@ class Once:
     async def _settle(self, intent: Intent | None, step: Send | Settle, now: datetime) -> None:
         """Raise Unknown when nothing may be sent yet.
 
-        The wall clock may have been set forward since the last sending: as long as this process lives, the
-        settling time must have passed on a clock that nobody sets, too.
+        The wall clock may have been set forward since the last sending: the settling time must have passed
+        on a clock that nobody sets, too, and a look before that is none of the two.
         """
-        until = step.until if isinstance(step, Settle) else now
+        until, looked = now, False
+        if isinstance(step, Settle):
+            until, looked = step.until, step.missed
         if intent is not None and (isinstance(step, Settle) or not step.again):
-            ended = self._gave_up.get(intent.name)
-            if ended is not None:
-                left = ended + self._trust.settling.total_seconds() - self._clock.elapsed()
-                until = max(until, now + timedelta(seconds=left))
+            left = self._settles_in(intent)
+            until, looked = max(until, now + left), looked and left <= timedelta(0)
         if until > now:
-            if isinstance(step, Settle) and step.missed and intent is not None:
+            if looked and intent is not None:
                 async with self._store.write() as tx:
                     await intents.missed(tx, intent.name, sends=intent.sends, now=now)
                     await history.append(tx, intent.name, "not_found", now=now, epoch=intent.epoch)
@@ -166,6 +168,21 @@ class Once:
                 # after a crash it may be long; meanwhile a look may well find it
                 retry_after=min(until - now, max(self._trust.settling, SECOND_LOOK)),
             )
+
+    def _settles_in(self, intent: Intent) -> timedelta:
+        """How long its last sending may still take effect, whatever the wall clock says.
+
+        What another process sent had ended on SQLite when this one began. Elsewhere nobody knows: it counts
+        from when it is first seen here, and may still be under way then.
+        """
+        sends, ended = self._ended.get(intent.name, (0, 0.0))
+        if sends != intent.sends:
+            ended = self._began
+            if not self._store.sqlite:
+                running = timedelta(0) if intent.gave_up_at is not None else self._trust.attempt
+                ended = self._clock.elapsed() + running.total_seconds()
+            self._ended[intent.name] = intent.sends, ended
+        return timedelta(seconds=ended - self._clock.elapsed()) + self._trust.settling
 
     async def _keys_heeded(self) -> bool:
         async with self._store.read() as tx:
@@ -212,6 +229,7 @@ class Once:
             )
         if not ours:
             raise Retryable(f"{name}: another worker is writing it; nothing was sent from here")
+        self._ended[name] = sends, self._clock.elapsed() + trust.attempt.total_seconds()  # at the latest
         try:
             result = await send(key, retried=step.again)
         except Unknown as error:
@@ -282,14 +300,14 @@ class Once:
         await intents.done(tx, name, result=result)
         if keep is not None:
             await keep(tx, result)
-        self._gave_up.pop(name, None)
+        self._ended.pop(name, None)
         return result
 
     async def _unanswered(
         self, name: str, sends: int, key: str, epoch: int, error: BillingdError, *, burnt: bool
     ) -> None:
         """Write down that nobody knows what became of it, and since when."""
-        self._gave_up[name] = self._clock.elapsed()
+        self._ended[name] = sends, self._clock.elapsed()
         now = self._clock.now()
         async with self._store.write() as tx:
             await intents.gave_up(tx, name, sends=sends, burnt=burnt, now=now)
@@ -303,5 +321,5 @@ class Once:
             if refused:
                 await history.append(tx, name, "refused", now=now, key=key, epoch=epoch, error=why)
         if refused:
-            self._gave_up.pop(name, None)
+            self._ended.pop(name, None)
         return refused

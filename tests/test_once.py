@@ -337,7 +337,45 @@ async def test_a_clock_that_is_set_forward_shortens_no_settling(bench: Bench) ->
     assert (await bench.fails(Unknown)).retry_after == SETTLING
     assert len(bench.far.sent) == 2
     steady["now"] += SETTLING.total_seconds()
+    assert (await bench.fails(Unknown)).retry_after == SECOND_LOOK, "no look before now was one of the two"
+    bench.clock.advance(SECOND_LOOK)
     assert await bench.write() == "id-1"
+
+
+@pytest.mark.parametrize("end", ["given up", "died", "cancelled"])
+async def test_a_clock_that_is_set_forward_shortens_no_settling_of_another_process(
+    bench: Bench, end: str
+) -> None:
+    """What it left unknown may be on its way still: it settles here too, whatever the clock says by then."""
+    steady = {"now": 1000.0}
+    bench.clock.elapsed = lambda: steady["now"]  # type: ignore[method-assign]
+    bench.far.plan = ["never arrives"]
+    if end == "given up":
+        await bench.fails(Unknown)
+        bench.restart()
+    else:  # before anything was written down of it
+        with pytest.raises(asyncio.CancelledError):
+            await bench.once.write("w", {"n": 1}, send=cut_off, find=bench.far.find)
+    if end == "died":
+        await take_over(bench.store, bench.clock.now())
+        bench.restart()
+    known_ended = end == "given up" or (end == "died" and bench.store.sqlite)
+    bench.clock.advance(timedelta(hours=2))
+    assert (await bench.fails(Unknown)).retry_after == SETTLING
+    for left in (ATTEMPT * (not known_ended), SETTLING):
+        steady["now"] += left.total_seconds() - 1
+        await bench.fails(Unknown)
+        steady["now"] += 1
+    assert bench.far.made == []
+    assert (await bench.fails(Unknown)).retry_after == SECOND_LOOK
+    bench.far.made.append("id-1")  # the request is carried out
+    bench.clock.advance(SECOND_LOOK)
+    assert await bench.write() == "id-1"
+
+
+async def cut_off(key: str, *, retried: bool) -> str:
+    """The sending's end is never heard of."""
+    raise asyncio.CancelledError
 
 
 async def test_a_retry_that_is_no_replay_casts_doubt_on_all_keys(bench: Bench) -> None:
@@ -448,6 +486,8 @@ async def test_a_new_start_waits_only_for_what_may_be_on_its_way(bench: Bench) -
     bench.far.made.clear()
     await take_over(bench.store, bench.clock.now())
     bench.restart()
+    with pytest.raises(Unknown):
+        await write()
     bench.clock.advance(SETTLING - SECOND if bench.store.sqlite else ATTEMPT + SETTLING - SECOND)
     for left in (SECOND, SECOND_LOOK):
         with pytest.raises(Unknown) as caught:
