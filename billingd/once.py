@@ -44,11 +44,11 @@ Keeper = Callable[[Tx, str], Awaitable[None]]
 DOUBTED: Final = "idempotency_doubted"
 IGNORED: Final = "idempotency_ignored"
 KEYS: Final = "recurly:idempotency"
-"""How the subject begins of the held items that say: keys are not relied on any more."""
+"""How the subject begins of the held items that say: keys are not relied on any more; the write follows."""
 
 
 async def mistrust(tx: Tx) -> list[dict[str, Any]]:
-    """The held items for which keys are not relied on: one of each doubted subscription, or the proof."""
+    """The held items for which keys are not relied on: one of each doubted write, or the proof."""
     return [item for kind in (DOUBTED, IGNORED) for item in await held.standing(tx, kind=kind)]
 
 
@@ -250,19 +250,19 @@ class Once:
         doubt = self._doubt()  # before anything else runs: it is this answer's
         async with self._store.write() as tx:
             if doubt is not None and about is not None:
-                await self._heed_doubt(tx, doubt, about)
+                await self._heed_doubt(tx, doubt, name, about)
             return await self._done(tx, name, result, keep)
 
-    async def _heed_doubt(self, tx: Tx, operation: str, about: str) -> None:
+    async def _heed_doubt(self, tx: Tx, operation: str, name: str, about: str) -> None:
         """Rely on look-ups only from now on, when a key was sent again and Recurly did not know it.
 
         Most likely its first request never arrived. But a site that ignores keys looks the same, and there
-        the next key sent again would bill twice. Each subscription has an item of its own, for the audit of
-        one says nothing of another; a later doubt of the same one takes the place of the earlier. Of a write
+        the next key sent again would bill twice. Each write has an item of its own, for an audit that did not
+        see one says nothing of it; a later doubt of the same one takes the place of the earlier. Of a write
         that cannot take effect twice there is no doubt, and no audit that could end it.
         """
         now = self._clock.now()
-        subject = f"{KEYS}:{about}"
+        subject = f"{KEYS}:{name}"
         reason = (
             f"Recurly answered a repeated Idempotency-Key without Idempotency-Prior ({operation}): either "
             "the first request never arrived, or the site ignores keys. Until an audit has found each record "

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from itertools import count
+from typing import Any
 
 import pytest
 from rig import HOUR, SETTLING, Json, Rig, a_rig
@@ -11,6 +12,7 @@ from billingd.admin import operations
 from billingd.domain.billing import NewSubscription, NewUsage
 from billingd.domain.events import audit_action
 from billingd.domain.sending import SECOND_LOOK
+from billingd.domain.usage import correction_tag, usage_intent
 from billingd.once import Once
 from billingd.sandbox.recurly.model import Usage
 from billingd.store import held, schema
@@ -203,9 +205,9 @@ async def doubt(rig: Rig) -> list[Json]:
         return await held.standing(tx, kind="idempotency_doubted")
 
 
-async def doubted(rig: Rig) -> Json:
-    """A key was sent again and not recognised, for its first request never arrived; what is held."""
-    rig.fault("reset", "POST", USAGE)
+async def doubted(rig: Rig, kind: str = "reset", **args: Any) -> Json:
+    """A key was sent again and not recognised, for its first request never arrived (yet); what is held."""
+    rig.fault(kind, "POST", USAGE, args=args)
     await rig.traffic("acme", 7)
     rig.pass_(2 * HOUR)
     await rig.poll()
@@ -261,12 +263,73 @@ async def test_a_subscription_made_twice_is_found_while_its_key_is_doubted(rig: 
     assert sum("was made twice" in told for told in rig.channels.provider) == 1
 
 
-async def doubted_about(rig: Rig, *subscription_ids: str) -> None:
-    """A key of theirs was sent again and not recognised."""
+async def doubted_about(rig: Rig, subscription_id: str, *, write: str = "") -> None:
+    """A key of its creation, or of another write, was sent again and not recognised."""
     once = Once(rig.store, rig.clock, settling=SETTLING, attempt=timedelta(0), doubt=lambda: None)
     async with rig.store.write() as tx:
-        for one in subscription_ids:
-            await once._heed_doubt(tx, "create usage", one)
+        name = write or f"subscription:{subscription_id}"
+        await once._heed_doubt(tx, "create usage", name, subscription_id)
+
+
+@ONE_DATABASE
+async def test_a_double_that_was_billed_before_it_was_audited_is_proven_and_held(rig: Rig) -> None:
+    """The cycle is over when the audit comes that the doubt asked for: it looks at what was doubted."""
+    rig.fault("ignore_idempotency_key", "POST", USAGE, times=None)
+    item = await doubted(rig, "late", seconds=20)
+    rig.pass_(timedelta(seconds=20))
+    await rig.world.faults.carry_out_due()
+    assert list(rig.tags().values()) == [2]
+    await rig.renew()
+    link = await rig.link(item["subscription_id"])
+    assert link is not None
+    await rig.daemon.poller._watch.look_at(link)
+    await rig.work(timedelta(minutes=4))
+    assert set(await rig.held()) == {"idempotency_ignored", "double_record"}
+    [told] = [one for one in await items(rig) if one["kind"] == "double_record"]
+    assert told["units"] == 7
+
+
+@ONE_DATABASE
+async def test_a_doubted_record_that_was_billed_once_clears_its_doubt(rig: Rig) -> None:
+    """One list at its time, beside those of the cycles."""
+    item = await doubted(rig)
+    await rig.renew()
+    link = await rig.link(item["subscription_id"])
+    assert link is not None
+    await rig.daemon.poller._watch.look_at(link)
+    rig.world.calls.clear()
+    await rig.work(timedelta(minutes=4))
+    assert (await rig.held(), rig.units(), lists(rig)) == ({}, 7, 3)
+
+
+@ONE_DATABASE
+async def test_a_doubt_stays_while_no_list_shows_its_record(rig: Rig) -> None:
+    """A list that lags would show its twin no sooner."""
+    await doubted(rig)
+    rig.fault("list_lag", "GET", USAGE, times=2, args={"seconds": 3600})
+    await rig.work(timedelta(minutes=4))
+    assert len(await doubt(rig)) == 1
+    await audited(rig)
+    assert await doubt(rig) == []
+
+
+@ONE_DATABASE
+async def test_a_correction_that_was_made_twice_is_told_of(rig: Rig) -> None:
+    """It is billed with its twin when its doubt is audited, and what it corrects was billed before."""
+    one = await reported(rig, 7)
+    acme = str(one.subscription.given["po_number"])
+    one.amount = 4
+    tag = correction_tag(str(one.merchant_tag), 1)
+    for _ in range(2):
+        (await posted(rig, one, tag=tag)).amount = 3
+    await doubted_about(rig, acme, write=usage_intent(tag))
+    await rig.renew()
+    link = await rig.link(acme)
+    assert link is not None
+    await rig.daemon.poller._watch.look_at(link)
+    rig.pass_(SETTLING + SECOND_LOOK)
+    await rig.work()
+    assert set(await rig.held()) == {"idempotency_doubted", "wrong_amount"}
 
 
 @pytest.mark.parametrize("double", [False, True])

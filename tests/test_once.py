@@ -386,7 +386,7 @@ async def test_a_retry_that_is_no_replay_casts_doubt_on_all_keys(bench: Bench) -
     async with bench.store.read() as tx:
         [item] = await held.standing(tx, kind="idempotency_doubted")
         notice, audit = sorted(await outbox.select(tx, states=["pending"]), key=lambda row: -len(row["kind"]))
-    assert (item["subject"], item["subscription_id"]) == (f"{KEYS}:s1", "s1")
+    assert (item["subject"], item["subscription_id"]) == (f"{KEYS}:w", "s1")
     assert (notice["kind"], audit["kind"]) == ("notify_provider", "audit_usage")
     assert audit["due_at"] == bench.clock.now() + SETTLING + SECOND_LOOK, "when no request is under way"
     bench.far.made.clear()
@@ -411,7 +411,7 @@ async def test_a_retry_that_is_no_replay_casts_doubt_on_all_keys(bench: Bench) -
         assert len(await outbox.select(tx, states=["pending"])) == 2, "told once, audited once"
 
 
-async def test_each_doubted_subscription_has_a_doubt_of_its_own(bench: Bench) -> None:
+async def test_each_doubted_write_has_a_doubt_of_its_own(bench: Bench) -> None:
     """Two retries are under way when the first is doubted: both are held, people are told once."""
     bench.far.plan = ["never arrives", "never arrives"]
     await bench.fails(Unknown)
@@ -441,8 +441,8 @@ async def test_each_doubted_subscription_has_a_doubt_of_its_own(bench: Bench) ->
         doubts = await held.standing(tx, kind="idempotency_doubted")
         pending = await outbox.select(tx, states=["pending"])
     assert [(one["subject"], one["subscription_id"]) for one in doubts] == [
-        (f"{KEYS}:s1", "s1"),
-        (f"{KEYS}:s2", "s2"),
+        (f"{KEYS}:w", "s1"),
+        (f"{KEYS}:v", "s2"),
     ]
     kinds = sorted(row["kind"] for row in pending)
     assert kinds == ["audit_usage", "audit_usage", "notify_provider"]

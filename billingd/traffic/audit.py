@@ -1,7 +1,7 @@
 """Audit: each open billing cycle is compared with the ledger while its mistakes can still be undone."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, Protocol
@@ -16,11 +16,11 @@ from billingd.domain.events import REPORT_USAGE, audit_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.periods import Period, period_of
 from billingd.domain.sending import idempotency_key
-from billingd.domain.usage import TAG_PREFIX, corrected_tag, usage_intent
+from billingd.domain.usage import TAG_PREFIX, UsageRecord, corrected_tag, usage_intent
 from billingd.loops import Clock
 from billingd.once import DOUBTED, IGNORED, KEYS, mistrust
 from billingd.store import held, history, intents, links, marks, outbox, periods, usage
-from billingd.store.engine import Store
+from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
 from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.usage import Known
@@ -64,7 +64,7 @@ class UsageAuditor:
 
         A tag that is there more than once: the unbilled extra records are removed, billed ones are held for
         a refund. Records that billingd never made are held up to a person. Where each tag is there once, a
-        doubt about idempotency keys is settled.
+        doubt about the idempotency key of one that was seen is settled.
         """
         began = self._clock.now()
         async with self._store.read() as tx:
@@ -73,26 +73,34 @@ class UsageAuditor:
                 return  # what of it is ours is not known before it is read back
             known = await periods.of(tx, link.subscription_id)
             add_ons = await links.add_ons_of(tx, link.plan_id)
+            doubted = await _doubted(tx, link)
         # what an adopted subscription was billed for before its cut-over is the original integration's
         begin = max(max(known).started_at, link.usage_from) if known else link.usage_from
         verdicts = []
+        seen: set[str] = set()
         for add_on in add_ons:
             try:
-                there = await self._listed(link, add_on, known, begin)
+                there = await self._listed(link, add_on, known, begin, doubted)
             except NotFound:
                 continue  # a quota that came after this subscription: it has no such add-on
             verdicts.append(await self._add_on(link, add_on, there, begin))
+            seen.update(there)
         looked = bool(verdicts) or not add_ons
         if looked and all(verdicts) and await self._alone(link):
-            await self._clear_doubt(link, began)
+            await self._clear_doubt(link, began, seen)
 
     async def _listed(
-        self, link: SubscriptionLink, add_on: AddOnLink, known: Sequence[Period], begin: datetime
+        self,
+        link: SubscriptionLink,
+        add_on: AddOnLink,
+        known: Sequence[Period],
+        begin: datetime,
+        doubted: Sequence[UsageRecord],
     ) -> dict[str, list[BilledUsage]]:
-        """What can still be undone, by tag: all of the open cycle, and corrections of earlier ones.
+        """By tag: all of the open cycle, corrections of earlier ones, and what stands beside a doubted one.
 
         The twin of a correction may be billed already, so what is there at its time is asked for, too; but
-        nothing of a trial ever is.
+        nothing of a trial ever is. What is doubted may have been billed with its twin meanwhile.
         """
         uuid, code = link.uuid, add_on.add_on_code
         there = list(await self._billing.list_usage(uuid, code, begin=begin, end=self._billing.far_now()))
@@ -104,9 +112,12 @@ class UsageAuditor:
         async with self._store.read() as tx:
             ours = await usage.by_tags(tx, [one.merchant_tag for one in early if one.merchant_tag])
         corrections = [one for one in early if one.merchant_tag in ours and not _in_trial(one, known)]
-        for at in sorted({one.usage_timestamp.replace(microsecond=0) for one in corrections}):
+        times = {one.usage_timestamp.replace(microsecond=0) for one in corrections}
+        earlier = [one for one in doubted if one.quota_id == add_on.quota_id and one.usage_timestamp < begin]
+        tags = {*ours, *(one.merchant_tag for one in earlier)}
+        for at in sorted({*times, *(one.usage_timestamp for one in earlier)}):
             near = await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
-            there += [twin for twin in near if twin.merchant_tag in ours]
+            there += [twin for twin in near if _corrected(twin) in tags]
         by_tag: dict[str, dict[str, BilledUsage]] = defaultdict(dict)
         for one in (*there, *early):
             by_tag[one.merchant_tag or ""][one.id] = one
@@ -329,13 +340,18 @@ class UsageAuditor:
                 notice = provider_notice(key, "Recurly ignores idempotency keys", reason)
                 await outbox.insert(tx, [notice], now=now)
 
-    async def _clear_doubt(self, link: SubscriptionLink, began: datetime) -> None:
-        """Keys are relied on again once all that was doubted turned out to be there once, after all."""
+    async def _clear_doubt(self, link: SubscriptionLink, began: datetime, seen: Collection[str]) -> None:
+        """Keys are relied on again once all that was doubted turned out to be there once, after all.
+
+        `seen`: the tags that this audit looked at. A record that no list shows (yet) proves nothing.
+        """
         async with self._store.write() as tx:
             doubts = await held.standing(tx, kind=DOUBTED)
             for item in doubts:
                 settled = item["since"] + self._settling <= began
-                if settled and item["subscription_id"] in {None, link.subscription_id}:
+                tag = _doubted_tag(item)
+                looked = tag is None or tag in seen
+                if settled and looked and item["subscription_id"] in {None, link.subscription_id}:
                     resolution = "audited: each record is there once"
                     await held.close_one(tx, item["id"], resolution=resolution, now=self._clock.now())
             if doubts and not await mistrust(tx):
@@ -346,3 +362,24 @@ def _in_trial(record: BilledUsage, known: Sequence[Period]) -> bool:
     """Whether a record's time lies in a trial, which is never billed."""
     period = period_of(known, record.usage_timestamp)
     return period is not None and period.trial
+
+
+async def _doubted(tx: Tx, link: SubscriptionLink) -> list[UsageRecord]:
+    """The records of a subscription of which nobody knows yet whether they were made twice."""
+    doubts = await held.standing(tx, kind=DOUBTED)
+    tags = [_doubted_tag(item) for item in doubts if item["subscription_id"] == link.subscription_id]
+    found = await usage.by_tags(tx, [corrected_tag(tag) or tag for tag in tags if tag is not None])
+    return [one.record for one in found.values()]
+
+
+def _doubted_tag(item: Mapping[str, Any]) -> str | None:
+    """The tag of the record that a doubt is about; None when it is about another write."""
+    prefix = f"{KEYS}:{usage_intent('')}"
+    subject: str = item["subject"]
+    return subject.removeprefix(prefix) if subject.startswith(prefix) else None
+
+
+def _corrected(record: BilledUsage) -> str:
+    """The tag of the record itself, or of that which it corrects."""
+    tag = record.merchant_tag or ""
+    return corrected_tag(tag) or tag
