@@ -109,13 +109,14 @@ class Once:
             found = await find()
             if found is not None:
                 log.info("write.found", write=name, result=found)
-                return await self._found(name, found, keep, body=body, sent=intent is not None)
+                return await self._found(name, found, keep, body=body, seen=intent, about=about)
         return await self._send(name, body, intent, send, keep, about)
 
-    async def look(self, name: str, *, find: Finder) -> str | None:
+    async def look(self, name: str, *, find: Finder, about: str | None = None) -> str | None:
         """What became of a write that is no longer wanted: its id, or None when it never took effect.
 
-        Nothing is sent. Raises Unknown while an earlier request may still take effect.
+        Nothing is sent; `about` is as in `write`. Raises Unknown while an earlier request may still take
+        effect.
         """
         async with self._store.read() as tx:
             intent = await intents.find(tx, name)
@@ -136,6 +137,7 @@ class Once:
             await intents.done(tx, name, result=found)
             now = self._clock.now()
             await history.append(tx, name, "found", now=now, epoch=intent.epoch, result=found)
+            await self._have_audited(tx, intent, about)
         self._ended.pop(name, None)
         return found
 
@@ -282,14 +284,31 @@ class Once:
         audit = audit_action(about, because=f"doubt:{now.isoformat()}")
         await outbox.insert(tx, [audit], now=now, due_at=now + self._trust.settling + SECOND_LOOK)
 
+    async def _have_audited(self, tx: Tx, seen: Intent, about: str | None) -> None:
+        """Have one found that was sent more than once without a word of its key: it may be there twice."""
+        if about is None or seen.state != "open" or seen.sends < 2:
+            return
+        now = self._clock.now()
+        audit = audit_action(about, because=f"found:{seen.name}:{seen.sends}", write=seen.name)
+        await outbox.insert(tx, [audit], now=now, due_at=now + self._trust.settling + SECOND_LOOK)
+
     async def _found(
-        self, name: str, result: str, keep: Keeper | None, *, body: Mapping[str, Any], sent: bool
+        self,
+        name: str,
+        result: str,
+        keep: Keeper | None,
+        *,
+        body: Mapping[str, Any],
+        seen: Intent | None,
+        about: str | None,
     ) -> str:
         """It was there already; write down that it is done, also when it was never sent from here."""
         now = self._clock.now()
         async with self._store.write() as tx:
             await history.append(tx, name, "found", now=now, result=result)
-            if not sent:  # from here: it has no body of ours
+            if seen is not None:
+                await self._have_audited(tx, seen, about)
+            else:  # it has no body of ours
                 key = idempotency_key(name, 1, body_hash(body))
                 await intents.opened(
                     tx, name, None, epoch=1, key=key, body_hash="", first_sent_at=now, now=now

@@ -290,6 +290,33 @@ async def test_a_double_that_was_billed_before_it_was_audited_is_proven_and_held
 
 
 @ONE_DATABASE
+@pytest.mark.parametrize("price", ["flat", "volume"])
+async def test_a_double_of_which_no_answer_told_is_found_all_the_same(rig: Rig, price: str) -> None:
+    """Neither sending got an answer, so nothing was doubted: it is audited once a look has found it."""
+    rig.fault("ignore_idempotency_key", "POST", USAGE, times=None)
+    rig.fault("late", "POST", USAGE, times=2, args={"seconds": 20})
+    await rig.traffic("acme", 7)
+    rig.pass_(2 * HOUR)
+    await rig.poll()
+    while rig.world.faults.counts["late"] < 2:
+        await rig.drain()
+        rig.pass_(timedelta(seconds=1))
+    [subscription] = rig.world.site.subscriptions.values()
+    if price == "volume":  # Recurly takes no more of that cycle, so that it is looked for, and not sent
+        async with rig.store.write() as tx:
+            await tx.execute(schema.add_on_links.update().values(tier_type="volume"))
+    rig.pass_(timedelta(seconds=20))
+    await rig.world.faults.carry_out_due()
+    await rig.renew()
+    link = await rig.link(str(subscription.given["po_number"]))
+    assert link is not None
+    await rig.daemon.poller._watch.look_at(link)
+    await rig.work(timedelta(minutes=4))
+    assert list(rig.tags().values()) == [2]
+    assert set(await rig.held()) == {"double_record"}
+
+
+@ONE_DATABASE
 async def test_a_doubted_record_that_was_billed_once_clears_its_doubt(rig: Rig) -> None:
     """One list at its time, beside those of the cycles."""
     item = await doubted(rig)

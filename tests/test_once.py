@@ -497,6 +497,33 @@ async def test_a_new_start_waits_only_for_what_may_be_on_its_way(bench: Bench) -
     assert await write() == "id-1"
 
 
+async def test_what_was_sent_twice_without_an_answer_is_audited_once_it_is_found(bench: Bench) -> None:
+    """Nobody heard whether its key was heeded, so both may have taken effect, wanted still or not."""
+
+    async def asked() -> list[str]:
+        async with bench.store.read() as tx:
+            return [row["args"]["write"] for row in await outbox.select(tx, states=["pending"])]
+
+    bench.far.plan = ["lost"]
+    await bench.fails(Unknown)
+    await bench.write()
+    assert await asked() == [], "sent once, it is there once"
+    far = bench.far
+    for name, wanted in (("v", True), ("u", False)):
+        far.made, far.plan = [], ["never arrives", "lost"]
+        for _ in range(2):
+            with pytest.raises(Unknown):
+                await bench.once.write(name, {}, send=far.send, find=far.find, about="s1")
+        if wanted:
+            await bench.once.write(name, {}, send=far.send, find=far.find, about="s1")
+        else:
+            await bench.once.look(name, find=far.find, about="s1")
+    assert await asked() == ["v", "u"]
+    async with bench.store.read() as tx:
+        audits = await outbox.select(tx, states=["pending"], kind="audit_usage")
+    assert {row["due_at"] for row in audits} == {bench.clock.now() + SETTLING + SECOND_LOOK}
+
+
 class Lagging:
     """A site that ignores keys, whose list shows what was made only at the second look after it."""
 

@@ -285,8 +285,8 @@ def report_action(record_id: int, record: UsageRecord) -> Action:
     )
 
 
-def audit_action(subscription_id: str, *, because: str) -> Action:
-    """Compare the open billing cycle of a subscription with the ledger.
+def audit_action(subscription_id: str, *, because: str, write: str | None = None) -> Action:
+    """Compare the open billing cycle of a subscription with the ledger; and a `write`, whenever it was.
 
     Each is a subject of its own, so that one that waits for its hour holds up no other.
     """
@@ -294,7 +294,7 @@ def audit_action(subscription_id: str, *, because: str) -> Action:
         AUDIT_USAGE,
         f"audit:{subscription_id}:{because}",
         f"{AUDIT_USAGE}:{subscription_id}:{because}",
-        {"id": subscription_id},
+        {"id": subscription_id} | ({} if write is None else {"write": write}),
     )
 
 

@@ -1,7 +1,7 @@
 """Audit: each open billing cycle is compared with the ledger while its mistakes can still be undone."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, Protocol
@@ -16,7 +16,7 @@ from billingd.domain.events import REPORT_USAGE, audit_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.periods import Period, period_of
 from billingd.domain.sending import idempotency_key
-from billingd.domain.usage import TAG_PREFIX, UsageRecord, corrected_tag, usage_intent
+from billingd.domain.usage import TAG_PREFIX, corrected_tag, usage_intent
 from billingd.loops import Clock
 from billingd.once import DOUBTED, IGNORED, KEYS, mistrust
 from billingd.store import held, history, intents, links, marks, outbox, periods, usage
@@ -73,20 +73,22 @@ class UsageAuditor:
                 return  # what of it is ours is not known before it is read back
             known = await periods.of(tx, link.subscription_id)
             add_ons = await links.add_ons_of(tx, link.plan_id)
-            doubted = await _doubted(tx, link)
+            writes = [*await _doubted(tx, link), *([asked] if (asked := action.args.get("write")) else [])]
+            tags = [tag for write in writes if (tag := _tag_of(write)) is not None]
+            doubted = await usage.by_tags(tx, [corrected_tag(tag) or tag for tag in tags])
         # what an adopted subscription was billed for before its cut-over is the original integration's
         begin = max(max(known).started_at, link.usage_from) if known else link.usage_from
         verdicts = []
         seen: set[str] = set()
         for add_on in add_ons:
             try:
-                there = await self._listed(link, add_on, known, begin, doubted)
+                there = await self._listed(link, add_on, known, begin, doubted.values())
             except NotFound:
                 continue  # a quota that came after this subscription: it has no such add-on
             verdicts.append(await self._add_on(link, add_on, there, begin))
             seen.update(there)
         looked = bool(verdicts) or not add_ons
-        if looked and all(verdicts) and await self._alone(link):
+        if looked and all(verdicts) and (not writes or await self._alone(link)):
             await self._clear_doubt(link, began, seen)
 
     async def _listed(
@@ -95,7 +97,7 @@ class UsageAuditor:
         add_on: AddOnLink,
         known: Sequence[Period],
         begin: datetime,
-        doubted: Sequence[UsageRecord],
+        doubted: Iterable[Known],
     ) -> dict[str, list[BilledUsage]]:
         """By tag: all of the open cycle, corrections of earlier ones, and what stands beside a doubted one.
 
@@ -113,7 +115,8 @@ class UsageAuditor:
             ours = await usage.by_tags(tx, [one.merchant_tag for one in early if one.merchant_tag])
         corrections = [one for one in early if one.merchant_tag in ours and not _in_trial(one, known)]
         times = {one.usage_timestamp.replace(microsecond=0) for one in corrections}
-        earlier = [one for one in doubted if one.quota_id == add_on.quota_id and one.usage_timestamp < begin]
+        records = [one.record for one in doubted if one.record.quota_id == add_on.quota_id]
+        earlier = [one for one in records if one.usage_timestamp < begin]
         tags = {*ours, *(one.merchant_tag for one in earlier)}
         for at in sorted({*times, *(one.usage_timestamp for one in earlier)}):
             near = await self._billing.list_usage(uuid, code, begin=at - SECOND, end=at + SECOND)
@@ -288,10 +291,6 @@ class UsageAuditor:
 
     async def _alone(self, link: SubscriptionLink) -> bool:
         """Whether it was made once; asked only while a key is doubted that may have been its own."""
-        async with self._store.read() as tx:
-            doubts = await held.standing(tx, kind=DOUBTED)
-        if not any(item["subscription_id"] == link.subscription_id for item in doubts):
-            return True
         there = await self._billing.list_subscriptions(link.account_code)
         others = [
             one.uuid
@@ -349,7 +348,7 @@ class UsageAuditor:
             doubts = await held.standing(tx, kind=DOUBTED)
             for item in doubts:
                 settled = item["since"] + self._settling <= began
-                tag = _doubted_tag(item)
+                tag = _tag_of(_write_of(item))
                 looked = tag is None or tag in seen
                 if settled and looked and item["subscription_id"] in {None, link.subscription_id}:
                     resolution = "audited: each record is there once"
@@ -364,19 +363,22 @@ def _in_trial(record: BilledUsage, known: Sequence[Period]) -> bool:
     return period is not None and period.trial
 
 
-async def _doubted(tx: Tx, link: SubscriptionLink) -> list[UsageRecord]:
-    """The records of a subscription of which nobody knows yet whether they were made twice."""
+async def _doubted(tx: Tx, link: SubscriptionLink) -> list[str]:
+    """The writes about a subscription of which nobody knows yet whether they took effect twice."""
     doubts = await held.standing(tx, kind=DOUBTED)
-    tags = [_doubted_tag(item) for item in doubts if item["subscription_id"] == link.subscription_id]
-    found = await usage.by_tags(tx, [corrected_tag(tag) or tag for tag in tags if tag is not None])
-    return [one.record for one in found.values()]
+    return [_write_of(item) for item in doubts if item["subscription_id"] == link.subscription_id]
 
 
-def _doubted_tag(item: Mapping[str, Any]) -> str | None:
-    """The tag of the record that a doubt is about; None when it is about another write."""
-    prefix = f"{KEYS}:{usage_intent('')}"
+def _write_of(item: Mapping[str, Any]) -> str:
+    """The name of the write that a doubt is about."""
     subject: str = item["subject"]
-    return subject.removeprefix(prefix) if subject.startswith(prefix) else None
+    return subject.removeprefix(f"{KEYS}:")
+
+
+def _tag_of(write: str) -> str | None:
+    """The tag of the record that was written; None when it was something else."""
+    prefix = usage_intent("")
+    return write.removeprefix(prefix) if write.startswith(prefix) else None
 
 
 def _corrected(record: BilledUsage) -> str:

@@ -136,7 +136,8 @@ class UsageReporter:
         """It is not sent; but an earlier attempt may have reached Recurly, and then it is reported."""
         if stop.kind == PAUSED and recorded.link.state != "ending":
             return Wait(self._look_again, stop.reason)
-        found = await self._once.look(usage_intent(new.merchant_tag), find=lambda: self._find(new))
+        name, about = usage_intent(new.merchant_tag), recorded.record.subscription_id
+        found = await self._once.look(name, find=lambda: self._find(new), about=about)
         if found is None:
             # one that is over at Amplify while it is paused would only be resumed to be charged
             over = Obstacle(AFTER_END, "the subscription is over, and was paused at Recurly")

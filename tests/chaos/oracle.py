@@ -17,6 +17,8 @@ Pair = tuple[str, str]
 ADD_ON: Final = "amplify-quota-"
 OVER: Final = frozenset({"expired", "failed"})
 CORRECTABLE: Final = frozenset({"flat", "tiered"})
+UNAPPROVED: Final = frozenset({"subscription_refused"})
+"""What may be held of a subscription for good instead of approving it, in a world that wants nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,15 @@ class Ledger:
     subscriptions: dict[str, Known] = field(default_factory=dict)
     acknowledged: set[str] = field(default_factory=set)
     """Ids of the events that billingd took with 202."""
+    up: list[tuple[datetime, datetime | None]] = field(default_factory=list)
+    """From when to when billingd lived."""
+    struck: list[datetime] = field(default_factory=list)
+    """When a request of billingd's went wrong."""
+
+    def calm(self, since: datetime, until: datetime) -> bool:
+        """Whether billingd lived all the time, and nothing went wrong for it."""
+        lived = any(began <= since and (ended is None or ended >= until) for began, ended in self.up)
+        return lived and not any(since <= moment <= until for moment in self.struck)
 
     def units(self) -> int:
         """All units ever served."""
@@ -70,6 +81,23 @@ class Bounds:
     """Whether every unit must be in the billing cycle in which it was served."""
     settled: timedelta = timedelta(0)
     """What comes no later is certain to be in the first reading of its window."""
+    flushed: timedelta | None = None
+    """What comes so long before a bill is on it, when nothing goes wrong from then on; None: nobody knows."""
+    doubles: bool = False
+    """Whether Recurly may have taken a record twice: then it is billed once, or held as billed twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Far:
+    """Subscriptions at Recurly by marker."""
+
+    of: dict[str, list[Any]]
+    doubles: frozenset[str]
+    """Ids of the records that a person was told to refund."""
+
+    def records(self, attached: Any) -> list[Any]:
+        """The usage records of an add-on, without those."""
+        return [usage for _, _, usage in attached.book.all_by_usage if usage.id not in self.doubles]
 
 
 @dataclass(slots=True)
@@ -138,10 +166,11 @@ def check(
     """Every deviation in a sentence of its own; none when all is as it should be.
 
     Legitimate is only: a unit that is held, with a reason, instead of at Recurly; a unit later than
-    `bounds.lateness`, wherever it is or is not.
+    `bounds.lateness`, wherever it is or is not; a billed record that is held because it is there twice.
     """
     faults: list[str] = []
-    far = _by_marker(site)
+    by_marker = _by_marker(site)
+    far = Far(by_marker, _doubles(by_marker, rows) if bounds.doubles else frozenset())
     faults += _units(ledger, rows, far, bounds)
     faults += _tags(far, rows)
     faults += _subscriptions(ledger, far, rows, now)
@@ -151,10 +180,12 @@ def check(
     faults += _status(status, ledger, rows, far)
     if bounds.cycles:
         faults += _cycles(ledger, rows, far, bounds)
+    if bounds.flushed is not None:
+        faults += _late_without_need(ledger, rows, far, bounds.flushed)
     return faults
 
 
-def _units(ledger: Ledger, rows: Rows, far: dict[str, list[Any]], bounds: Bounds) -> list[str]:
+def _units(ledger: Ledger, rows: Rows, far: Far, bounds: Bounds) -> list[str]:
     """Recurly's sum and what is held make up the truth."""
     least: Counter[Pair] = Counter()
     most: Counter[Pair] = Counter()
@@ -181,7 +212,7 @@ def _units(ledger: Ledger, rows: Rows, far: dict[str, list[Any]], bounds: Bounds
     return faults
 
 
-def _tags(far: dict[str, list[Any]], rows: Rows) -> list[str]:
+def _tags(far: Far, rows: Rows) -> list[str]:
     """Every tag once, at Recurly and in the ledger, with the same units on both sides."""
     told: dict[str, list[int]] = defaultdict(list)
     for usage in _usages(far):
@@ -206,12 +237,12 @@ def _tags(far: dict[str, list[Any]], rows: Rows) -> list[str]:
     return faults
 
 
-def _subscriptions(ledger: Ledger, far: dict[str, list[Any]], rows: Rows, now: datetime) -> list[str]:
+def _subscriptions(ledger: Ledger, far: Far, rows: Rows, now: datetime) -> list[str]:
     """One Recurly subscription for each approved one, alive exactly as long as it is wanted."""
-    excused = {item["subscription_id"] for item in rows.held if item["kind"] != "usage_after_end"}
+    excused = {item["subscription_id"] for item in rows.held if item["kind"] in UNAPPROVED}
     faults = []
     for known in ledger.subscriptions.values():
-        there = far.get(known.id, [])
+        there = far.of.get(known.id, [])
         alive = [one for one in there if one.status not in OVER]
         title = f"{known.name} ({known.id[:8]})"
         if len(there) > 1:
@@ -224,12 +255,12 @@ def _subscriptions(ledger: Ledger, far: dict[str, list[Any]], rows: Rows, now: d
             faults.append(f"{title} is active and over at Recurly")
         if not known.over and known.approved_at is None and known.id not in excused:
             faults.append(f"{title} was neither approved nor held")
-    strange = [marker for marker in far if marker not in ledger.subscriptions]
+    strange = [marker for marker in far.of if marker not in ledger.subscriptions]
     faults += [f"Recurly has a subscription for {marker!r}, which nobody made" for marker in strange]
     return faults
 
 
-def _held(rows: Rows, far: dict[str, list[Any]], ledger: Ledger) -> list[str]:
+def _held(rows: Rows, far: Far, ledger: Ledger) -> list[str]:
     """Everything held has a reason that holds good, and every held record an item that says so."""
     faults = [
         f"{item['kind']} {item['subject']} is held without a reason"
@@ -248,10 +279,10 @@ def _held(rows: Rows, far: dict[str, list[Any]], ledger: Ledger) -> list[str]:
     return faults
 
 
-def _excuse(item: Mapping[str, Any], record: Record, far: dict[str, list[Any]], ledger: Ledger) -> str | None:
+def _excuse(item: Mapping[str, Any], record: Record, far: Far, ledger: Ledger) -> str | None:
     """What is wrong with holding this record; None when it is right."""
     known = ledger.subscriptions[record.subscription]
-    for subscription in far.get(record.subscription, ()):
+    for subscription in far.of.get(record.subscription, ()):
         over = known.over or subscription.status in OVER
         place = _place([cycle.started_at for cycle in subscription.cycles], record.at)
         cycle = subscription.cycles[place]
@@ -273,7 +304,7 @@ def _excuse(item: Mapping[str, Any], record: Record, far: dict[str, list[Any]], 
     return "which the oracle does not know"
 
 
-def _ended_too_soon(ledger: Ledger, rows: Rows, far: dict[str, list[Any]], bounds: Bounds) -> list[str]:
+def _ended_too_soon(ledger: Ledger, rows: Rows, far: Far, bounds: Bounds) -> list[str]:
     """A subscription that was ended at Recurly took the usage with it that could be known by then.
 
     One that ends with its period, or is paused when it is over, takes none, and nobody can wait for it.
@@ -285,7 +316,7 @@ def _ended_too_soon(ledger: Ledger, rows: Rows, far: dict[str, list[Any]], bound
     known_by_then: Counter[Pair] = Counter()
     for one in ledger.served:
         known = ledger.subscriptions[one.subscription]
-        if known.ended_at is None or not _cut_short(far.get(known.id, ())):
+        if known.ended_at is None or not _cut_short(far.of.get(known.id, ())):
             continue
         if one.at < known.ended_at and one.arrives - one.at <= bounds.settled:
             known_by_then[one.subscription, one.quota] += one.units
@@ -326,7 +357,7 @@ def _acknowledged(ledger: Ledger, rows: Rows) -> list[str]:
     return faults
 
 
-def _status(status: Mapping[str, Any], ledger: Ledger, rows: Rows, far: dict[str, list[Any]]) -> list[str]:
+def _status(status: Mapping[str, Any], ledger: Ledger, rows: Rows, far: Far) -> list[str]:
     """`status` says what is true."""
     at_recurly = sum(usage.amount for usage in _usages(far))
     recorded = sum(record.units for record in rows.records)
@@ -346,7 +377,7 @@ def _status(status: Mapping[str, Any], ledger: Ledger, rows: Rows, far: dict[str
     if len(status["held"]["items"]) != len(rows.held):
         faults.append(f"status shows {len(status['held']['items'])} held items of {len(rows.held)}")
     alive = [
-        one for known in ledger.subscriptions.values() if not known.over for one in far.get(known.id, ())
+        one for known in ledger.subscriptions.values() if not known.over for one in far.of.get(known.id, ())
     ]
     if status["links"]["subscriptions"] != len(alive):
         faults.append(
@@ -355,19 +386,20 @@ def _status(status: Mapping[str, Any], ledger: Ledger, rows: Rows, far: dict[str
     return faults
 
 
-def _cycles(ledger: Ledger, rows: Rows, far: dict[str, list[Any]], bounds: Bounds) -> list[str]:
+def _cycles(ledger: Ledger, rows: Rows, far: Far, bounds: Bounds) -> list[str]:
     """No record straddles a bill: each cycle has the units served in it, but for those held."""
     faults = []
-    for marker, several in far.items():
+    for marker, several in far.of.items():
         for one in several:
             for attached in one.add_ons.values():
                 quota = attached.add_on.code.removeprefix(ADD_ON)
-                faults += _cycles_of(ledger, rows, one, attached, (marker, quota), bounds)
+                there = far.records(attached)
+                faults += _cycles_of(ledger, rows, one, there, (marker, quota), bounds)
     return faults
 
 
 def _cycles_of(
-    ledger: Ledger, rows: Rows, subscription: Any, attached: Any, pair: Pair, bounds: Bounds
+    ledger: Ledger, rows: Rows, subscription: Any, there: list[Any], pair: Pair, bounds: Bounds
 ) -> list[str]:
     starts = [cycle.started_at for cycle in subscription.cycles]
     least: Counter[int] = Counter()
@@ -379,7 +411,7 @@ def _cycles_of(
             if one.arrives - one.at <= bounds.lateness:
                 least[number] += one.units
     found: Counter[int] = Counter()
-    for _, _, usage in attached.book.all_by_usage:
+    for usage in there:
         found[usage.cycle] += usage.amount
     for record in rows.records:
         if (record.subscription, record.quota) == pair and record.state in ("held", "written_off"):
@@ -391,6 +423,46 @@ def _cycles_of(
         for number in sorted({*most, *found})
         if not least[number] <= found[number] <= most[number]
     ]
+
+
+def _late_without_need(ledger: Ledger, rows: Rows, far: Far, lead: timedelta) -> list[str]:
+    """What could be read so long before a bill is on it, and not held for having missed it."""
+    standing = {item["subject"] for item in rows.held if item["kind"] == "late_usage"}
+    late: Counter[tuple[Pair, int]] = Counter()
+    for record in rows.records:
+        if record.state == "held" and f"usage:{record.tag}" in standing:
+            pair = record.subscription, record.quota
+            for one in far.of.get(record.subscription, ()):
+                late[pair, _place([cycle.started_at for cycle in one.cycles], record.at)] += record.units
+    faults = []
+    for (pair, number), units in sorted(late.items()):
+        [subscription] = far.of[pair[0]]
+        cycle, starts = subscription.cycles[number], [one.started_at for one in subscription.cycles]
+        if cycle.kind == "paused" or not ledger.calm(cycle.ends_at - lead, cycle.ends_at):
+            continue
+        too_late = sum(
+            one.units
+            for one in ledger.served
+            if (one.subscription, one.quota) == pair
+            and _place(starts, one.at) == number
+            and one.arrives > cycle.ends_at - lead
+        )
+        if units > too_late:
+            faults.append(
+                f"{_named(ledger, pair)}, cycle up to {cycle.ends_at.isoformat()}: {units} units are held as "
+                f"late, {too_late} came later than {lead} before its bill; nothing went wrong from then on"
+            )
+    return faults
+
+
+def _doubles(far: dict[str, list[Any]], rows: Rows) -> frozenset[str]:
+    """Records that were billed, and of which an item says that they were there before."""
+    told = {(item["subject"], item["units"]) for item in rows.held if item["kind"] == "double_record"}
+    return frozenset(
+        usage.id
+        for usage in _usages(Far(far, frozenset()))
+        if usage.billed_at is not None and (f"audit:{usage.merchant_tag}:{usage.id}", usage.amount) in told
+    )
 
 
 def _place(starts: list[datetime], at: datetime) -> int:
@@ -405,21 +477,20 @@ def _by_marker(site: Any) -> dict[str, list[Any]]:
     return dict(found)
 
 
-def _usages(far: dict[str, list[Any]]) -> Iterable[Any]:
-    for several in far.values():
+def _usages(far: Far) -> Iterable[Any]:
+    for several in far.of.values():
         for one in several:
             for attached in one.add_ons.values():
-                for _, _, usage in attached.book.all_by_usage:
-                    yield usage
+                yield from far.records(attached)
 
 
-def _at_recurly(far: dict[str, list[Any]]) -> Counter[Pair]:
+def _at_recurly(far: Far) -> Counter[Pair]:
     found: Counter[Pair] = Counter()
-    for marker, several in far.items():
+    for marker, several in far.of.items():
         for one in several:
             for attached in one.add_ons.values():
                 quota = attached.add_on.code.removeprefix(ADD_ON)
-                found[marker, quota] += sum(usage.amount for _, _, usage in attached.book.all_by_usage)
+                found[marker, quota] += sum(usage.amount for usage in far.records(attached))
     return found
 
 

@@ -43,7 +43,7 @@ from billingd.sandbox.faults import Rule
 from billingd.store import intents, outbox, watermarks
 from billingd.store.schema import intents as intents_table
 from billingd.store.schema import outbox as outbox_table
-from billingd.traffic import keep, poll
+from billingd.traffic import audit, keep, poll
 from billingd.traffic.poll import TrafficPoller
 
 EARLY: Final = 2
@@ -241,7 +241,19 @@ def terminate_at_once() -> AbstractContextManager[None]:
     )
 
 
+def never_flush() -> AbstractContextManager[None]:
+    """Before a bill nothing is read but what has settled, as at any other time."""
+    return _replaced((TrafficPoller, "_flush", _nothing))
+
+
+def clear_doubts_unseen() -> AbstractContextManager[None]:
+    """An audit ends a doubt without having looked at what was doubted."""
+    return _replaced((audit, "_tag_of", lambda write: None))
+
+
 # The lives in which they are hunted.
+
+HEEDED: Final = Ingredients(ignored_keys=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +263,10 @@ class Season:
     name: str
     days: float = 1.25
     """A day's plan renews in it, with traffic on both sides."""
-    ingredients: Ingredients = field(default_factory=Ingredients)
+    ingredients: Ingredients = HEEDED
+    """Where Recurly heeds keys, nothing may be there twice."""
+    ignores: int = 0
+    """How often it does not heed them for hours."""
     strikes: int = 0
     """How many requests go wrong besides, each in one of these ways:"""
     kinds: tuple[str, ...] = ()
@@ -299,6 +314,7 @@ class HuntedLife(Life):
         moments += [(self._more.uniform(0, seconds), "outage") for _ in range(season.outages)]
         moments += [(self._more.uniform(0, seconds), "serve") for _ in range(season.serves)]
         moments += [(self._more.uniform(seconds / 3, seconds), "end") for _ in range(season.ends)]
+        moments += [(self._more.uniform(0, seconds), "ignore") for _ in range(season.ignores)]
         moments += [(self._more.uniform(0, 7200), "subscribe") for _ in range(EARLY)]
         spawn(self._and_more(sorted(moments)))
         await super().turmoil()
@@ -312,6 +328,8 @@ class HuntedLife(Life):
                 spawn(self.end_one())
             elif what == "outage":
                 spawn(self.outage())
+            elif what == "ignore":
+                spawn(self.ignore_keys())
             elif what == "subscribe":
                 spawn(self.subscribe(f"early{number}"))
             else:
@@ -353,7 +371,7 @@ STORMY: Final = Season(
 )
 FORGETFUL: Final = Season(
     "forgetful",
-    ingredients=Ingredients(clock_steps=False, density=2.5),
+    ingredients=Ingredients(clock_steps=False, density=2.5, ignored_keys=False),
     shape={"window": 15 * MINUTE, "settle": 2 * HOUR, "horizon": 30 * MINUTE},
 )
 OVERTAKEN: Final = Season(
@@ -363,7 +381,10 @@ OVERTAKEN: Final = Season(
     leases=0.2,
     shape=COARSE,
 )
-SEASONS: Final = (BUSY, STORMY, FORGETFUL, OVERTAKEN)
+HEEDLESS: Final = Season(
+    "heedless", days=2.25, ingredients=Ingredients(outages=False, crashes=False), ignores=2, shape=COARSE
+)
+SEASONS: Final = (BUSY, STORMY, FORGETFUL, OVERTAKEN, HEEDLESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +409,8 @@ BUGS: Final = (
     Bug("late difference applied twice", book_differences_twice, BUSY, 38, 1),
     Bug("window across a period end", do_not_cut, BUSY, 38, 4),
     Bug("terminated before the last usage", terminate_at_once, BUSY, 38, 1),
+    Bug("no reading before a bill", never_flush, BUSY, 38, 1),
+    Bug("a doubt cleared unseen", clear_doubts_unseen, HEEDLESS, 1, 1),
 )
 
 

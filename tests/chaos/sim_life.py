@@ -18,6 +18,7 @@ from sim_process import Process, Shape
 
 from billingd.admin import operations, status
 from billingd.daemon import Daemon
+from billingd.domain.events import parse_amplify, parse_recurly
 from billingd.domain.resync import MASS_ABSENCE
 from billingd.sandbox import control_amplify, control_traffic, server
 from billingd.sandbox.amplify.errors import Refused
@@ -27,6 +28,7 @@ from billingd.sandbox.faults import KINDS, Rule
 from billingd.sandbox.recurly import lifecycle
 from billingd.store import held
 from billingd.store.engine import Store
+from billingd.traffic.poll import FLUSH_LEADS
 
 START: Final = datetime(2026, 3, 2, 10, 5, tzinfo=UTC)
 HOUR: Final = timedelta(hours=1)
@@ -89,6 +91,10 @@ STRIKES: Final = (
 LATE_MAX: Final = 50
 """Seconds after which a request that was given up may still be carried out: less than the settling time."""
 
+USAGE: Final = "/subscriptions/*/add_ons/*/usage"
+UNANSWERED: Final = (*["late"] * 6, "lost", "cut", "html_502_committed", "slow")
+"""How a write is left without a usable answer, although it is carried out."""
+
 REFUSED: Final = "subscription_refused"
 """What is held when Recurly said for good that it makes no such subscription."""
 
@@ -107,6 +113,8 @@ class Ingredients:
     outages: bool = True
     clock_steps: bool = True
     pauses: bool = True
+    ignored_keys: bool = True
+    """Whether Recurly does not look at idempotency keys for a while."""
     beyond_horizon: bool = True
     cycles: bool = True
     """Whether the oracle asks that every unit is in its own billing cycle."""
@@ -144,8 +152,10 @@ class Life:
         self._plan_rng = self._random("plan")
         self._mail = self._random("webhooks")
         self._life_rng = self._random("life")
+        self._keys_rng = self._random("keys")
         self._plans: list[tuple[str, tuple[str, ...]]] = []
         self._on_the_way = 0
+        self._struck = 0
         self.process = Process(
             loop,
             self.app,
@@ -166,10 +176,21 @@ class Life:
         """One line of the trace; all lines make up the digest."""
         if words[0] == "http" and "/catalog/v1/marketplaces" in str(words[2]):
             self.counts["resyncs"] += 1  # nothing else reads these
+        self._watch(str(words[0]))
         line = f"{self.loop.time():12.3f} {' '.join(map(str, words))}"
         self._digest.update(line.encode() + b"\n")
         if self.tracing:
             self.trace.append(f"{self.far.now():%m-%d %H:%M:%S.%f} {' '.join(map(str, words))}")
+
+    def _watch(self, what: str) -> None:
+        """When billingd lives, and when something goes wrong for it: at other times it has no excuse."""
+        if what == "start":
+            self.ledger.up.append((self.far.now(), None))
+        elif what == "down":
+            self.ledger.up[-1] = (self.ledger.up[-1][0], self.far.now())
+        elif what == "http" and (struck := sum(self.world.faults.counts.values())) != self._struck:
+            self._struck = struck
+            self.ledger.struck.append(self.far.now())
 
     def told(self, _logger: Any, method: str, event: Json) -> Any:
         """structlog's processor: billingd's log lines go into the trace."""
@@ -203,7 +224,7 @@ class Life:
 
     async def _deliver(self, id_: str, body: bytes, delay: float) -> None:
         await asyncio.sleep(delay)
-        while not await self.process.accepts(body):
+        while not await self.process.accepts(parse_amplify(body)):
             if self.ingredients.lost_mail:  # Amplify never repeats one (amplify.md 4.3)
                 self.counts["lost_webhooks"] += 1
                 self._on_the_way -= 1
@@ -269,7 +290,8 @@ class Life:
         if code not in self.world.site.account_by_code:
             if rng.random() < 0.2:
                 await asyncio.sleep(rng.uniform(0, 7200))
-            self.world.site.create_account(code, billing_info=True)
+            if code not in self.world.site.account_by_code:  # they may have subscribed once more meanwhile
+                self.world.site.create_account(code, billing_info=True)
 
     def _alive(self) -> list[Known]:
         """Subscriptions that a gateway lets calls through for."""
@@ -297,16 +319,20 @@ class Life:
                 late = self._lateness(rng)
                 arrives = max(now, at + late)
                 quota, units = rng.choice(known.quotas), rng.randint(1, 400)
-                body = {
-                    "subscription": known.id,
-                    "quota": quota,
-                    "units": units,
-                    "at": at.isoformat(),
-                    "arrives": arrives.isoformat(),
-                }
-                await self.play(control_traffic.add_traffic, body)
-                self.ledger.served.append(Served(known.id, quota, at, units, arrives))
-                self.note("served", known.name, quota[:8], units, at.isoformat(), f"late {arrives - at}")
+                await self._count(known, Served(known.id, quota, at, units, arrives))
+
+    async def _count(self, known: Known, served: Served) -> None:
+        body = {
+            "subscription": served.subscription,
+            "quota": served.quota,
+            "units": served.units,
+            "at": served.at.isoformat(),
+            "arrives": served.arrives.isoformat(),
+        }
+        await self.play(control_traffic.add_traffic, body)
+        self.ledger.served.append(served)
+        late = f"late {served.arrives - served.at}"
+        self.note("served", known.name, served.quota[:8], served.units, served.at.isoformat(), late)
 
     def _lateness(self, rng: Random) -> timedelta:
         draw = rng.random()
@@ -322,7 +348,13 @@ class Life:
         """Traffic is certain to be seen when it comes before the watermark has left its window behind."""
         certain = self._shape.horizon + self._shape.settle - 2 * self._shape.window - CLOCK_STEP_MAX
         steps = CLOCK_STEP_MAX if self.ingredients.clock_steps else timedelta(0)
-        return Bounds(certain, cycles=self.ingredients.cycles, settled=self._shape.settle - steps)
+        return Bounds(
+            certain,
+            cycles=self.ingredients.cycles,
+            settled=self._shape.settle - steps,
+            flushed=FLUSH_LEADS[0] + self._shape.settle,
+            doubles=self.counts["ignored_keys"] > 0,
+        )
 
     async def end_one(self) -> None:
         """A cancellation, a rejection, a deletion; sometimes the same name comes back."""
@@ -391,6 +423,51 @@ class Life:
         await asyncio.sleep(seconds)
         self.world.faults.remove(number)
 
+    async def ignore_keys(self) -> None:
+        """Recurly looks at no idempotency key for hours; mostly a bill comes meanwhile.
+
+        Usage right before it has to wait, gets no answer at first, and is carried out all the same.
+        """
+        rng, site = self._keys_rng, self.world.site
+        number = self.world.faults.add(Rule("recurly", "POST", "*", "ignore_idempotency_key", None))
+        self.counts["ignored_keys"] += 1
+        self.note("keys ignored")
+        now = self.far.now()
+        soon = sorted(
+            (one.cycle.ends_at, known.name, one.uuid, one.id)
+            for known in self._alive()
+            for one in site.subscriptions.values()
+            if one.given.get("po_number") == known.id and one.status == "active"
+            if timedelta(minutes=10) < one.cycle.ends_at - now < 30 * HOUR
+        )
+        if soon and rng.random() < 0.8:
+            ends_at, name, uuid, id_ = soon[0]
+            await self._sleep_until(ends_at - rng.uniform(185, 300) * timedelta(seconds=1))
+            for known in self._alive():
+                if known.name == name:
+                    at = self.far.now().replace(microsecond=0)
+                    units = rng.randint(1, 400)
+                    await self._count(known, Served(known.id, rng.choice(known.quotas), at, units, at))
+            wait, kind = rng.randint(60, 170), rng.choice(UNANSWERED)
+            args = {"seconds": rng.uniform(10, LATE_MAX)} if kind in {"late", "slow"} else {}
+            self.world.faults.add(Rule("recurly", "POST", USAGE, "429", 1, args={"seconds": wait}))
+            self.world.faults.add(Rule("recurly", "POST", USAGE, kind, rng.randint(1, 2), args=args))
+            self.note("faults before a bill", name, wait, kind, args)
+            await self._sleep_until(ends_at + rng.uniform(0, 60) * timedelta(seconds=1))
+            site.run_due_bills()
+            renewed = {"id": id_, "uuid": uuid, "object_type": "subscription", "event_type": "renewed"}
+            await self.process.accepts(parse_recurly(json.dumps(renewed).encode(), None))
+        await asyncio.sleep(rng.uniform(0.1, 6) * 3600)
+        self.world.faults.remove(number)
+        self.note("keys heeded")
+
+    async def _sleep_until(self, moment: datetime) -> None:
+        await asyncio.sleep(max(0.0, (moment - self.far.now()).total_seconds()))
+
+    async def _ignore_keys_some_time(self) -> None:
+        await asyncio.sleep(self._keys_rng.uniform(0, self.days * 86_400))
+        await self.ignore_keys()
+
     async def pause(self) -> None:
         """Recurly pauses one from its next bill date on; maybe somebody resumes it by hand."""
         rng, site = self._life_rng, self.world.site
@@ -441,6 +518,8 @@ class Life:
         ):
             if wanted:
                 often(per_day, what)
+        if chosen.ignored_keys and self._keys_rng.random() < 0.5:
+            spawn(self._ignore_keys_some_time())
         subscribed = 0
         for at, what in sorted(moments):
             await asyncio.sleep(max(0.0, at - self.loop.time()))
@@ -545,6 +624,7 @@ class Life:
         found = check(self.world.site, self.ledger, rows, document, self.bounds(), now=self.far.now())
         self.counts += self.process.counts
         self.counts["units"] = self.ledger.units()
+        self.counts["billed_twice"] = sum(one["kind"] == "double_record" for one in rows.held)
         self.counts["held_units"] = sum(one.units for one in rows.records if one.state == "held")
         self.counts["faults"] = sum(self.world.faults.counts.values())
         return [*found, *self.loop.unhandled]

@@ -19,7 +19,7 @@ from billingd.adapters.recurly import Recurly
 from billingd.admin.metrics import Metrics
 from billingd.daemon import Daemon, Outside, assemble, loops, take_over
 from billingd.domain.errors import BillingdError, Retryable
-from billingd.domain.events import parse_amplify
+from billingd.domain.events import Event
 from billingd.sandbox import server
 from billingd.settings import Settings
 from billingd.store.engine import Store
@@ -176,6 +176,7 @@ class Process:
                     f"the daemon ended by itself: {main.exception()!r}"
                 ) from main.exception()
             self.daemon = None
+            self._note("down", self.number)
             self._kill()
             await self._bury(self.number)
             if not self._over.is_set():
@@ -270,11 +271,12 @@ class Process:
             monotonic=self._loop.time,
         )
 
-    async def accepts(self, body: bytes) -> bool:
+    async def accepts(self, event: Event) -> bool:
+        """Whether an event that was told by a webhook is taken."""
         if self.daemon is None:
             return False
         listener = self.daemon.webhooks
-        task = spawn(_waited(listener._accept(parse_amplify(body))), owner=self.number, name="accept")
+        task = spawn(_waited(listener._accept(event)), owner=self.number, name="accept")
         await asyncio.wait([task])
         if task.cancelled() or isinstance(error := task.exception(), Crash | BillingdError):
             return False
