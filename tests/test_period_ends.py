@@ -385,3 +385,25 @@ async def test_volume_units_of_three_bills_that_were_missed_are_held_with_their_
     bills = sum(units * (2 if units <= 10 else 1) for units in truth.values())
     assert sum(Decimal(item["amount"]) for item in items) == bills
     assert await rig.dead() == []
+
+
+@pytest.mark.parametrize("price", ["flat", "volume"])
+@ONE_DATABASE
+async def test_recurlys_bill_run_may_come_hours_after_the_end(rig: Rig, price: str) -> None:
+    """Until then the old cycle takes what was served in it; what was served since waits for the new one."""
+    subscription = await subscribed(rig, price)
+    rig.world.site.configure(bill_run_lag_seconds=2 * 3600)
+    end = subscription.cycle.ends_at
+    rig.pass_(end - 25 * MINUTE - rig.far.now())
+    await rig.traffic("acme", 5)
+    await live(rig, end - MINUTE)
+    await rig.traffic("acme", 100)  # after the last reading before the end
+    await live(rig, end + MINUTE)
+    await rig.traffic("acme", 1000)
+    await live(rig, end + HOUR)
+    assert (len(subscription.cycles), by_cycle(subscription)) == (1, {0: 5})
+    await live(rig, end + 4 * HOUR)
+    assert by_cycle(subscription) == {0: 105, 1: 1000}
+    charge = {"flat": "52.50", "volume": "105"}[price]
+    assert lines(subscription) == [(105, Decimal(charge), False)]
+    assert (await rig.held(), await rig.dead(), await rig.unfinished()) == ({}, [], [])

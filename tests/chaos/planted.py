@@ -40,7 +40,7 @@ from billingd.domain.usage import UsageRecord, book
 from billingd.once import Once
 from billingd.provisioning import ending
 from billingd.sandbox.faults import Rule
-from billingd.store import intents, outbox, watermarks
+from billingd.store import intents, outbox, usage, watermarks
 from billingd.store.schema import intents as intents_table
 from billingd.store.schema import outbox as outbox_table
 from billingd.traffic import audit, keep, poll
@@ -236,8 +236,8 @@ def terminate_at_once() -> AbstractContextManager[None]:
         return 0
 
     return _replaced(
-        (ending, "watermarks", SimpleNamespace(find=all_read)),
-        (ending, "usage", SimpleNamespace(unreported_of=none_left)),
+        (ending, "watermarks", SimpleNamespace(**{**vars(watermarks), "find": all_read})),
+        (ending, "usage", SimpleNamespace(**{**vars(usage), "unreported_of": none_left})),
     )
 
 
@@ -403,14 +403,14 @@ BUGS: Final = (
     Bug("look without billing_status=all", look_at_the_unbilled_only, STORMY, 41, 5),
     Bug("watermark in another transaction", move_the_watermark_apart, FORGETFUL, 6, 6),
     Bug("lease without fencing", write_with_a_lost_lease, OVERTAKEN, 39, 39),
-    Bug("same key with another amount", same_key_with_another_amount, BUSY, 38, 1),
+    Bug("same key with another amount", same_key_with_another_amount, BUSY, 42, 1),
     Bug("subscription without the marker search", subscribe_without_the_marker, STORMY, 1, 1),
-    Bug("revision reused", reuse_the_revision, BUSY, 38, 1),
-    Bug("late difference applied twice", book_differences_twice, BUSY, 38, 1),
-    Bug("window across a period end", do_not_cut, BUSY, 38, 4),
-    Bug("terminated before the last usage", terminate_at_once, BUSY, 38, 1),
-    Bug("no reading before a bill", never_flush, BUSY, 38, 1),
-    Bug("a doubt cleared unseen", clear_doubts_unseen, HEEDLESS, 1, 1),
+    Bug("revision reused", reuse_the_revision, BUSY, 42, 1),
+    Bug("late difference applied twice", book_differences_twice, BUSY, 42, 1),
+    Bug("window across a period end", do_not_cut, BUSY, 42, 4),
+    Bug("terminated before the last usage", terminate_at_once, BUSY, 1, 1),
+    Bug("no reading before a bill", never_flush, BUSY, 42, 5),
+    Bug("a doubt cleared unseen", clear_doubts_unseen, HEEDLESS, 27, 27),
 )
 
 
