@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -278,6 +279,8 @@ class Saved:
     clock: SandboxClock
     file: bytes
     rows: dict[str, list[Json]]
+    drawn: tuple[Any, ...]
+    """How far the ids were drawn, so that the same are drawn again."""
 
 
 class Rig:
@@ -294,6 +297,7 @@ class Rig:
         self.clock = SharedClock(far)
         self.channels = Channels()
         self.unheard: list[Event] = []
+        self.ids = Random(1)
         self.make_adapters: Callable[[], tuple[Amplify, Recurly]] | None = None
         self.workers = 4
         self.look_again = LOOK_AGAIN
@@ -357,9 +361,9 @@ class Rig:
         world, unheard, clock = copy.deepcopy((self.world, self.unheard, self.far))
         self.world.tenant.journal.listeners.append(self.unheard.append)
         if self.store.path is None:
-            return Saved(world, unheard, clock, b"", await self._all_rows())
+            return Saved(world, unheard, clock, b"", await self._all_rows(), self.ids.getstate())
         await self.store.close()  # the file is whole then; both engines open it again by themselves
-        return Saved(world, unheard, clock, self.store.path.read_bytes(), {})
+        return Saved(world, unheard, clock, self.store.path.read_bytes(), {}, self.ids.getstate())
 
     async def load(self, saved: Saved) -> None:
         """Everything as it was then, with a new process. Recurly has forgotten every idempotency key."""
@@ -370,6 +374,7 @@ class Rig:
         self.world, self.far = world, clock
         self.clock.travel(clock)
         self.unheard[:] = unheard
+        self.ids.setstate(saved.drawn)
         world.tenant.journal.listeners.append(self.unheard.append)
         await self.front.show(_around(world))
         if self.store.path is None:
@@ -707,10 +712,13 @@ def _around(world: World) -> web.Application:
 
 
 @asynccontextmanager
-async def a_rig(url: str, *, start: datetime = START, threads: bool = False) -> AsyncIterator[Rig]:
+async def a_rig(
+    url: str, *, start: datetime = START, threads: bool = False, same_ids: bool = False
+) -> AsyncIterator[Rig]:
     """A rig on a store of its own; the far sides stand still unless moved.
 
-    `threads`: SQLite's connections have the threads that they have in the daemon.
+    `threads`: SQLite's connections have the threads that they have in the daemon. `same_ids`: the far sides
+    give out the same ids each time, so that the nth step is the same moment in each run.
     """
     far = SandboxClock(start)
     app = server.build(clock=far, watch_topic=None)
@@ -762,6 +770,8 @@ async def a_rig(url: str, *, start: datetime = START, threads: bool = False) -> 
         store = await stack.enter_async_context(DyingStore(url, steps))
         rig = Rig(world, far, store, steps, front)
         rig.make_adapters = adapters
+        if same_ids:
+            stack.enter_context(patch("uuid.os", SimpleNamespace(urandom=rig.ids.randbytes)))
         amplify, recurly = adapters()
         rig.amplify, rig.recurly = Dying(amplify, steps), Dying(recurly, steps)
         stack.push_async_callback(rig.close)

@@ -110,7 +110,7 @@ async def staged(url: str, number: int, *, reads: bool = False, inline: bool = F
         stack.enter_context(templates_once())
         if inline:
             stack.enter_context(sqlite_inline())
-        rig = await stack.enter_async_context(a_rig(url, threads=True))
+        rig = await stack.enter_async_context(a_rig(url, threads=True, same_ids=True))
         rig.workers = 1  # so that the same point is the same moment each time
         rig.look_again = HOUR
         rig.start()
