@@ -21,6 +21,8 @@ WORDS = {
     "faults": ("fault", "faults"),
     "seeds": ("seed", "seeds"),
     "units": ("unit", "units"),
+    "cells": ("cell", "cells"),
+    "spared": ("of them could not be struck", "of them could not be struck"),
 }
 """What is counted, in the order in which it is told; other counts follow under their own names."""
 

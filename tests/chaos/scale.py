@@ -6,6 +6,7 @@ what two workers share.
 """
 
 import os
+import shlex
 
 FULL = os.environ.get("BILLINGD_CHAOS", "") == "full"
 
@@ -40,6 +41,19 @@ def seed_range(quick: int, full: int) -> range:
     """The seeds to play: from 1 on, or only the one that is asked for."""
     only = seed()
     return range(1, seeds(quick, full) + 1) if only is None else range(only, only + 1)
+
+
+def again(nodeid: str, **only: object) -> str:
+    """The command that plays one test again as it was played now, or `only` one POINT, CELL or COMMIT of it."""
+    said = {name: value for name, value in os.environ.items() if name.startswith("BILLINGD_CHAOS") and value}
+    said |= {f"BILLINGD_CHAOS_{name}": f"{value}" for name, value in only.items()}
+    variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(said.items())]
+    return " ".join([*variables, ".venv/bin/python -m pytest -n0", shlex.quote(nodeid)])
+
+
+def only(name: str) -> str:
+    """The one POINT, CELL or COMMIT that is asked for, or nothing."""
+    return os.environ.get(f"BILLINGD_CHAOS_{name}", "")
 
 
 def _number(name: str, quick: int, full: int) -> int:

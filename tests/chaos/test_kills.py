@@ -20,7 +20,10 @@ ONLY: Final = scale.seed()
 
 @pytest.mark.parametrize("seed", ROUNDS if ONLY is None else [ONLY])
 def test_kills_at_random_moments(
-    seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+    seed: int,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Whatever the daemon was doing when it died, in the end every unit is at Recurly once, or held."""
     kills = min(ALL, PER_ROUND) if ONLY is not None else min(PER_ROUND, ALL - (seed - 1) * PER_ROUND)
@@ -31,7 +34,7 @@ def test_kills_at_random_moments(
         directory = tmp_path / f"attempt-{attempt}"
         return play(directory, seed, kills, postgres_kills=postgres_kills, on_postgres=on_postgres)
 
-    done = recurring(run, f"make chaos PART=kills SEED={seed} KILLS={kills}")
+    done = recurring(run, scale.again(request.node.nodeid))
     assert done.units or kills < PER_ROUND // 5, "nothing was served, so nothing is proved"
     record_property("chaos", vars(done))
 
@@ -41,7 +44,10 @@ LOST_KILLS: Final = scale.kills(quick=4, full=100)
 
 @pytest.mark.parametrize("on_postgres", [False, True], ids=["sqlite", "postgres"])
 def test_kills_while_no_webhook_comes(
-    on_postgres: bool, tmp_path: Path, record_property: Callable[[str, object], None]
+    on_postgres: bool,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """The same when every webhook is lost: the feed and resyncs tell all of it, whoever dies meanwhile."""
     kills = min(LOST_KILLS, PER_ROUND)
@@ -50,5 +56,5 @@ def test_kills_while_no_webhook_comes(
         directory = tmp_path / f"attempt-{attempt}"
         return play(directory, 7_000 + on_postgres, kills, on_postgres=on_postgres, lost=True)
 
-    done = recurring(run, "make chaos PART=kills")
+    done = recurring(run, scale.again(request.node.nodeid))
     record_property("chaos", vars(done))

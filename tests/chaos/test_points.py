@@ -1,12 +1,11 @@
 """Every numbered point of a life: die there, restart, finish; then die again while recovering."""
 
-import os
 from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
 from points import Stage, staged, store_on
-from scale import FULL, pairs
+from scale import FULL, again, only, pairs
 from scripted import SCENES
 
 DATABASES = ["sqlite", "postgres"] if FULL else ["sqlite"]
@@ -17,9 +16,6 @@ STEPPED = NAMES if FULL else [name for name in NAMES if name != "second"]
 PAIRS = pairs(len(SCENES) * 4, 5_000)
 FINISHED = 10 if FULL else 25
 """After every how manieth point the rest of the life is played, too."""
-
-ONLY = os.environ.get("BILLINGD_CHAOS_POINT", "")
-"""`17` or `17,5`: only that point (or pair) of the scenes that are run."""
 
 Record = Callable[[str, object], None]
 
@@ -41,9 +37,12 @@ async def counted(stage: Stage) -> list[str]:
 
 @pytest.mark.parametrize("scene", STEPPED)
 async def test_whichever_point_it_dies_at_each_unit_is_billed_once(
-    scene: str, url: str, record_property: Record
+    scene: str, url: str, request: pytest.FixtureRequest, record_property: Record
 ) -> None:
-    """Each call has four points (before, sent, carried out, answered), each commit two; then pairs."""
+    """Each call has four points (before, sent, carried out, answered), each commit two; then pairs.
+
+    `BILLINGD_CHAOS_POINT=17` (or `17,5`) plays only that point (or pair) of the scene.
+    """
     number = NAMES.index(scene)
     failures: list[str] = []
     async with staged(url, number, reads=FULL, inline=not FULL) as stage:
@@ -58,38 +57,40 @@ async def test_whichever_point_it_dies_at_each_unit_is_billed_once(
             if not faults and point % FINISHED == 0:
                 faults = await stage.faults(await stage.finish())
             if faults:
-                failures.append(_told(scene, f"{point}", names[point - 1], faults))
+                failures.append(_told(request, f"{point}", names[point - 1], faults))
         died_twice = 0
         for first, share in pairs_of_it:
             second = max(1, round(share * recoveries.get(first, 100)))
-            died_twice += await _pair(stage, first, second, failures, scene)
+            where, faults = await _pair(stage, first, second)
+            died_twice += bool(where)
+            if faults:
+                failures.append(_told(request, f"{first},{second}", f"{names[first - 1]}, {where}", faults))
     record_property("chaos", {"points": len(points), "pairs": died_twice, "units": stage.script.units})
     assert not failures, "\n".join(failures)
+    assert died_twice or "," not in only("POINT"), "the recovery has no such point"
 
 
-async def _pair(stage: Stage, first: int, second: int, failures: list[str], label: str) -> bool:
-    """Dies at a point, and at one of the recovery; whether there was the second."""
+async def _pair(stage: Stage, first: int, second: int) -> tuple[str, list[str]]:
+    """Dies at a point, and at one of the recovery: its name, empty where there is none, and what is wrong."""
     await stage.die_at(first)
     died = not await stage.recover(die_at=second)
-    where = stage.rig.steps.taken[-1] if died else "nowhere"
+    where = stage.rig.steps.taken[-1] if died else ""
     if died:
         assert await stage.recover()
-    if faults := await stage.faults():
-        failures.append(_told(label, f"{first},{second}", where, faults))
-    return died
+    return where, await stage.faults()
 
 
 def _chosen(points: int, rng: Random) -> tuple[list[int], list[tuple[int, float]]]:
     """The points to die at, and pairs: a point and how far through its recovery the second death is."""
-    if not ONLY:
+    asked = only("POINT")
+    if not asked:
         every = list(range(1, points + 1))
         return every, [(rng.choice(every), rng.random()) for _ in range(PAIRS // len(SCENES))]
-    first, _, second = ONLY.partition(",")
+    first, _, second = asked.partition(",")
+    assert 1 <= int(first) <= points, f"there is no point {first}, but {points} of them"
     return ([], [(int(first), int(second) / 100)]) if second else ([int(first)], [])
 
 
-def _told(scene: str, point: str, name: str, faults: list[str]) -> str:
-    command = (
-        f"BILLINGD_CHAOS_POINT={point} .venv/bin/python -m pytest -n0 tests/chaos/test_points.py -k {scene}"
-    )
-    return "\n  ".join([f"{scene}, died at point {point} ({name}): {command}", *faults])
+def _told(request: pytest.FixtureRequest, point: str, name: str, faults: list[str]) -> str:
+    command = again(request.node.nodeid, POINT=point)
+    return "\n  ".join([f"died at point {point} ({name}): {command}", *faults])
