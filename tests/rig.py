@@ -8,8 +8,9 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import sqlalchemy as sa
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from unthreaded import sqlite_in_turn
+from yarl import URL
 
 from billingd.adapters.amplify import Amplify
 from billingd.adapters.recurly import Recurly
@@ -39,6 +41,7 @@ from billingd.sandbox.clock import ManualClock as SandboxClock
 from billingd.sandbox.clock import dating
 from billingd.sandbox.faults import Rule
 from billingd.sandbox.ledger import ledger
+from billingd.sandbox.recurly.idempotency import IdempotencyStore
 from billingd.sandbox.recurly.routes import routes as recurly_routes
 from billingd.sandbox.world import World
 from billingd.settings import Settings
@@ -57,11 +60,24 @@ WRITES = (
     *("create_", "update_", "remove_", "cancel_", "terminate_"),
     *("rename_", "add_", "mark_", "set_", "decide"),
 )
+LANDING = "X-Landing"
+"""Marks a request of a process that is dead: no step of the one that lives."""
+
 Json = dict[str, Any]
 
 
 class Crash(BaseException):
     """The process dies here: no handler sees it, nothing is settled."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request that has left, and that the far side has not carried out yet."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
 
 
 class Steps:
@@ -81,6 +97,8 @@ class Steps:
         self.reads = False
         self.in_flight: list[Callable[[], Awaitable[object]]] = []
         """What a process that died had sent already: the far side carries it out some time."""
+        self.watch: Callable[[Sent | None], None] | None = None
+        """Looks on at each step, and at what was sent right before it."""
 
     def arm(self, step: int | None) -> None:
         """Count from zero, die at that step."""
@@ -90,9 +108,11 @@ class Steps:
         self.note(name)
         self.alive()
 
-    def note(self, name: str) -> bool:
+    def note(self, name: str, sent: Sent | None = None) -> bool:
         """A step that is taken outside of the process; whether it is dead, of which it learns later."""
         self.taken.append(name)
+        if self.watch is not None:
+            self.watch(sent)
         if len(self.taken) == self.die_at or (self.die_on is not None and name.startswith(self.die_on)):
             self.dead = True
         return self.dead
@@ -244,7 +264,7 @@ def _on_the_way(steps: Steps) -> Middleware:
 
     @web.middleware
     async def passing(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not steps.wire:
+        if not steps.wire or request.headers.get(LANDING):
             return await handler(request)
         if steps.dead:
             return _hung_up(request)
@@ -252,8 +272,9 @@ def _on_the_way(steps: Steps) -> Middleware:
         counted = writes or steps.reads
         what = f"{request.method} {request.path}"
         if counted:
-            await request.read()
-            if steps.note(f"sent {what}"):
+            body = await request.read()
+            sent = Sent(request.method, request.raw_path, dict(request.headers), body) if writes else None
+            if steps.note(f"sent {what}", sent):
                 if writes:
                     steps.in_flight.append(lambda: handler(request))
                 return _hung_up(request)
@@ -281,13 +302,25 @@ class Saved:
     rows: dict[str, list[Json]]
     drawn: tuple[Any, ...]
     """How far the ids were drawn, so that the same are drawn again."""
+    kept: IdempotencyStore
+    """What Recurly has answered to each idempotency key."""
+    log: bytes = b""
+    """SQLite's write-ahead log beside `file`."""
+    sent: Sent | None = None
+    """What was under way to a far side."""
 
 
 class Rig:
     """Everything between a webhook and a bill; `world` is the truth of both far sides."""
 
     def __init__(
-        self, world: World, far: SandboxClock, store: DyingStore, steps: Steps, front: Front
+        self,
+        world: World,
+        far: SandboxClock,
+        store: DyingStore,
+        steps: Steps,
+        front: Front,
+        kept: IdempotencyStore,
     ) -> None:
         self.world = world
         self.far = far
@@ -298,6 +331,7 @@ class Rig:
         self.channels = Channels()
         self.unheard: list[Event] = []
         self.ids = Random(1)
+        self.kept = kept
         self.make_adapters: Callable[[], tuple[Amplify, Recurly]] | None = None
         self.workers = 4
         self.look_again = LOOK_AGAIN
@@ -356,35 +390,60 @@ class Rig:
 
     async def save(self) -> Saved:
         """Everything as it is now, when nothing is under way."""
-        kept = [each for each in self.world.tenant.journal.listeners if each != self.unheard.append]
-        self.world.tenant.journal.listeners[:] = kept
-        world, unheard, clock = copy.deepcopy((self.world, self.unheard, self.far))
-        self.world.tenant.journal.listeners.append(self.unheard.append)
         if self.store.path is None:
-            return Saved(world, unheard, clock, b"", await self._all_rows(), self.ids.getstate())
+            return self._saved(b"", await self._all_rows())
         await self.store.close()  # the file is whole then; both engines open it again by themselves
-        return Saved(world, unheard, clock, self.store.path.read_bytes(), {}, self.ids.getstate())
+        return self._saved(self.store.path.read_bytes(), {})
 
-    async def load(self, saved: Saved) -> None:
-        """Everything as it was then, with a new process. Recurly has forgotten every idempotency key."""
+    def left(self, sent: Sent | None) -> Saved:
+        """What SIGKILL at this moment leaves: the far sides, the bytes on disk, and a request under way.
+
+        Only where SQLite has no threads, so that nobody writes meanwhile.
+        """
+        assert self.store.path is not None
+        log = self.store.path.with_name(f"{self.store.path.name}-wal")
+        saved = self._saved(self.store.path.read_bytes(), {})
+        return replace(saved, log=log.read_bytes() if log.exists() else b"", sent=sent)
+
+    def _saved(self, file: bytes, rows: dict[str, list[Json]]) -> Saved:
+        listeners = self.world.tenant.journal.listeners
+        listeners.remove(self.unheard.append)
+        copied = copy.deepcopy((self.world, self.unheard, self.far, self.kept))
+        listeners.append(self.unheard.append)
+        world, unheard, clock, kept = copied
+        return Saved(world, unheard, clock, file, rows, self.ids.getstate(), kept)
+
+    async def load(self, saved: Saved, *, dead: bool = False) -> None:
+        """Everything as it was then, with a new process; `dead`: that is yet to be started."""
         await self.gone()
         self.steps.in_flight.clear()
         self.steps.arm(None)
-        world, unheard, clock = copy.deepcopy((saved.world, saved.unheard, saved.clock))
+        copied = copy.deepcopy((saved.world, saved.unheard, saved.clock, saved.kept))
+        world, unheard, clock, self.kept = copied
         self.world, self.far = world, clock
+        if saved.sent is not None:
+            self.steps.in_flight.append(partial(self._carry_out, saved.sent))
         self.clock.travel(clock)
         self.unheard[:] = unheard
         self.ids.setstate(saved.drawn)
         world.tenant.journal.listeners.append(self.unheard.append)
-        await self.front.show(_around(world))
+        await self.front.show(_around(world, self.kept))
         if self.store.path is None:
             await self._put_rows(saved.rows)
         else:
             await self.store.close()
             self.store.path.write_bytes(saved.file)
+            self.store.path.with_name(f"{self.store.path.name}-wal").write_bytes(saved.log)
         self.channels.provider.clear()
         self.channels.mails.clear()
-        await self.restart()
+        if not dead:
+            await self.restart()
+
+    async def _carry_out(self, sent: Sent) -> None:
+        url = URL(f"http://127.0.0.1:{self.front.port}{sent.path}", encoded=True)
+        headers = sent.headers | {LANDING: "1"}
+        async with aiohttp.request(sent.method, url, data=sent.body, headers=headers) as answer:
+            await answer.read()
 
     async def _all_rows(self) -> dict[str, list[Json]]:
         return {table.name: await self.rows(table) for table in metadata.sorted_tables}
@@ -543,16 +602,13 @@ class Rig:
 
     async def hear(self, choose: Callable[[list[Event]], list[Event]] = list) -> int:
         """Webhooks for what happened since; the actions they led to."""
-        events, self.unheard[:] = choose(list(self.unheard)), []
+        self.unheard[:] = choose(list(self.unheard))
         actions = 0
-        try:
-            while events:
-                answer = await self.listener._accept(parse_amplify(json.dumps(events[0].envelope()).encode()))
-                assert isinstance(answer.body, bytes)
-                actions += json.loads(answer.body)["actions"]
-                del events[0]
-        finally:
-            self.unheard[:0] = events  # not acknowledged: they come again
+        for event in list(self.unheard):
+            answer = await self.listener._accept(parse_amplify(json.dumps(event.envelope()).encode()))
+            assert isinstance(answer.body, bytes)
+            actions += json.loads(answer.body)["actions"]
+            del self.unheard[0]  # not before it is acknowledged: else it comes again
         return actions
 
     async def drain(self) -> None:
@@ -701,12 +757,13 @@ def _plain(fields: Json) -> Json:
     }
 
 
-def _around(world: World) -> web.Application:
-    """Both far sides over a world that was there before."""
+def _around(world: World, kept: IdempotencyStore) -> web.Application:
+    """Both far sides over a world that was there before, and the keys that Recurly has answered."""
     middlewares = [server._counting(world), world.faults.middleware(server.side_of)]
     app = web.Application(client_max_size=server.BODY_BYTES_MAX, middlewares=middlewares)
     app.add_routes(amplify_routes(world.tenant))
-    app.add_routes(recurly_routes(world.site))
+    with patch("billingd.sandbox.recurly.wire.IdempotencyStore", return_value=kept):
+        app.add_routes(recurly_routes(world.site))
     app.on_response_prepare.append(dating(world.clock))
     return app
 
@@ -721,7 +778,9 @@ async def a_rig(
     give out the same ids each time, so that the nth step is the same moment in each run.
     """
     far = SandboxClock(start)
-    app = server.build(clock=far, watch_topic=None)
+    kept = IdempotencyStore(far)
+    with patch("billingd.sandbox.recurly.wire.IdempotencyStore", return_value=kept):
+        app = server.build(clock=far, watch_topic=None)
     world = app[server.WORLD]
     world.site.configure(rate_limit_per_minute=1_000_000)
     steps = Steps()
@@ -768,7 +827,7 @@ async def a_rig(
             return amplify, recurly
 
         store = await stack.enter_async_context(DyingStore(url, steps))
-        rig = Rig(world, far, store, steps, front)
+        rig = Rig(world, far, store, steps, front, kept)
         rig.make_adapters = adapters
         if same_ids:
             stack.enter_context(patch("uuid.os", SimpleNamespace(urandom=rig.ids.randbytes)))

@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from faster import quiet, sqlite_inline, templates_once
+from faster import quiet, seldom_collected, sqlite_inline, templates_once
 from rig import HOUR, Rig, Saved, a_rig
 from scripted import SCENES, Scene, Script, live, misplaced, outlived, wrong
 
@@ -63,9 +63,29 @@ class Stage:
     saved: Saved
     until: datetime
     rest: Sequence[Scene]
+    left: list[Saved] = field(default_factory=list)
+    """What a kill leaves at each point, once that was watched."""
+
+    async def watched(self) -> list[str]:
+        """Lives the scene once, keeping what a kill would leave at each point; the points by name."""
+        self.left.clear()
+        await self.rig.load(self.saved)
+        self.rig.steps.arm(None)
+        self.rig.steps.watch = lambda sent: self.left.append(self.rig.left(sent))
+        try:
+            await live(self.rig, self.until)
+        finally:
+            self.rig.steps.watch = None
+        return list(self.rig.steps.taken)
 
     async def die_at(self, point: int) -> bool:
-        """Lives from the beginning of the scene up to that point; whether there is such a point."""
+        """Lives from the beginning of the scene up to that point; whether there is such a point.
+
+        What was watched is not lived again: what a kill leaves there is known.
+        """
+        if self.left:
+            await self.rig.load(self.left[point - 1], dead=True)
+            return True
         await self.rig.load(self.saved)
         self.rig.steps.arm(point)
         return not await outlived(self.rig, live(self.rig, self.until))
@@ -108,6 +128,7 @@ async def staged(url: str, number: int, *, reads: bool = False, inline: bool = F
     async with AsyncExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(templates_once())
+        stack.enter_context(seldom_collected())
         if inline:
             stack.enter_context(sqlite_inline())
         rig = await stack.enter_async_context(a_rig(url, threads=True, same_ids=True))

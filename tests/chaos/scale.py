@@ -44,7 +44,7 @@ def seed_range(quick: int, full: int) -> range:
 
 
 def again(nodeid: str, **only: object) -> str:
-    """The command that plays one test again as it was played now, or `only` one POINT, CELL or COMMIT of it."""
+    """The command that plays a test again as it was played now, or `only` one POINT, CELL or COMMIT of it."""
     said = {name: value for name, value in os.environ.items() if name.startswith("BILLINGD_CHAOS") and value}
     said |= {f"BILLINGD_CHAOS_{name}": f"{value}" for name, value in only.items()}
     variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(said.items())]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+import sqlalchemy as sa
 from rig import HOUR, Crash, Json, Rig
 
 from billingd.domain.errors import BillingdError
@@ -218,16 +219,17 @@ async def live(rig: Rig, until: datetime, *, new_process: bool = False, to_the_e
             if to_the_end or rig.far.now() < until:
                 continue
             return held_up
-        due, now = await next_due(rig), rig.far.now()
+        left, now = await unfinished(rig), rig.far.now()
+        due = next_due(left)
         # an audit that waits for its time is nothing to wait for
-        idle = due is None or (due > now and await next_due(rig, audits=False) is None)
+        idle = due is None or (due > now and next_due(left, audits=False) is None)
         quiet = idle and not rig.unheard and not rig.poller.wake.is_set()
         if now >= until and (quiet or not to_the_end):
             return held_up
         moments = [moment for moment in (due, until, read_at) if moment is not None and moment > now]
         rig.pass_(max(min(moments) - now, timedelta(seconds=1)))
-    left = [*await waiting(rig), f"{len(rig.unheard)} unheard", why]
-    raise AssertionError(f"not quiet after {ROUNDS_MAX} rounds: {left}")
+    amiss = [*await waiting(rig), f"{len(rig.unheard)} unheard", why]
+    raise AssertionError(f"not quiet after {ROUNDS_MAX} rounds: {amiss}")
 
 
 async def next_reading(rig: Rig) -> datetime:
@@ -239,14 +241,23 @@ async def next_reading(rig: Rig) -> datetime:
     return scheduled if before_bill is None else min(scheduled, now + max(before_bill, timedelta(0)))
 
 
-async def next_due(rig: Rig, *, audits: bool = True) -> datetime | None:
+async def unfinished(rig: Rig) -> list[Json]:
+    """The actions that are neither done nor dead, in the order in which they were asked for."""
+    box = schema.outbox.c
+    asked = sa.select(box.kind, box.subject, box.key, box.state, box.error, box.due_at)
+    async with rig.store.read() as tx:
+        found = await tx.execute(asked.where(box.state.in_(UNFINISHED)).order_by(box.id))
+        return [dict(row) for row in found.mappings()]
+
+
+def next_due(left: list[Json], *, audits: bool = True) -> datetime | None:
     """When the next unfinished action is due; of one that is leased, when its lease ends.
 
     Later actions of a subject wait for its first.
     """
     firsts: dict[str, datetime] = {}
-    for row in sorted(await rig.rows(schema.outbox), key=lambda row: row["id"]):
-        if row["state"] in UNFINISHED and (audits or row["kind"] != "audit_usage"):
+    for row in left:
+        if audits or row["kind"] != "audit_usage":
             firsts.setdefault(row["subject"], row["due_at"])
     return min(firsts.values(), default=None)
 
@@ -256,8 +267,8 @@ async def waiting(rig: Rig) -> list[str]:
     now = rig.clock.now()
     return [
         f"{row['key']} {row['state']}: {row['error']}"
-        for row in await rig.rows(schema.outbox)
-        if row["state"] in UNFINISHED and (row["kind"] != "audit_usage" or row["due_at"] <= now)
+        for row in await unfinished(rig)
+        if row["kind"] != "audit_usage" or row["due_at"] <= now
     ]
 
 

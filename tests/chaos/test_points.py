@@ -28,9 +28,15 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 async def counted(stage: Stage) -> list[str]:
-    """The points of the scene by name; without a death, all is well."""
-    assert not await stage.die_at(1_000_000)
-    taken = list(stage.rig.steps.taken)
+    """The points of the scene by name; without a death, all is well.
+
+    In the full run the process dies by itself at each of them; else what SIGKILL leaves there is kept.
+    """
+    if FULL:
+        assert not await stage.die_at(1_000_000)
+        taken = list(stage.rig.steps.taken)
+    else:
+        taken = await stage.watched()
     assert await stage.faults() == []
     return taken
 

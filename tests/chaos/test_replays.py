@@ -1,4 +1,4 @@
-"""The command that a failing part prints plays that one thing again; where there is no such thing, it fails."""
+"""The command that a failing part prints plays that one thing again; where there is none, it fails."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import test_disk
 import test_kills
 import test_network
 import test_points
-from points import quick_store
+from points import Stage, quick_store
 
 PLANTED = "planted by a test"
 COMMAND = re.compile(r"((?:BILLINGD_CHAOS\w*=(?:'[^']*'|\S+) )*)\.venv/bin/python -m pytest -n0 (.+)")
@@ -61,7 +61,7 @@ async def test_of_a_point(
         with monkeypatch.context() as patched:
             patched.setenv("BILLINGD_CHAOS", "quick")
             patched.setattr(test_points, "counted", _ten_points)
-            patched.setattr(test_points.Stage, "faults", planted)
+            patched.setattr(Stage, "faults", planted)
             patched.setenv("BILLINGD_CHAOS_POINT", asked)
             assert await test.fails("opening") == {"BILLINGD_CHAOS": "quick", "BILLINGD_CHAOS_POINT": asked}
             assert (test.counts["points"], test.counts["pairs"]) == ((1, 0) if asked == "3" else (0, 1))
@@ -125,5 +125,5 @@ def test_of_kills(
     monkeypatch.setenv("BILLINGD_CHAOS_KILLS", "20")
     test = test_kills.test_kills_while_no_webhook_comes if lost else test_kills.test_kills_at_random_moments
     with pytest.raises(AssertionError) as failure:
-        test(1, tmp_path, request, lambda *_: None)
+        test(True, tmp_path, request, lambda *_: None)
     assert printed(failure.value, request)["BILLINGD_CHAOS_KILLS"] == "20"
