@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from faster import quiet, seldom_collected, sqlite_inline, templates_once
+from faster import named_once, quiet, seldom_collected, sqlite_inline, templates_once
 from rig import HOUR, Rig, Saved, a_rig
 from scripted import SCENES, Scene, Script, live, misplaced, outlived, wrong
 
@@ -128,6 +128,7 @@ async def staged(url: str, number: int, *, reads: bool = False, inline: bool = F
     async with AsyncExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(templates_once())
+        stack.enter_context(named_once())
         stack.enter_context(seldom_collected())
         if inline:
             stack.enter_context(sqlite_inline())

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from faster import quiet, seldom_collected, sqlite_inline, templates_once
+from faster import named_once, quiet, seldom_collected, sqlite_inline, templates_once
 from points import quick_store
 from rig import HOUR, Rig, a_rig
 from scale import FULL, again, only
@@ -234,7 +234,7 @@ async def test_whatever_goes_wrong_on_the_wire_each_unit_is_billed_once(
     failures: list[str] = []
     cells = struck = spared = units = given_up = 0
     with ExitStack() as stack:
-        for each in (quiet(), templates_once(), seldom_collected(), wire.refusing()):
+        for each in (quiet(), templates_once(), named_once(), seldom_collected(), wire.refusing()):
             stack.enter_context(each)
         if not FULL:
             stack.enter_context(sqlite_inline())
