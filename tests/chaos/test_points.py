@@ -1,10 +1,11 @@
 """Every numbered point of a life: die there, restart, finish; then die again while recovering."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
-from points import Stage, staged, store_on
+from points import Stage, quick_store, staged, store_on
 from scale import FULL, again, only, pairs
 from scripted import SCENES
 
@@ -100,3 +101,18 @@ def _chosen(points: int, rng: Random) -> tuple[list[int], list[tuple[int, float]
 def _told(request: pytest.FixtureRequest, point: str, name: str, faults: list[str]) -> str:
     command = again(request.node.nodeid, POINT=point)
     return "\n  ".join([f"died at point {point} ({name}): {command}", *faults])
+
+
+async def test_what_a_kill_leaves_is_what_a_death_leaves(sqlite_template: Path) -> None:
+    """What is kept from one life, and a process that dies by itself there, recover by the same steps."""
+    with quick_store(sqlite_template) as made:
+        async with staged(made, NAMES.index("first"), inline=True) as stage:
+            names = await stage.watched()
+            left = stage.left
+            for point in range(3, len(names), 34):
+                came_to = []
+                for stage.left in ([], left):
+                    await stage.die_at(point)
+                    assert await stage.recover()
+                    came_to.append((stage.rig.steps.taken, await stage.faults()))
+                assert came_to[0] == came_to[1], names[point - 1]
