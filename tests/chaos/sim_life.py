@@ -91,7 +91,6 @@ STRIKES: Final = (
 LATE_MAX: Final = 50
 """Seconds after which a request that was given up may still be carried out: less than the settling time."""
 
-USAGE: Final = "/subscriptions/*/add_ons/*/usage"
 UNANSWERED: Final = (*["late"] * 6, "lost", "cut", "html_502_committed", "slow")
 """How a write is left without a usable answer, although it is carried out."""
 
@@ -441,17 +440,18 @@ class Life:
             if timedelta(minutes=10) < one.cycle.ends_at - now < 30 * HOUR
         )
         if soon and rng.random() < 0.8:
-            ends_at, name, uuid, id_ = soon[0]
+            ends_at, name, uuid, id_ = rng.choice(soon)
             await self._sleep_until(ends_at - rng.uniform(185, 300) * timedelta(seconds=1))
             for known in self._alive():
                 if known.name == name:
                     at = self.far.now().replace(microsecond=0)
                     units = rng.randint(1, 400)
                     await self._count(known, Served(known.id, rng.choice(known.quotas), at, units, at))
-            wait, kind = rng.randint(60, 170), rng.choice(UNANSWERED)
+            wait, kind = rng.randint(100, 170), rng.choice(UNANSWERED)
             args = {"seconds": rng.uniform(10, LATE_MAX)} if kind in {"late", "slow"} else {}
-            self.world.faults.add(Rule("recurly", "POST", USAGE, "429", 1, args={"seconds": wait}))
-            self.world.faults.add(Rule("recurly", "POST", USAGE, kind, rng.randint(1, 2), args=args))
+            path = f"/subscriptions/uuid-{uuid}/add_ons/*/usage"
+            self.world.faults.add(Rule("recurly", "POST", path, "429", 1, args={"seconds": wait}))
+            self.world.faults.add(Rule("recurly", "POST", path, kind, rng.randint(1, 2), args=args))
             self.note("faults before a bill", name, wait, kind, args)
             await self._sleep_until(ends_at + rng.uniform(0, 60) * timedelta(seconds=1))
             site.run_due_bills()
