@@ -103,15 +103,27 @@ def test_the_databases_password_is_a_secret_too(url: str, tmp_path: Path) -> Non
     found = faults(f'[store]\nurl = "{url}"\n', tmp_path)
     assert list(found) == ["store.url"]
     assert "pa55" not in found["store.url"]
-    for way in ("PGPASSFILE", "a file named store.url", "BILLINGD_STORE__URL"):
+    for way in ("a file named store.url", "BILLINGD_STORE__URL"):
         assert way in found["store.url"]
     without = 'url = "postgresql+asyncpg://me@db/b"'
     assert load(write(tmp_path, f"[store]\n{without}\n"), {}).settings.store.url in without
     for environment in ({"BILLINGD_STORE__URL": url}, {"CREDENTIALS_DIRECTORY": str(tmp_path)}):
-        loaded = load(write(tmp_path, ""), environment)
+        loaded = load(write(tmp_path, f"[store]\n{without}\n"), environment)
         assert loaded.settings.store.url == url
         assert passwords_in(loaded.settings.store.url) == ["pa55"]
         assert "pa55" not in json.dumps(shown(loaded))
+
+
+@pytest.mark.parametrize("written", ["", 'url = "sqlite+aiosqlite:////var/lib/billingd/billingd.db"'])
+def test_who_types_a_command_reaches_the_daemons_store(written: str, tmp_path: Path) -> None:
+    """Only the daemon has the credential: a restore that is typed must not hit another store."""
+    (tmp_path / "store.url").write_text("postgresql+asyncpg://me:pa55@db/b")
+    with pytest.raises(ConfigurationError) as caught:
+        load(write(tmp_path, f"[store]\n{written}\n"), {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    [fault] = [fault for fault in caught.value.faults if fault.key == "store.url"]
+    assert "without its password" in fault.message
+    assert fault.place == str(tmp_path / "store.url")
+    assert "pa55" not in str(fault)
 
 
 def test_what_is_shown_holds_no_secret(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ HIDDEN: Final = "[hidden]"
 SECRET_LENGTH_MIN: Final = 6
 """Anything shorter would blot out half of every line, and is no secret."""
 
+PUBLIC: Final = frozenset({"billingd"})
+"""What stands in every hint and path, and hides nothing, whoever takes it for a password."""
+
 _ADDRESS: Final = re.compile(r"[\w.!#$'*+~-]+(?:@|%40)[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
 
 
@@ -56,7 +59,7 @@ def forms(secrets: Iterable[str]) -> list[str]:
     found = set()
     for secret in secrets:
         for part in {secret, *secret.split()}:
-            if len(part) >= SECRET_LENGTH_MIN:
+            if len(part) >= SECRET_LENGTH_MIN and part not in PUBLIC:
                 whole = base64.b64encode(f"{part}:".encode()).decode()
                 found |= {part, quote(part, safe=""), base64.b64encode(part.encode()).decode(), whole}
     return sorted(found, key=lambda form: (-len(form), form))

@@ -155,6 +155,8 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
     for where in (directory, env.get("CREDENTIALS_DIRECTORY")):
         if where:
             layers += [(str(where), _secret_files(Path(str(where)), faults, places))]
+            if where == env.get("CREDENTIALS_DIRECTORY"):
+                faults += _another_store(layers[-1][1], layers[0][1] if path is not None else {}, places)
     layers.append(("environment", _environment(env, faults, places)))
     origins: dict[str, str] = {}
     for origin, layer in layers:
@@ -265,9 +267,9 @@ def _toml(path: Path, faults: list[Fault], places: dict[str, str]) -> tuple[dict
         faults.append(
             Fault(
                 "store.url",
-                "holds a password, which may not stand in the file; leave the password out (it is then read "
-                "from $PGPASSFILE), or put the whole URL into a file named store.url in secrets_dir or "
-                f"$CREDENTIALS_DIRECTORY, or set {ENV_PREFIX}STORE__URL",
+                "holds a password, which may not stand in the file; leave the password out here, and put the "
+                "whole URL into a file named store.url in secrets_dir or $CREDENTIALS_DIRECTORY (of "
+                f"billingd-backup.service too), or set {ENV_PREFIX}STORE__URL",
                 places.pop("store.url", f"{path}"),
             )
         )
@@ -337,6 +339,25 @@ def _secret_files(directory: Path, faults: list[Fault], places: dict[str, str]) 
             found.setdefault(section, {})[key] = content
             break
     return found
+
+
+def _another_store(
+    credential: Mapping[str, Any], document: Mapping[str, Any], places: Mapping[str, str]
+) -> list[Fault]:
+    """A credential's URL must be the file's but for its password: who types a command has no credential."""
+    whole = credential.get("store", {}).get("url")
+    table = document.get("store")
+    written = table.get("url") if isinstance(table, dict) else None
+    if whole is None or (isinstance(written, str) and _without_password(whole) == _without_password(written)):
+        return []
+    return [
+        Fault(
+            "store.url",
+            "is another store in this credential than in the TOML file, and a command that is typed has no "
+            "credential: it would work on that one. Put the same URL into the file, without its password",
+            places.get("store.url", ""),
+        )
+    ]
 
 
 def _environment(env: Mapping[str, str], faults: list[Fault], places: dict[str, str]) -> dict[str, Any]:
@@ -492,6 +513,16 @@ def passwords_in(url: object) -> list[str]:
     for name, value in parts.query.items():
         found += ([value] if isinstance(value, str) else value) if "password" in name else []
     return [password for password in found if password]
+
+
+def _without_password(url: str) -> str:
+    """A database URL as it may stand in the file; what is no URL as it is."""
+    try:
+        parts = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        return url
+    public = parts.difference_update_query([name for name in parts.query if "password" in name])
+    return public._replace(password=None).render_as_string(hide_password=False)
 
 
 def without_credentials(value: Any) -> Any:
