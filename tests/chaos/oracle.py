@@ -59,6 +59,8 @@ class Ledger:
     """Ids of the events that billingd took with 202."""
     up: list[tuple[datetime, datetime | None]] = field(default_factory=list)
     """From when to when billingd lived."""
+    dead: set[str] = field(default_factory=set)
+    """Keys of the actions that were given up, and that a person had tried again."""
     struck: list[datetime] = field(default_factory=list)
     """When a request of billingd's went wrong."""
 
@@ -430,7 +432,8 @@ def _late_without_need(ledger: Ledger, rows: Rows, far: Far, lead: timedelta) ->
     standing = {item["subject"] for item in rows.held if item["kind"] == "late_usage"}
     late: Counter[tuple[Pair, int]] = Counter()
     for record in rows.records:
-        if record.state == "held" and f"usage:{record.tag}" in standing:
+        given_up = f"report_usage:{record.tag}" in ledger.dead
+        if record.state == "held" and f"usage:{record.tag}" in standing and not given_up:
             pair = record.subscription, record.quota
             for one in far.of.get(record.subscription, ()):
                 late[pair, _place([cycle.started_at for cycle in one.cycles], record.at)] += record.units

@@ -577,6 +577,7 @@ class Life:
         for action in dead:
             self.note("dead", action["key"], action["error"])
             self.counts["dead"] += 1
+            self.ledger.dead.add(action["key"])
             if not action["error"].startswith(EXHAUSTED):
                 continue  # given up at once: the oracle is to see it
             daemon = self._running()
