@@ -340,6 +340,31 @@ async def test_a_doubt_stays_while_no_list_shows_its_record(rig: Rig) -> None:
     assert await doubt(rig) == []
 
 
+@pytest.mark.parametrize("removed", [False, True])
+@ONE_DATABASE
+async def test_a_doubt_is_audited_daily_after_the_end_and_says_what_it_waits_for(
+    rig: Rig, removed: bool
+) -> None:
+    """Its own audit met a list that lagged. Of a record that is removed at Recurly only a person can say."""
+    item = await doubted(rig)
+    rig.fault("list_lag", "GET", USAGE, times=2, args={"seconds": 3600})
+    await rig.work(timedelta(minutes=4))
+    if removed:
+        [made] = rig.world.site.usages
+        await rig.recurly._adapter.remove_usage(made, key="by hand")
+    await rig.move("acme", "cancel")
+    await rig.settled()
+    [billed] = rig.billed(item["subscription_id"])
+    assert billed["state"] == "expired"
+    rig.pass_(DAY)
+    await rig.poll()
+    await rig.work(HOUR)
+    standing = await doubt(rig)
+    assert len(standing) == removed
+    for one in standing:
+        assert one["reason"].count("An audit could not end this doubt: Recurly does not show the record") == 1
+
+
 @ONE_DATABASE
 async def test_a_correction_that_was_made_twice_is_told_of(rig: Rig) -> None:
     """It is billed with its twin when its doubt is audited, and what it corrects was billed before."""

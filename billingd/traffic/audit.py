@@ -31,6 +31,8 @@ DOUBLE: Final = "double_record"
 FOREIGN: Final = "foreign_record"
 WRONG: Final = "wrong_amount"
 SECOND: Final = timedelta(seconds=1)
+NOT_ENDED: Final = " An audit could not end this doubt:"
+"""How a doubt's reason goes on from where it may need a person."""
 
 
 class Billing(Protocol):
@@ -69,8 +71,12 @@ class UsageAuditor:
         began = self._clock.now()
         async with self._store.read() as tx:
             link = await links.find_subscription(tx, action.args["id"])
-            if link is None or await marks.find(tx, marks.unread(link.subscription_id)) is not None:
-                return  # what of it is ours is not known before it is read back
+            unread = await marks.find(tx, marks.unread(action.args["id"])) is not None
+        if link is None or unread:  # what of it is ours is not known before it is read back
+            why = "its subscription is not linked" if link is None else "its usage is yet to be read back"
+            await self._doubt_stands(action.args["id"], began, why)
+            return
+        async with self._store.read() as tx:
             known = await periods.of(tx, link.subscription_id)
             add_ons = await links.add_ons_of(tx, link.plan_id)
             writes = [*await _doubted(tx, link), *([asked] if (asked := action.args.get("write")) else [])]
@@ -88,8 +94,11 @@ class UsageAuditor:
             verdicts.append(await self._add_on(link, add_on, there, begin))
             seen.update(there)
         looked = bool(verdicts) or not add_ons
-        if looked and all(verdicts) and (not writes or await self._alone(link)):
+        if not all(verdicts):
+            return  # what is wrong is held
+        if looked and (not writes or await self._alone(link)):
             await self._clear_doubt(link, began, seen)
+        await self._doubt_stands(link.subscription_id, began, "Recurly does not show the record")
 
     async def _listed(
         self,
@@ -355,6 +364,16 @@ class UsageAuditor:
                     await held.close_one(tx, item["id"], resolution=resolution, now=self._clock.now())
             if doubts and not await mistrust(tx):
                 log.info("recurly.keys_relied_on_again")
+
+    async def _doubt_stands(self, subscription_id: str, began: datetime, why: str) -> None:
+        """Say in each doubt that this audit should have ended why it did not: perhaps only a person can."""
+        why = f"{NOT_ENDED} {why}. If that stays so, look at Recurly for a double, and release this."
+        async with self._store.write() as tx:
+            for item in await held.standing(tx, kind=DOUBTED):
+                if item["subscription_id"] == subscription_id and item["since"] + self._settling <= began:
+                    reason = item["reason"].partition(NOT_ENDED)[0] + why
+                    said = Hold(DOUBTED, item["subject"], reason, subscription_id=subscription_id)
+                    await held.add(tx, said, now=self._clock.now())
 
 
 def _in_trial(record: BilledUsage, known: Sequence[Period]) -> bool:

@@ -17,7 +17,8 @@ from billingd.domain.periods import cut, edges
 from billingd.domain.usage import Booked, Reading
 from billingd.domain.windows import Window, floor, next_length, settled_end
 from billingd.loops import Clock
-from billingd.store import links, marks, outbox, periods, usage, watermarks
+from billingd.once import DOUBTED
+from billingd.store import held, links, marks, outbox, periods, usage, watermarks
 from billingd.store.engine import Store, Tx
 from billingd.store.links import AddOnLink, SubscriptionLink
 from billingd.store.usage import Pair
@@ -216,6 +217,7 @@ class TrafficPoller:
         now = self._clock.now()
         async with self._store.read() as tx:
             billing = await links.billing(tx)
+            doubts = await held.standing(tx, kind=DOUBTED)
         due: list[Action] = []
         asked: dict[datetime, list[Action]] = defaultdict(list)
         for link, ends_at in self._ending_soon(billing):
@@ -225,12 +227,14 @@ class TrafficPoller:
                 asked[now + wait].append(audit)
             else:
                 due.append(audit)
-        for link in billing:
-            at = audit_due(link.subscription_id, now)
+        # what was doubted may be over since, and only an audit ends a doubt
+        doubted = {item["subscription_id"] for item in doubts} - {None}
+        for about in {**dict.fromkeys(link.subscription_id for link in billing), **dict.fromkeys(doubted)}:
+            at = audit_due(about, now)
             # Nobody knows when the process before this one asked; the outbox knows what it asked for.
             if self._audited_at is None or self._audited_at < at:
-                spread = audit_spread(link.subscription_id) if self._audited_at is None else timedelta(0)
-                asked[now + spread].append(audit_action(link.subscription_id, because=f"{at:%Y%m%dT%H}"))
+                spread = audit_spread(about) if self._audited_at is None else timedelta(0)
+                asked[now + spread].append(audit_action(about, because=f"{at:%Y%m%dT%H}"))
         await self._ask(asked, now)
         self._audited_at = now
         return due
