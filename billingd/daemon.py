@@ -250,6 +250,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         window=settings.traffic.window,
         read_back=read_back,
     )
+    prices = PriceCheck(amplify, recurly)
     subscriptions = SubscriptionProvisioner(
         store,
         clock,
@@ -258,7 +259,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         once,
         linker,
         absences,
-        PriceCheck(amplify, recurly),
+        prices,
         Policy(
             accounts_missing=settings.accounts.missing,
             collection_method=settings.recurly.collection_method,
@@ -266,7 +267,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
             look_again=look_again,
         ),
     )
-    attacher = AddOnAttacher(store, clock, recurly, once, look_again=look_again)
+    attacher = AddOnAttacher(store, clock, recurly, once, prices, look_again=look_again)
     ender = SubscriptionEnder(
         store,
         clock,

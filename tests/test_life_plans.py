@@ -1,7 +1,7 @@
 """Life after provisioning, of plans: quotas gained and lost, titles, prices, deprecation, the end."""
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +10,7 @@ from rig import HOUR, LOOK_AGAIN, PER_UNIT, Json, Rig, a_rig
 
 from billingd.admin.operations import release
 from billingd.domain.errors import Refused
-from billingd.domain.events import plan_action, subscription_action
+from billingd.domain.events import attach_action, plan_action, subscription_action
 from billingd.sandbox import control_amplify
 from billingd.sandbox.amplify.journal import Event
 from billingd.sandbox.amplify.resources import Resource
@@ -184,6 +184,34 @@ async def test_a_refused_add_on_is_held_told_once_and_released(rig: Rig) -> None
     await rig.work()
     assert code in add_ons(rig, acme)
     assert (await rig.held(), await rig.dead()) == ({}, [])
+
+
+@ONE_DATABASE
+async def test_a_refused_add_on_stays_held_when_another_is_put_on(rig: Rig) -> None:
+    """Recurly takes the one and not the other, whichever action asks, and neither keeps the other off."""
+    acme = await rig.subscribe()
+    await rig.work()
+    add = rig.recurly._adapter.add_to_subscription
+
+    async def refuse_one(uuid: str, codes: Sequence[str], **kwargs: Any) -> None:
+        if refused in codes:
+            raise Refused("not that one")
+        await add(uuid, codes, **kwargs)
+
+    rig.recurly._adapter.add_to_subscription = refuse_one
+    refused = await add_quota(rig)
+    await rig.work()
+    assert set(await rig.held()) == {"attach_refused"}
+    other = await add_quota(rig, "other")
+    await rig.work()
+    assert (refused in add_ons(rig, acme), other in add_ons(rig, acme)) == (False, True)
+    assert set(await rig.held()) == {"attach_refused"}
+    assert sum("lacks an add-on" in told for told in rig.channels.provider) == 1
+    rig.recurly._adapter.add_to_subscription = add
+    await rig.ask(attach_action(acme, ["whatever was lacking before"]))
+    await rig.work()
+    assert refused in add_ons(rig, acme)
+    assert (await rig.held(), await rig.unfinished()) == ({}, [])
 
 
 @pytest.mark.parametrize(

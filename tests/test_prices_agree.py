@@ -144,18 +144,77 @@ async def test_a_free_quota_whose_add_on_is_removed_at_recurly_lets_the_waiting_
     assert told == [("price_differs", acme)]
 
 
-async def test_nobody_new_gets_the_add_on_of_a_quota_that_is_gone(rig: Rig) -> None:
-    """What Amplify counts on it all the same is not charged; who had it keeps it."""
+async def test_a_quota_that_one_list_lacks_is_billed_to_who_subscribed_meanwhile(rig: Rig) -> None:
+    """Nobody can tell it from one that is gone, whose add-on costs nothing, for it has no usage."""
     add_on = await with_extra(rig)
-    lost = next(one for one in rig.world.tenant.resources.of_kind("Quota") if one.name == "extra")
-    rig.world.tenant.delete(lost, asked=False)
+    rig.blind("Quota", names={"extra"})
     late = await rig.subscribe("late")
-    await rig.work(2 * LOOK_AGAIN)
-    await resynced(rig)
-    [billed] = rig.billed(late)
-    assert add_on.code not in billed["add_ons"]
+    await rig.work()
     assert (await rig.held(), rig.approval("late")) == ({}, "approved")
     assert (await reconciled(rig))["drift"] == []
+    rig.sighted()
+    await rig.traffic("late", 100, quota="extra")
+    await rig.report()
+    [billed] = rig.billed(late)
+    assert billed["add_ons"][add_on.code]["reported_units"] == 100
+    assert await rig.held() == {}
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("how", ["free", "gone"])
+async def test_what_was_left_out_is_not_put_on_later(rig: Rig, how: str, lost: bool) -> None:
+    """Its add-on is removed; nor after a lost answer, when what was made is only found."""
+    add_on = await with_extra(rig)
+    if how == "free":
+        spec(rig, "Quota", "extra")["pricing"] = {"type": "unlimited"}
+    else:
+        gone = next(one for one in rig.world.tenant.resources.of_kind("Quota") if one.name == "extra")
+        rig.world.tenant.delete(gone, asked=False)
+    remove_add_on(rig.world.site, add_on)
+    if lost:
+        rig.fault("lost", "POST", "/subscriptions", times=1)
+    late = await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    assert (await rig.held(), rig.approval("late")) == ({}, "approved")
+    assert add_on.code not in rig.billed(late)[0]["add_ons"]
+    assert await rig.unfinished() == []
+
+
+async def paused_while_extra_comes(rig: Rig) -> tuple[str, Any]:
+    """Who has no add-on yet for a quota that the plan gained, for a pause takes no change; the add-on."""
+    [link] = await rig.rows(schema.subscription_links)
+    rig.world.site.pause(link["uuid"])
+    await rig.work(LOOK_AGAIN)
+    return link["subscription_id"], await with_extra(rig)
+
+
+async def test_nobody_is_given_what_became_free_before_it_was_put_on(rig: Rig) -> None:
+    """It waits until it costs nothing, while another quota that the plan gained is put on at once."""
+    acme, add_on = await paused_while_extra_comes(rig)
+    spec(rig, "Quota", "extra")["pricing"] = {"type": "unlimited"}
+    await rig.play(control_amplify.add_quota, {"name": "more", "pricing": PER_UNIT}, name="metered")
+    rig.world.site.resume(rig.billed(acme)[0]["uuid"])
+    await rig.work(2 * LOOK_AGAIN)
+    codes = set(rig.billed(acme)[0]["add_ons"])
+    assert (add_on.code in codes, len(codes)) == (False, 2)
+    assert "Set its price to 0" in (await rig.waits("attach_add_ons"))[0]
+    assert set(await rig.held()) == {"plan_differs"}
+    add_on.prices["USD"] = replace(add_on.prices["USD"], amount=Decimal(0))
+    await resynced(rig)
+    assert add_on.code in rig.billed(acme)[0]["add_ons"]
+    assert (await rig.held(), await rig.unfinished()) == ({}, [])
+
+
+async def test_nobody_is_given_what_costs_otherwise_at_recurly_now(rig: Rig) -> None:
+    acme, add_on = await paused_while_extra_comes(rig)
+    agreed = add_on.prices["USD"]
+    add_on.prices["USD"] = replace(agreed, amount=Decimal(5))
+    rig.world.site.resume(rig.billed(acme)[0]["uuid"])
+    await rig.work(2 * LOOK_AGAIN)
+    assert add_on.code not in rig.billed(acme)[0]["add_ons"]
+    add_on.prices["USD"] = agreed
+    await rig.work(2 * LOOK_AGAIN)
+    assert add_on.code in rig.billed(acme)[0]["add_ons"]
 
 
 @pytest.mark.parametrize(

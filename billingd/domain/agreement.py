@@ -43,7 +43,8 @@ class Uncharged:
     """A linked add-on for which Amplify charges nothing any more: its quota became free, or is `gone`.
 
     What is counted of a free quota is told to Recurly on, so new subscriptions have its add-on once it costs
-    nothing there. One that is gone counts nothing; no new subscription gets it.
+    nothing there. Of one that is gone nothing is counted, which costs nothing: they have its add-on as
+    long as Recurly has it, for a list may just lack the quota, whose usage must be billed then.
     """
 
     code: str
@@ -61,8 +62,7 @@ class Uncharged:
 
     def belongs(self, add_on: BilledAddOn | None) -> bool:
         """Whether subscriptions to the plan have it all the same."""
-        there = add_on is not None and add_on.state == "active"
-        return there and not self.gone and not self.differences(add_on)
+        return add_on is not None and add_on.state == "active" and not self.differences(add_on)
 
 
 def uncharged(

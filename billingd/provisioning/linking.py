@@ -1,6 +1,6 @@
 """Linking a subscription to what was made of it at Recurly: the link and what it needs at once."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
@@ -103,14 +103,12 @@ class Linker:
         *,
         usage_from: datetime | None = None,
         approved_at: datetime | None = None,
-        left_out: Collection[str] = (),
     ) -> SubscriptionLink:
         """Link it, close what was held of it, and ask for the add-ons that it lacks.
 
         `usage_from` is when its usage begins to count, if that is not when it was made at Recurly.
         `approved_at` adopts one that another program billed until then: it is `active` at once, and what it
-        was served before `usage_from` is not ours to bill. `left_out` are the codes of linked add-ons that it
-        is not to have, for Amplify charges nothing for them.
+        was served before `usage_from` is not ours to bill.
         """
         now = self._clock.now()
         if usage_from is None:
@@ -147,9 +145,9 @@ class Linker:
             )
             subject = f"subscription:{link.subscription_id}"
             await held.close(tx, subject=subject, resolution="created at Recurly", now=now)
-            # the plan may have gained a quota since this was made
+            # the plan may have gained a quota since this was made; their handler leaves out what is free
             add_ons = {one.add_on_code for one in await links.add_ons_of(tx, plan.plan_id)}
-            lacking = add_ons - set(made.add_on_codes) - set(left_out)
+            lacking = add_ons - set(made.add_on_codes)
             if lacking and isinstance(subscription, Subscription):
                 await outbox.insert(tx, [attach_action(link.subscription_id, lacking)], now=now)
             if self._read_back is not None:

@@ -277,7 +277,7 @@ class PlanProvisioner:
         for_nothing = tuple(
             replace(link, prices=there[link.add_on_code].prices)
             for link in known.values()
-            if link.add_on_code in free and free[link.add_on_code].belongs(there.get(link.add_on_code))
+            if (kept := free.get(link.add_on_code)) and not kept.gone and kept.belongs(there.get(kept.code))
         )
         return Ensured(tuple(wrong), tuple(agreeing), for_nothing)
 
@@ -354,8 +354,8 @@ class PlanProvisioner:
                 f"Quota {one.title} of {plan.title} is gone",
                 f"Amplify has no quota {one.title} in plan {plan.title} ({plan.name}) any more. Its add-on "
                 f"{one.add_on_code} stays at Recurly, on the plan and on its subscriptions, so that what was "
-                "counted is billed; without usage it costs nothing. Nothing was removed; new subscriptions "
-                "do not get it.",
+                "counted is billed; without usage it costs nothing. Nothing was removed; new ones get "
+                "it too, until you remove it from the plan there.",
             )
             for one in gone
         ]

@@ -1,7 +1,7 @@
 """Price check: a linked plan as both sides have it now, right before somebody is charged by it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from billingd.domain.agreement import add_on_differences, differences, uncharged
@@ -28,10 +28,14 @@ class Billing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """How a new subscription would be charged otherwise than Amplify says, and the add-ons it is to have."""
+    """How a new subscription would be charged otherwise than Amplify says, and the add-ons it is to have.
+
+    `unfit`: the add-ons for which Recurly would charge otherwise, or may, and how.
+    """
 
     faults: tuple[str, ...]
     add_on_codes: tuple[str, ...] = ()
+    unfit: Mapping[str, str] = field(default_factory=dict)
 
 
 class PriceCheck:
@@ -59,25 +63,41 @@ class PriceCheck:
             raise Retryable(f"Amplify does not show the quotas of plan {plan.title}: {error}") from error
         spec = translate(there, quotas)
         if isinstance(spec, NotOurs):
-            return Checked((spec.reason,))
+            return _none((spec.reason,), linked)
         if isinstance(spec, Inexpressible):
-            return Checked(spec.reasons)
+            return _none(spec.reasons, linked)
         if spec.currency != plan.currency:
-            return Checked((f"Amplify charges in {spec.currency}, and it was linked in {plan.currency}.",))
+            changed = f"Amplify charges in {spec.currency}, and it was linked in {plan.currency}."
+            return _none((changed,), linked)
         billed = await self._billing.find_plan(plan.plan_code)
         if billed is None:
-            return Checked((f"Recurly does not show plan {plan.plan_code}.",))
+            return _none((f"Recurly does not show plan {plan.plan_code}.",), linked)
         faults = list(differences(spec, billed))
         if billed.state != "active":
-            return Checked(tuple(faults))
+            return _none(tuple(faults), linked)
         add_ons = {one.code: one for one in await self._billing.list_add_ons(plan.plan_code, spec.currency)}
+        wrong: dict[str, tuple[str, ...]] = {}
         for one in spec.add_ons:
             if one.code not in add_ons:
                 faults.append(f'Recurly does not show add-on "{one.code}".')
             else:
-                faults += add_on_differences(one, add_ons[one.code])
+                wrong[one.code] = add_on_differences(one, add_ons[one.code])
         free = uncharged(spec, quotas, linked)
         for each in free:
-            faults += each.differences(add_ons.get(each.code))
+            wrong[each.code] = each.differences(add_ons.get(each.code))
         kept = (each.code for each in free if each.belongs(add_ons.get(each.code)))
-        return Checked(tuple(faults), (*(one.code for one in spec.add_ons), *kept))
+        return Checked(
+            (*faults, *(sentence for those in wrong.values() for sentence in those)),
+            (*(one.code for one in spec.add_ons), *kept),
+            # one that is not there, or is removed, charges nobody: Recurly refuses it
+            {
+                code: " ".join(those)
+                for code, those in wrong.items()
+                if those and add_ons[code].state == "active"
+            },
+        )
+
+
+def _none(faults: tuple[str, ...], linked: Sequence[AddOnLink]) -> Checked:
+    """What is so while nothing can be said of the single add-ons."""
+    return Checked(faults, unfit={one.add_on_code: " ".join(faults) for one in linked})

@@ -358,8 +358,8 @@ class SubscriptionProvisioner:
         made_already = any(one.marker == subscription.id for one in theirs)
         async with self._store.read() as tx:
             add_ons = await links.add_ons_of(tx, plan.plan_id)
-        linked = [one.add_on_code for one in add_ons]
-        checked = Checked((), tuple(linked)) if made_already else await self._prices.check(plan, add_ons)
+        # one that was made is only found, whatever the prices are now
+        checked = Checked(()) if made_already else await self._prices.check(plan, add_ons)
         if checked.faults:
             return await self._priced_otherwise(subscription, plan, checked.faults)
         new = NewSubscription(
@@ -419,8 +419,7 @@ class SubscriptionProvisioner:
                 "the subscriber may then subscribe anew."
             )
             return await self._hold(subscription, "subscription_expired", reason)
-        left_out = set(linked) - set(checked.add_on_codes)
-        return await self._linker.link(subscription, plan, made, left_out=left_out)
+        return await self._linker.link(subscription, plan, made)
 
     async def _priced_otherwise(
         self, subscription: Subscription, plan: PlanLink, faults: tuple[str, ...]
