@@ -458,7 +458,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {**TWO, "quotas": FREE, "billed_add_ons": (BILLED_ADD_ON,)},
         "",
     ),
-    ("lacks that of a quota that is gone", TWO, ""),
+    ("lacks that of a quota that is gone, or just not listed", TWO, "~sub"),
     ("not live, known", {"billed": (), "links": (Link(billed_state="expired"),)}, ""),
     ("paused", {"billed": (), "links": (Link(billed_state="paused"),)}, ""),
     ("not live, linked since the listing", {"billed": (), "before": frozenset({"p1"})}, ""),
