@@ -61,6 +61,10 @@ class Blotter:
         return self._clean(str(value))
 
 
+CACHED: Final = True
+"""Whether a logger keeps what it was configured with at its first use: faster, and once for a process."""
+
+
 def configure(*, level: str = "info", json: bool | None = None, blotter: Blotter | None = None) -> None:
     """Send billingd's and its libraries' logs to stderr, without what the blotter hides.
 
@@ -86,7 +90,7 @@ def configure(*, level: str = "info", json: bool | None = None, blotter: Blotter
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=CACHED,
     )
     foreign = logging.StreamHandler(sys.stderr)
     foreign.setFormatter(

@@ -11,11 +11,13 @@ from pathlib import Path
 import asyncpg
 import pytest
 import sqlalchemy as sa
+import structlog
 from chaos_summary import ChaosSummary
 from hypothesis import settings
 from manual_clock import ManualClock
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from billingd import logs
 from billingd.domain.privacy import KNOWN
 from billingd.store import migrate
 from billingd.store.engine import Store
@@ -46,6 +48,15 @@ def no_secrets_known() -> Iterator[None]:
     """A process knows its own secrets only; these tests are many in one."""
     yield
     KNOWN.forget()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands that run inside of the tests configure the log: no other test is to notice."""
+    monkeypatch.setattr(logs, "CACHED", False)
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture

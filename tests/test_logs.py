@@ -61,6 +61,7 @@ def test_a_secret_that_is_taken_over_later_is_hidden_by_loggers_in_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the one that it took the place of still is."""
+    monkeypatch.setattr(logs, "CACHED", True)
     with logged(monkeypatch) as stream:
         blotter = logs.Blotter([SECRET])
         logs.configure(json=True, blotter=blotter)

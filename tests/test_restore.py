@@ -281,10 +281,10 @@ async def test_what_was_under_way_when_the_old_process_died_is_waited_for(rig: R
     await rig.poll()
     rig.steps.die_on, rig.steps.wire = "sent POST /subscriptions", True
     assert await rig.dies()
-    rig.steps.wire = False
     assert len(rig.steps.in_flight) == 1
     await rig.traffic("acme", 3, at=rig.far.now() - HOUR)  # the same window holds more now
     await put_back(rig, copy)
+    rig.steps.wire = False  # not before: a thread of the dead process may have been about to send another one
     assert not await rig.daemon.read_back.run_once()
     assert await rig.land() == 1
     await go_on(rig)

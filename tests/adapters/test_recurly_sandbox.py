@@ -21,6 +21,7 @@ from billingd.sandbox.clock import ManualClock, dating
 from billingd.sandbox.faults import Faults, Rule
 from billingd.sandbox.recurly.routes import routes
 from billingd.sandbox.recurly.site import Site
+from billingd.sandbox.server import API_KEY
 
 ACCOUNT = "amplify-team-1"
 UNIT = MeasuredUnitSpec("amplify-unit-transactions", "Transactions")
@@ -73,7 +74,7 @@ class Rehearsal:
 
 
 @asynccontextmanager
-async def rehearsal(*, api_key: str = "sandbox") -> AsyncIterator[Rehearsal]:
+async def rehearsal(*, api_key: str = API_KEY) -> AsyncIterator[Rehearsal]:
     clock, time = ManualClock(), FakeTime()
     site, faults = Site(clock), Faults(clock)
     app = web.Application(middlewares=[faults.middleware(lambda request: "recurly")])

@@ -1,6 +1,7 @@
 """The store's transactions: what has returned is kept, what failed is not, and nobody harms a neighbour."""
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -223,5 +224,10 @@ async def test_a_postgres_that_falls_silent_is_not_waited_for_for_ever(
         with pytest.raises(StoreUnavailable, match="it did not answer in time"):
             await fall_silent()
         silent.clear()
-        async with store.read() as tx:
-            assert (await tx.execute(sa.text("SELECT 3"))).scalar_one() == 3
+        answers: list[int] = []
+        for _ in range(50):  # a busy machine may take longer than the tenth of a second, once or twice
+            with contextlib.suppress(StoreUnavailable):
+                async with store.read() as tx:
+                    answers.append((await tx.execute(sa.text("SELECT 3"))).scalar_one())
+                break
+        assert answers == [3]
