@@ -733,9 +733,10 @@ class Rig:
             return await usage.totals(tx)
 
     async def rows(self, table: Any) -> list[Json]:
-        """Everything in a table."""
+        """Everything in a table, in the order of its key."""
         async with self.store.read() as tx:
-            return [dict(row) for row in (await tx.execute(table.select())).mappings()]
+            in_order = table.select().order_by(*table.primary_key)
+            return [dict(row) for row in (await tx.execute(in_order)).mappings()]
 
     def billed(self, subscription_id: str) -> list[Json]:
         """What Recurly holds under a marker."""
