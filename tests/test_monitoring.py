@@ -116,6 +116,19 @@ async def test_a_commit_that_wrote_nothing_does_not_make_the_store_writable(
     assert marks == [], "nothing of the proof is left"
 
 
+async def test_writers_that_go_on_at_once_do_not_hinder_each_other(store: Store) -> None:
+    """PostgreSQL is back, and every writer that it had failed sees for itself that it can write."""
+    for _ in range(5):
+        store.write_error = "the server was away"
+        await asyncio.gather(*(write_nothing(store) for _ in range(8)))
+        assert store.write_error is None
+
+
+async def write_nothing(store: Store) -> None:
+    async with store.write():
+        pass
+
+
 def printed_by(*words: str) -> Result:
     return CliRunner().invoke(program, words)
 

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from billingd.domain.errors import BillingdError, Retryable, StoreBusy
+from billingd.store.rows import upsert
 from billingd.store.schema import marks
 
 Tx = AsyncConnection
@@ -106,13 +107,13 @@ class Store:
     async def _prove(self) -> None:
         """See that a write as large as any webhook's goes well again; what wrote nothing proves nothing.
 
-        On a full disk a claim that finds no action commits, for it touches no page.
+        On a full disk a claim that finds no action commits, for it touches no page. On PostgreSQL several
+        writers may be at it at once.
         """
+        padding = {"name": PROOF, "at": datetime.now(UTC), "detail": {"padding": "." * PROOF_BYTES}}
         try:
             async with self._transaction() as tx:
-                await tx.execute(sa.delete(marks).where(marks.c.name == PROOF))
-                padding = {"name": PROOF, "at": datetime.now(UTC), "detail": {"padding": "." * PROOF_BYTES}}
-                await tx.execute(sa.insert(marks).values(padding))
+                await upsert(tx, marks, padding)
             async with self._transaction() as tx:
                 await tx.execute(sa.delete(marks).where(marks.c.name == PROOF))
         except (StoreUnavailable, StoreDamaged) as error:

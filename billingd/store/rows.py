@@ -6,8 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-
-from billingd.store.engine import Tx
+from sqlalchemy.ext.asyncio import AsyncConnection as Tx
 
 PARAMETERS_MAX = 30_000
 """Bound parameters in one statement: SQLite takes 32,766, PostgreSQL's protocol 32,767."""

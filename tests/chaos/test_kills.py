@@ -40,6 +40,7 @@ def test_kills_at_random_moments(
 
 
 LOST_KILLS: Final = scale.kills(quick=4, full=100)
+LOST_POSTGRES_KILLS: Final = 2
 
 
 @pytest.mark.parametrize("on_postgres", [False, True], ids=["sqlite", "postgres"])
@@ -54,7 +55,15 @@ def test_kills_while_no_webhook_comes(
 
     def run(attempt: int) -> Counts:
         directory = tmp_path / f"attempt-{attempt}"
-        return play(directory, 7_000 + on_postgres, kills, on_postgres=on_postgres, lost=True)
+        postgres_kills = LOST_POSTGRES_KILLS if on_postgres else 0
+        return play(
+            directory,
+            7_000 + on_postgres,
+            kills,
+            postgres_kills=postgres_kills,
+            on_postgres=on_postgres,
+            lost=True,
+        )
 
     done = recurring(run, scale.again(request.node.nodeid))
     record_property("chaos", vars(done))
