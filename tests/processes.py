@@ -43,9 +43,15 @@ def call(
         return json.loads(answer.read())
 
 
-def until(what: str, true: Callable[[], bool], *, said: Callable[[], object] = str) -> None:
+def until(
+    what: str,
+    true: Callable[[], bool],
+    *,
+    said: Callable[[], object] = str,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> None:
     """Wait until something is so; fail with its name, and with what `said` says then, when it never is."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
         try:
             if true():
