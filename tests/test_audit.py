@@ -340,6 +340,23 @@ async def test_a_doubt_stays_while_no_list_shows_its_record(rig: Rig) -> None:
     assert await doubt(rig) == []
 
 
+@ONE_DATABASE
+async def test_a_doubt_ends_with_a_record_that_is_there_once_whatever_its_units(rig: Rig) -> None:
+    """What differs is held of itself, until a person writes it off: keys are relied on again all the same."""
+    await doubted(rig)
+    [made] = rig.world.site.usages.values()
+    made.amount = 4
+    await rig.work(timedelta(minutes=4))
+    assert set(await rig.held()) == {"wrong_amount"}
+    async with rig.store.read() as tx:
+        [item] = await held.standing(tx)
+    assert await operations.write_off(rig.store, item["id"], reason="meant", now=rig.clock.now())
+    rig.pass_(DAY)
+    await rig.poll()
+    await rig.work(HOUR)
+    assert await rig.held() == {}
+
+
 @pytest.mark.parametrize("removed", [False, True])
 @ONE_DATABASE
 async def test_a_doubt_is_audited_daily_after_the_end_and_says_what_it_waits_for(

@@ -65,8 +65,8 @@ class UsageAuditor:
         """List what Recurly holds of the open cycle, billed or not, add-on by add-on.
 
         A tag that is there more than once: the unbilled extra records are removed, billed ones are held for
-        a refund. Records that billingd never made are held up to a person. Where each tag is there once, a
-        doubt about the idempotency key of one that was seen is settled.
+        a refund. Records that billingd never made are held up to a person. A doubt about the idempotency key
+        of one that is there once is settled, whatever its units are.
         """
         began = self._clock.now()
         async with self._store.read() as tx:
@@ -84,21 +84,19 @@ class UsageAuditor:
             doubted = await usage.by_tags(tx, [corrected_tag(tag) or tag for tag in tags])
         # what an adopted subscription was billed for before its cut-over is the original integration's
         begin = max(max(known).started_at, link.usage_from) if known else link.usage_from
-        verdicts = []
+        looked = not add_ons
         seen: set[str] = set()
         for add_on in add_ons:
             try:
                 there = await self._listed(link, add_on, known, begin, doubted.values())
             except NotFound:
                 continue  # a quota that came after this subscription: it has no such add-on
-            verdicts.append(await self._add_on(link, add_on, there, begin))
-            seen.update(there)
-        looked = bool(verdicts) or not add_ons
-        if not all(verdicts):
-            return  # what is wrong is held
+            await self._add_on(link, add_on, there, begin)
+            looked = True
+            seen.update(tag for tag, records in there.items() if len(records) == 1)
         if looked and (not writes or await self._alone(link)):
             await self._clear_doubt(link, began, seen)
-        await self._doubt_stands(link.subscription_id, began, "Recurly does not show the record")
+        await self._doubt_stands(link.subscription_id, began, "Recurly does not show the record just once")
 
     async def _listed(
         self,
@@ -141,8 +139,8 @@ class UsageAuditor:
         add_on: AddOnLink,
         by_tag: Mapping[str, list[BilledUsage]],
         begin: datetime,
-    ) -> bool:
-        """Whether each of our tags is there once, with its units."""
+    ) -> None:
+        """Hold, or undo, what is not there once with its units."""
         async with self._store.read() as tx:
             tags = {corrected_tag(tag) or tag for tag in by_tag if tag.startswith(TAG_PREFIX)}
             known_tags = await usage.by_tags(tx, sorted(tags))
@@ -156,7 +154,6 @@ class UsageAuditor:
                 foreign += records
         await self._tell_foreign(link, add_on, foreign, begin)
         right: set[str] = set()
-        clean = True
         for tag, known in ours.items():
             units = known.record.units
             first, *extra = sorted(
@@ -179,15 +176,12 @@ class UsageAuditor:
             if there == units:
                 right.add(f"audit:{tag}")
             else:
-                clean = False
                 reason = f"Recurly has {there} unit(s) under {under}, where {units} were recorded"
                 await self._hold(link, add_on, WRONG, tag, reason, there - units)
             for one in extra:
-                clean = False
                 await self._prove_doubt()
                 await self._undo(link, add_on, tag, one)
         await self._close_mended(right)
-        return clean
 
     async def _close_mended(self, right: set[str]) -> None:
         """Amounts that were wrong and were seen to be right now need nobody any more."""
@@ -351,7 +345,7 @@ class UsageAuditor:
     async def _clear_doubt(self, link: SubscriptionLink, began: datetime, seen: Collection[str]) -> None:
         """Keys are relied on again once all that was doubted turned out to be there once, after all.
 
-        `seen`: the tags that this audit looked at. A record that no list shows (yet) proves nothing.
+        `seen`: the tags that this audit saw once. A record that no list shows (yet) proves nothing.
         """
         async with self._store.write() as tx:
             doubts = await held.standing(tx, kind=DOUBTED)
