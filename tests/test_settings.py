@@ -126,6 +126,26 @@ def test_who_types_a_command_reaches_the_daemons_store(written: str, tmp_path: P
     assert "pa55" not in str(fault)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_who_types_a_command_reads_the_secret_files_too(same: bool, tmp_path: Path) -> None:
+    """They come after the TOML file, whatever that says."""
+    url = "postgresql+asyncpg://me:pa55@db/b"
+    for name, there in (("secrets", url if same else url.replace("db/b", "db/other")), ("credentials", url)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "store.url").write_text(there)
+    written = "" if same else '[store]\nurl = "postgresql+asyncpg://me@db/b"\n'
+    config = write(tmp_path, f'secrets_dir = "{tmp_path}/secrets"\n{written}')
+    environment = {"CREDENTIALS_DIRECTORY": f"{tmp_path}/credentials"}
+    if same:
+        assert load(config, environment).settings.store.url == load(config, {}).settings.store.url == url
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        load(config, environment)
+    [fault] = [fault for fault in caught.value.faults if fault.key == "store.url"]
+    assert "secrets_dir" in fault.message
+    assert fault.place == f"{tmp_path}/credentials/store.url"
+
+
 def test_what_is_shown_holds_no_secret(tmp_path: Path) -> None:
     """Secrets, the store's password and notification URLs are masked."""
     environment = {

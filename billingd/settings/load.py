@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -154,9 +154,10 @@ def load(config: Path | None, environment: Mapping[str, str] | None = None) -> L
     directory = env.get(ENV_PREFIX + "SECRETS_DIR") or (layers[0][1].get("secrets_dir") if layers else None)
     for where in (directory, env.get("CREDENTIALS_DIRECTORY")):
         if where:
-            layers += [(str(where), _secret_files(Path(str(where)), faults, places))]
+            found = _secret_files(Path(str(where)), faults, places)
             if where == env.get("CREDENTIALS_DIRECTORY"):
-                faults += _another_store(layers[-1][1], layers[0][1] if path is not None else {}, places)
+                faults += _another_store(found, [layer for _, layer in layers], places)
+            layers.append((str(where), found))
     layers.append(("environment", _environment(env, faults, places)))
     origins: dict[str, str] = {}
     for origin, layer in layers:
@@ -342,19 +343,20 @@ def _secret_files(directory: Path, faults: list[Fault], places: dict[str, str]) 
 
 
 def _another_store(
-    credential: Mapping[str, Any], document: Mapping[str, Any], places: Mapping[str, str]
+    credential: Mapping[str, Any], files: Sequence[Mapping[str, Any]], places: Mapping[str, str]
 ) -> list[Fault]:
-    """A credential's URL must be the file's but for its password: who types a command has no credential."""
+    """A credential's URL must be that of the files but for its password: who types has no credential."""
     whole = credential.get("store", {}).get("url")
-    table = document.get("store")
-    written = table.get("url") if isinstance(table, dict) else None
+    tables = [table for one in files if isinstance(table := one.get("store"), dict)]
+    written = next((table["url"] for table in reversed(tables) if "url" in table), None)
     if whole is None or (isinstance(written, str) and _without_password(whole) == _without_password(written)):
         return []
     return [
         Fault(
             "store.url",
-            "is another store in this credential than in the TOML file, and a command that is typed has no "
-            "credential: it would work on that one. Put the same URL into the file, without its password",
+            "is another store in this credential than in the TOML file or secrets_dir, and a command that is "
+            "typed has no credential: it would work on that one. Put the same URL there, into the TOML file "
+            "without its password",
             places.get("store.url", ""),
         )
     ]
