@@ -250,7 +250,7 @@ def assemble(settings: Settings, store: Store, clock: Clock, outside: Outside, *
         window=settings.traffic.window,
         read_back=read_back,
     )
-    prices = PriceCheck(amplify, recurly)
+    prices = PriceCheck(store, amplify, recurly)
     subscriptions = SubscriptionProvisioner(
         store,
         clock,

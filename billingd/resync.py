@@ -343,6 +343,7 @@ class Resync:
             for kind in KINDS:
                 rows += await outbox.select(tx, states=[*UNFINISHED, State.DEAD], kind=kind)
             items = await held.standing(tx)
+            gone = await absence.all_gone_quotas(tx, add_ons.values())
             newest = await outbox.newest(tx)
             letters = {row["id"]: row["subject"] for row in rows if row["state"] == State.DEAD}
             done = await outbox.newest_done(tx, letters.values(), after=min(letters, default=0))
@@ -356,11 +357,12 @@ class Resync:
             else:
                 waiting.add(row["subject"])
         stands = {
-            item["subject"]: Standing(item["kind"], item["reason"], _name(item))
+            item["subject"]: Standing(item["kind"], item["reason"], _name(item), _add_ons(item))
             for item in items
             if item["subject"].startswith(("product:", "plan:", "subscription:"))
         }
-        return Known(plans, add_ons, subscriptions, before, frozenset(waiting), dead, stands), newest
+        waits = frozenset(waiting)
+        return Known(plans, add_ons, subscriptions, before, waits, dead, stands, frozenset(gone)), newest
 
     async def _tell_of_absence(self, tx: Tx, found: Comparison, now: datetime) -> None:
         kinds: tuple[Kind, ...] = ("plan", "subscription")
@@ -424,6 +426,11 @@ def _name(item: Mapping[str, Any]) -> str:
     """The name of the plan or subscription that is held, as far as the item tells."""
     args = (item["action"] or {}).get("args", {})
     return str(args.get("name") or item["subject"].split(":")[1])
+
+
+def _add_ons(item: Mapping[str, Any]) -> frozenset[str]:
+    """The add-ons that are held, where the item is of such."""
+    return frozenset((item["action"] or {}).get("args", {}).get("add_ons", ()))
 
 
 def _sorted_out(found: Sequence[T | Unreadable]) -> tuple[tuple[T, ...], tuple[Unreadable, ...]]:

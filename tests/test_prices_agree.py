@@ -13,7 +13,7 @@ from test_reconcile import reconciled
 from billingd.domain.events import plan_action
 from billingd.sandbox import control_amplify
 from billingd.sandbox.recurly.add_ons import remove_add_on
-from billingd.store import schema
+from billingd.store import events, schema
 
 MINUTE = timedelta(minutes=1)
 pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
@@ -144,20 +144,117 @@ async def test_a_free_quota_whose_add_on_is_removed_at_recurly_lets_the_waiting_
     assert told == [("price_differs", acme)]
 
 
-async def test_a_quota_that_one_list_lacks_is_billed_to_who_subscribed_meanwhile(rig: Rig) -> None:
-    """Nobody can tell it from one that is gone, whose add-on costs nothing, for it has no usage."""
+async def test_a_list_that_lacks_a_quota_says_nothing(rig: Rig) -> None:
+    """Who subscribes waits for the next list, and is billed for it then; a run says so, and finds nothing."""
     add_on = await with_extra(rig)
     rig.blind("Quota", names={"extra"})
     late = await rig.subscribe("late")
     await rig.work()
-    assert (await rig.held(), rig.approval("late")) == ({}, "approved")
-    assert (await reconciled(rig))["drift"] == []
+    assert (rig.billed(late), rig.approval("late")) == ([], "pending")
+    found = await reconciled(rig)
+    assert (found["drift"], len(found["not_compared"])) == ([], 1)
     rig.sighted()
+    await rig.work(2 * LOOK_AGAIN)
     await rig.traffic("late", 100, quota="extra")
     await rig.report()
     [billed] = rig.billed(late)
     assert billed["add_ons"][add_on.code]["reported_units"] == 100
     assert await rig.held() == {}
+
+
+async def costs_five_at_recurly(rig: Rig, add_on: Any) -> None:
+    add_on.prices["USD"] = replace(add_on.prices["USD"], amount=Decimal(5))
+
+
+async def costs_five_at_amplify(rig: Rig, _add_on: Any) -> None:
+    """What is linked, and what Recurly has, agree still."""
+    spec(rig, "Quota", "extra")["pricing"] = {"type": "perunit", "cost": 5}
+
+
+async def became_free_at_amplify(rig: Rig, _add_on: Any) -> None:
+    spec(rig, "Quota", "extra")["pricing"] = {"type": "unlimited"}
+
+
+@pytest.mark.parametrize("differ", [costs_five_at_recurly, costs_five_at_amplify, became_free_at_amplify])
+@pytest.mark.parametrize("lacks", ["amplify", "recurly"])
+async def test_a_list_that_lacks_what_differs_closes_no_hold(
+    rig: Rig, differ: Callable[[Rig, Any], Awaitable[None]], lacks: str
+) -> None:
+    add_on = await with_extra(rig)
+    await differ(rig, add_on)
+    late = await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    before = {row["id"]: row["closed_at"] for row in await rig.rows(schema.held)}
+    assert set(await rig.held()) == {"plan_differs", "plan_held"}
+    if lacks == "amplify":
+        rig.blind("Quota", names={"extra"})
+    else:
+        rig.fault("list_lag", "GET", "/plans/*/add_ons", times=None, args={"seconds": 9 * 3600})
+    await looked_at(rig)
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.work()
+    assert {row["id"]: row["closed_at"] for row in await rig.rows(schema.held)} == before
+    rig.sighted()
+    rig.world.faults.clear()
+    await rig.work(2 * LOOK_AGAIN)
+    assert {row["id"]: row["closed_at"] for row in await rig.rows(schema.held)} == before
+    assert rig.billed(late) == []
+
+
+async def test_a_list_that_lacks_what_cannot_be_expressed_makes_no_plan(rig: Rig) -> None:
+    """It is not linked yet: what is held says which quotas it was judged with."""
+    await rig.plan("other")
+    odd = await rig.play(control_amplify.add_quota, {"name": "odd", "pricing": EXTRA}, name="other")
+    spec(rig, "Quota", "odd")["pricing"] = {"type": "odd-new-type"}
+    await rig.work()
+    assert set(await rig.held()) == {"plan_inexpressible"}
+    rig.blind("Quota", names={"odd"})
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.work()
+    rig.sighted()
+    await rig.work(2 * LOOK_AGAIN)
+    assert (len(rig.world.site.plans), set(await rig.held())) == (1, {"plan_inexpressible"})
+    gone = next(
+        each for each in rig.world.tenant.resources.of_kind("Quota") if each.id == odd["metadata"]["id"]
+    )
+    rig.world.tenant.delete(gone, asked=False)
+    await rig.work()
+    assert (len(rig.world.site.plans), await rig.held()) == (2, {})
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_who_is_new_goes_without_a_quota_that_is_gone(rig: Rig, told: bool) -> None:
+    """At once when Amplify has told of it; else after two lists. If it was wrong, it is put on later."""
+    add_on = await with_extra(rig)
+    agreed = add_on.prices["USD"]
+    await costs_five_at_recurly(rig, add_on)
+    gone = next(one for one in rig.world.tenant.resources.of_kind("Quota") if one.name == "extra")
+    if told:
+        rig.world.tenant.delete(gone, asked=False)
+    else:
+        rig.blind("Quota", names={"extra"})
+    late = await rig.subscribe("late")
+    await rig.work(timedelta(0) if told else 2 * LOOK_AGAIN)
+    assert (rig.approval("late"), await rig.held()) == ("approved", {})
+    assert add_on.code not in rig.billed(late)[0]["add_ons"]
+    assert sum("Quota extra of metered is gone" in each for each in rig.channels.provider) == 1
+    rig.sighted()
+    add_on.prices["USD"] = agreed
+    await resynced(rig)
+    assert (add_on.code in rig.billed(late)[0]["add_ons"]) is not told
+    assert (await rig.held(), await rig.unfinished()) == ({}, [])
+
+
+async def test_a_deletion_is_known_for_as_long_as_the_quota_is_linked(rig: Rig) -> None:
+    await with_extra(rig)
+    gone = next(one for one in rig.world.tenant.resources.of_kind("Quota") if one.name == "extra")
+    rig.world.tenant.delete(gone, asked=False)
+    await rig.work()
+    async with rig.store.write() as tx:
+        await events.forget(tx, before=rig.clock.now() + HOUR)
+    late = await rig.subscribe("late")
+    await rig.work()
+    assert (rig.approval("late"), len(rig.billed(late)[0]["add_ons"])) == ("approved", 1)
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -205,16 +302,27 @@ async def test_nobody_is_given_what_became_free_before_it_was_put_on(rig: Rig) -
     assert (await rig.held(), await rig.unfinished()) == ({}, [])
 
 
-async def test_nobody_is_given_what_costs_otherwise_at_recurly_now(rig: Rig) -> None:
+@pytest.mark.parametrize("lacks", [None, "amplify", "recurly"])
+async def test_nobody_is_given_what_costs_otherwise_at_recurly_now(rig: Rig, lacks: str | None) -> None:
+    """Nor while a list lacks it."""
     acme, add_on = await paused_while_extra_comes(rig)
     agreed = add_on.prices["USD"]
-    add_on.prices["USD"] = replace(agreed, amount=Decimal(5))
+    await costs_five_at_recurly(rig, add_on)
+    if lacks == "amplify":
+        rig.blind("Quota", names={"extra"})
+    elif lacks == "recurly":
+        rig.fault("list_lag", "GET", "/plans/*/add_ons", times=None, args={"seconds": 9 * 3600})
     rig.world.site.resume(rig.billed(acme)[0]["uuid"])
+    await rig.work(LOOK_AGAIN)
+    assert add_on.code not in rig.billed(acme)[0]["add_ons"]
+    rig.sighted()
+    rig.world.faults.clear()
     await rig.work(2 * LOOK_AGAIN)
     assert add_on.code not in rig.billed(acme)[0]["add_ons"]
     add_on.prices["USD"] = agreed
-    await rig.work(2 * LOOK_AGAIN)
+    await resynced(rig)
     assert add_on.code in rig.billed(acme)[0]["add_ons"]
+    assert (await rig.held(), await rig.unfinished()) == ({}, [])
 
 
 @pytest.mark.parametrize(

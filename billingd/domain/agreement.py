@@ -5,10 +5,10 @@ Not compared: names, descriptions, prices in other currencies, and measured unit
 (recurly.md 4.4).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from billingd.domain.billing import BilledAddOn, BilledPlan
 from billingd.domain.catalog import UNLIMITED_TO, Quota
@@ -38,13 +38,31 @@ class LinkedAddOn(Protocol):
     def title(self) -> str: ...
 
 
+AnyLinkedAddOn = TypeVar("AnyLinkedAddOn", bound=LinkedAddOn)
+
+
+def unseen(
+    quotas: Iterable[Quota], linked: Iterable[AnyLinkedAddOn], gone: Collection[str]
+) -> tuple[AnyLinkedAddOn, ...]:
+    """What is linked and not among the plan's `quotas`, though nobody knows it to be `gone` (quota ids).
+
+    Such a list says nothing of the plan's prices: whoever would be charged by it waits.
+    """
+    listed = {quota.id for quota in quotas}
+    return tuple(one for one in linked if one.quota_id not in listed and one.quota_id not in gone)
+
+
+def not_listed(one: LinkedAddOn) -> str:
+    """What is said of an `unseen` one."""
+    return f'Amplify does not list quota "{one.title}", and nothing says that it was deleted.'
+
+
 @dataclass(frozen=True, slots=True)
 class Uncharged:
     """A linked add-on for which Amplify charges nothing any more: its quota became free, or is `gone`.
 
     What is counted of a free quota is told to Recurly on, so new subscriptions have its add-on once it costs
-    nothing there. Of one that is gone nothing is counted, which costs nothing: they have its add-on as
-    long as Recurly has it, for a list may just lack the quota, whose usage must be billed then.
+    nothing there. Of one that is known to be gone nothing is counted: they do without.
     """
 
     code: str
@@ -62,13 +80,14 @@ class Uncharged:
 
     def belongs(self, add_on: BilledAddOn | None) -> bool:
         """Whether subscriptions to the plan have it all the same."""
-        return add_on is not None and add_on.state == "active" and not self.differences(add_on)
+        there = add_on is not None and add_on.state == "active"
+        return there and not self.gone and not self.differences(add_on)
 
 
 def uncharged(
     spec: PlanSpec, quotas: Iterable[Quota], linked: Iterable[LinkedAddOn]
 ) -> tuple[Uncharged, ...]:
-    """The linked add-ons of a plan that `spec` does not have; `quotas` are all that Amplify lists of it."""
+    """The linked add-ons of a plan that `spec` does not have; of `quotas` none is `unseen`."""
     charged = {one.code for one in spec.add_ons}
     listed = {quota.id for quota in quotas}
     return tuple(

@@ -36,6 +36,7 @@ __all__ = [
     "PlanSpec",
     "TierSpec",
     "TierType",
+    "expressible",
     "translate",
 ]
 
@@ -154,6 +155,16 @@ def translate(plan: ProductPlan, quotas: tuple[Quota, ...]) -> PlanSpec | Inexpr
         total_billing_cycles=terms.total_billing_cycles,
         auto_renew=terms.auto_renew,
         add_ons=tuple(_add_on(quota) for quota in quotas if _billable(quota.pricing)),
+    )
+
+
+def expressible(plan: ProductPlan, quotas: tuple[Quota, ...]) -> tuple[Quota, ...]:
+    """Those quotas with which nothing is wrong, whatever is wrong with others of the plan."""
+    return tuple(
+        one
+        for one in quotas
+        if not isinstance(one.pricing, UnknownPricing)
+        and not isinstance(translate(plan, (one,)), Inexpressible)
     )
 
 

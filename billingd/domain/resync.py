@@ -11,10 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
-from billingd.domain.agreement import Uncharged, add_on_differences, differences, uncharged
+from billingd.domain.agreement import (
+    Uncharged,
+    add_on_differences,
+    costs_nothing,
+    differences,
+    not_listed,
+    uncharged,
+    unseen,
+)
 from billingd.domain.attempts import Action
 from billingd.domain.billing import OUR_ACCOUNTS, BilledAddOn, BilledPlan, BilledSubscription
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota, Subscription
+from billingd.domain.charges import Prices
 from billingd.domain.delivery import MISSING, OVER, PAUSED
 from billingd.domain.events import (
     PROVISION_PLAN,
@@ -108,6 +117,8 @@ class LinkedAddOn(Protocol):
     def add_on_code(self) -> str: ...
     @property
     def title(self) -> str: ...
+    @property
+    def prices(self) -> Prices | None: ...
 
 
 class LinkedSubscription(Protocol):
@@ -153,6 +164,8 @@ class Standing:
     kind: str
     reason: str
     name: str
+    add_ons: frozenset[str] = frozenset()
+    """Codes of those that a subscription is held for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +182,8 @@ class Known:
     dead: Mapping[str, str] = field(default_factory=dict)
     held: Mapping[str, Standing] = field(default_factory=dict)
     """Whatever is held of a plan or subscription as such, and of a subscription's add-ons."""
+    gone: frozenset[str] = frozenset()
+    """Ids of the linked quotas that are known to be deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,16 +275,23 @@ class _Comparison:
         self.notes: list[str] = []
         self._linked_plans = {link.plan_id: link for link in known.plans}
         self._plans = {plan.id: plan for plan in amplify.plans}
-        self._specs = {
-            plan.id: translate(plan, amplify.quotas[plan.id])
-            for plan in amplify.plans
-            if plan.id in amplify.quotas and to_translate(plan, self._labelled)
-        }
         self._live = {one.uuid: one for one in recurly.subscriptions}
         self._names = {one.name for one in known.subscriptions.values()}
         self._add_ons: defaultdict[str, list[LinkedAddOn]] = defaultdict(list)
         for add_on in known.add_ons.values():
             self._add_ons[add_on.plan_id].append(add_on)
+        self._unseen = {
+            plan_id: unseen(quotas, self._add_ons[plan_id], known.gone)
+            for plan_id, quotas in amplify.quotas.items()
+            if quotas  # that it has none at all is said of the plan
+        }
+        self._specs = {
+            plan.id: translate(plan, amplify.quotas[plan.id])
+            for plan in amplify.plans
+            if plan.id in amplify.quotas
+            and to_translate(plan, self._labelled)
+            and not self._unseen.get(plan.id)
+        }
         self._codes = {link.plan_id: self._wanted(link.plan_id) for link in known.plans}
 
     # Products and plans.
@@ -358,6 +380,8 @@ class _Comparison:
             return "-", "is being deleted at Amplify" if plan.deleting else "is archived at Amplify"
         if plan.state not in {"active", "deprecated"}:
             return None
+        if missing := self._unseen.get(plan.id):  # such a list says nothing else
+            return "~", not_listed(missing[0])
         said = list(self._deprecated(plan, link) if plan.state == "deprecated" else self._active(plan, link))
         return ("~", "; ".join(said)) if said else None
 
@@ -440,6 +464,15 @@ class _Comparison:
                     "nobody new can subscribe until it is there again"
                 )
 
+        priced = {
+            one.add_on_code
+            for one in self._add_ons[plan.id]
+            if one.prices is None or not costs_nothing(one.prices)
+        }
+        for free in self._uncharged(spec):
+            if not free.gone and free.code in priced and not free.differences(there.get(free.code)):
+                yield f'quota "{free.title}" costs nothing any more'
+
     def _wrong(self, spec: PlanSpec) -> list[str]:
         """How Recurly charges otherwise, in the words in which a plan is held for it."""
         plan = self._recurly.plans.get(spec.code)
@@ -460,6 +493,8 @@ class _Comparison:
 
     def _wanted(self, plan_id: str) -> set[str]:
         """The add-ons that every subscription to a plan is to have."""
+        if self._unseen.get(plan_id):
+            return set()  # nobody can tell by this list
         codes = {one.add_on_code for one in self._add_ons[plan_id]}
         spec = self._specs.get(plan_id)
         if isinstance(spec, PlanSpec):
@@ -598,8 +633,10 @@ class _Comparison:
                 return None
             reason = "is active at Amplify and not among Recurly's live subscriptions: look at it again"
             return reason, refresh_action(link.uuid, because=self._because)
-        lacking = sorted(self._codes.get(link.plan_id, set()) - set(billed.add_on_codes))
-        if not lacking or f"subscription:{subscription.id}:add_ons" in self._known.held:
+        item = self._known.held.get(f"subscription:{subscription.id}:add_ons")
+        asked = frozenset() if item is None else item.add_ons
+        lacking = sorted(self._codes.get(link.plan_id, set()) - set(billed.add_on_codes) - asked)
+        if not lacking:
             return None
         action = attach_action(link.subscription_id, lacking)
         # the same set may have been put on before, and taken off by somebody since

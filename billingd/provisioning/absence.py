@@ -5,26 +5,26 @@ A service account that lost a role is told 404, and shown empty lists, of whatev
 """
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
 from billingd.domain import resync
 from billingd.domain.attempts import Action, Wait
-from billingd.domain.catalog import ProductPlan, Subscription, Unreadable
+from billingd.domain.catalog import ProductPlan, Quota, Subscription, Unreadable
 from billingd.domain.events import RESYNC
 from billingd.domain.notices import provider_notice
 from billingd.domain.resync import ABSENCE, MASS_ABSENCE
 from billingd.loops import Clock
 from billingd.provisioning.holding import hold
-from billingd.store import absences, held, links, outbox
+from billingd.store import absences, held, links, marks, outbox
 from billingd.store.absences import Absence, Kind
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
-from billingd.store.links import PlanLink, SubscriptionLink
+from billingd.store.links import AddOnLink, PlanLink, SubscriptionLink
 
 log = structlog.get_logger()
 
@@ -137,6 +137,42 @@ class Absences:
             async with self._store.write() as tx:
                 await settled(tx, kind, [id_], self._clock.now())
 
+    async def judge_quotas(
+        self, plan: ProductPlan, expected: Collection[str], quotas: Iterable[Quota], *, asked_by: int
+    ) -> Wait | None:
+        """Wait while this list of a plan's quotas says nothing, for it lacks one of the `expected` (ids).
+
+        Amplify tells of a deletion. Of one that nobody told, two lists say it that the same action
+        (`asked_by`) was shown, ten minutes apart, and neither of them empty; until it is listed again.
+        """
+        now = self._clock.now()
+        listed = {one.id for one in quotas}
+        name = marks.unseen(plan.id)
+        async with self._store.read() as tx:
+            unseen = set(expected) - listed - await gone_quotas(tx, plan.id, expected)
+            mark = await marks.find(tx, name)
+        if not unseen and mark is None:
+            return None
+        before: Mapping[str, Any] = {} if mark is None else mark.detail
+        judged = set(before.get("gone", ())) - listed
+        since = now
+        if mark is not None and mark.at <= now and before["by"] == asked_by:
+            since = mark.at if unseen <= set(before["unseen"]) else now
+        if unseen and listed and since + ABSENT_FOR <= now:
+            log.warning("absence.quotas_gone", plan=plan.name, quotas=sorted(unseen))
+            judged, unseen = judged | unseen, set()
+        async with self._store.write() as tx:
+            if unseen or judged:
+                detail = {"by": asked_by, "unseen": sorted(unseen), "gone": sorted(judged)}
+                await marks.note(tx, name, at=since, detail=detail)
+            else:
+                await marks.clear(tx, name)
+        if not unseen:
+            return None
+        left = since + ABSENT_FOR - now
+        delay = left if left > timedelta(0) else self._look_again
+        return Wait(delay, f"Amplify does not list {len(unseen)} quota(s) of {plan.title}; a second look")
+
     async def _is_listed(self, missing: Missing) -> bool:
         if missing.kind == "plan":
             return await self._marketplace.has_product_plan(missing.id)
@@ -207,6 +243,20 @@ async def deletions(tx: Tx, asked: Mapping[str, str | None], kind: Kind) -> dict
         if plan_id is not None and plan_id in with_plan
     }
     return inherited | own
+
+
+async def gone_quotas(tx: Tx, plan_id: str, ids: Collection[str]) -> set[str]:
+    """Which of these quotas of a plan are known to be deleted: Amplify said so, or `judge_quotas`."""
+    mark = await marks.find(tx, marks.unseen(plan_id))
+    judged = set() if mark is None else set(mark.detail["gone"])
+    return set(await absences.deleted(tx, "quota", ids)) | (judged & set(ids))
+
+
+async def all_gone_quotas(tx: Tx, linked: Iterable[AddOnLink]) -> set[str]:
+    """The same of the quotas of all plans."""
+    ids = {one.quota_id for one in linked}
+    judged = {id_ for mark in await marks.all_unseen(tx) for id_ in mark.detail["gone"]}
+    return set(await absences.deleted(tx, "quota", ids)) | (judged & ids)
 
 
 async def settled(tx: Tx, kind: Kind, ids: Collection[str], now: datetime) -> None:

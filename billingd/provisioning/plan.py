@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Final, Literal, Protocol
 
 import structlog
@@ -11,6 +12,7 @@ from billingd.domain.agreement import add_on_differences, differences, uncharged
 from billingd.domain.attempts import Action, Leased, Wait
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledUsage
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota
+from billingd.domain.charges import Prices
 from billingd.domain.errors import NotFound, Permanent, Refused, Retryable
 from billingd.domain.events import PROVISION_PLAN, attach_action, subscription_action
 from billingd.domain.notices import provider_notice
@@ -20,6 +22,7 @@ from billingd.once import Once
 from billingd.provisioning import absence, renaming
 from billingd.provisioning.absence import Absences
 from billingd.provisioning.holding import hold
+from billingd.provisioning.pricecheck import add_ons_at
 from billingd.provisioning.renaming import Renamer
 from billingd.store import held, links, outbox
 from billingd.store.engine import Store, Tx
@@ -30,6 +33,9 @@ log = structlog.get_logger()
 
 LIVE: Final = ("created", "active")
 """States of the links of subscriptions that go on."""
+
+NOTHING: Final = Prices("flat", Decimal(0))
+"""What a quota costs that became free."""
 
 GONE: Final = "gone"
 """The result of a removal: there is no id to keep."""
@@ -62,6 +68,7 @@ class Billing(renaming.Billing, Protocol):
     async def create_plan(self, spec: PlanSpec, *, key: str, retried: bool = False) -> str: ...
     async def remove_plan(self, code: str, *, key: str, retried: bool = False) -> None: ...
     async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]: ...
+    async def find_add_on(self, plan_code: str, code: str, currency: str) -> BilledAddOn | None: ...
     async def create_add_on(
         self, plan_code: str, spec: AddOnSpec, currency: str, *, key: str, retried: bool = False
     ) -> str: ...
@@ -92,7 +99,7 @@ class Ensured:
     wrong: tuple[str, ...]
     add_ons: tuple[AddOnSpec, ...]
     free: tuple[AddOnLink, ...] = ()
-    """Linked ones that charge nothing, as Amplify has it now."""
+    """Linked ones for which nobody new is charged, as Amplify has it now."""
 
 
 class PlanProvisioner:
@@ -129,7 +136,8 @@ class PlanProvisioner:
            where it is at Recurly already.
         3. One of a product labelled for us is translated; what cannot be is held.
         4. Unit, plan and add-ons are ensured at Recurly; what is there and differs in price is held, as is a
-           linked plan that Amplify does not charge for any more.
+           linked plan that Amplify does not charge for any more. A list of its quotas that lacks one which is
+           not known to be deleted says nothing: all of this waits.
         5. What Amplify calls otherwise now is renamed.
         6. The link is written, then the attributes at Amplify; a new add-on goes to every subscription.
         """
@@ -154,18 +162,24 @@ class PlanProvisioner:
             quotas = await self._catalog.list_quotas(name)
         except NotFound as error:  # of a plan that was found a moment ago
             raise Retryable(f"Amplify does not show the quotas of plan {name}: {error}") from error
+        linked = await self._is_linked(plan)
+        expected = await self._expected(plan)
+        wait = await self._absences.judge_quotas(plan, expected, quotas, asked_by=action.id)
+        if wait is not None and (quotas or deprecated or not linked):
+            return wait
         await self._tell_of_gone(plan, quotas)
         translated = translate(plan, quotas)
+        shown = sorted({one.id for one in quotas} or expected)
         match translated:
-            case NotOurs(reason) if not deprecated and await self._is_linked(plan):
-                await self._hold(plan, "plan_differs", (reason, await self._meaning(plan)))
+            case NotOurs(reason) if not deprecated and linked:
+                await self._hold(plan, "plan_differs", (reason, await self._meaning(plan)), shown)
             case NotOurs(reason):
                 log.info("plan.not_ours", plan=name, reason=reason)
                 await self._release(name, reason)
             case Inexpressible() if deprecated:
                 await self._release(name, "the plan is deprecated")
             case Inexpressible(reasons):
-                await self._hold(plan, "plan_inexpressible", reasons)
+                await self._hold(plan, "plan_inexpressible", reasons, shown)
             case PlanSpec() as spec:
                 if deprecated and await self._billing.find_plan(spec.code) is None:
                     await self._release(name, "the plan is deprecated")
@@ -184,21 +198,22 @@ class PlanProvisioner:
         async with self._store.read() as tx:
             linked = await links.find_plan(tx, plan.id)
             known = {one.quota_id: one for one in await links.add_ons_of(tx, plan.id)}
+        shown = sorted(one.id for one in quotas)
         try:
             for unit in {one.measured_unit.name: one.measured_unit for one in spec.add_ons}.values():
                 await self._ensure_unit(unit)
             ensured = await self._ensure_plan(spec, quotas, known)
         except Refused as error:
             reason = f'Plan "{plan.title}": Recurly refused it: {error}'
-            await self._hold(plan, "plan_refused", (reason,))
+            await self._hold(plan, "plan_refused", (reason,), shown)
             return
         if linked is not None:
             await self._renamer.retitle(linked, known, plan, spec, ensured.add_ons, action_id)
         if ensured.wrong and linked is None:
-            await self._hold(plan, "plan_differs", ensured.wrong)
+            await self._hold(plan, "plan_differs", ensured.wrong, shown)
             return
         if ensured.wrong and plan.state == "active":
-            await self._hold(plan, "plan_differs", (*ensured.wrong, await self._meaning(plan)))
+            await self._hold(plan, "plan_differs", (*ensured.wrong, await self._meaning(plan)), shown)
             # subscriptions that exist go on in the currency they were made in
             assert linked is not None
             kept = replace(spec, currency=linked.currency)
@@ -222,6 +237,16 @@ class PlanProvisioner:
             "the price they were made at, until they end. New ones wait. Make both sides agree, at Recurly "
             "or at Amplify, then run `billingd resync` (it also runs by itself): this is released then."
         )
+
+    async def _expected(self, plan: ProductPlan) -> set[str]:
+        """Ids of the quotas that a list of the plan's should have: those linked, and what was held for."""
+        async with self._store.read() as tx:
+            expected = {one.quota_id for one in await links.add_ons_of(tx, plan.id)}
+            for item in await held.standing(tx, subject=f"plan:{plan.name}"):
+                args = (item["action"] or {}).get("args", {})
+                if args.get("id") == plan.id:
+                    expected.update(args.get("quotas", ()))
+        return expected
 
     async def _is_linked(self, plan: ProductPlan) -> bool:
         async with self._store.read() as tx:
@@ -262,7 +287,8 @@ class PlanProvisioner:
         wrong = list(differences(spec, plan))
         if plan.state != "active":
             return Ensured(tuple(wrong), ())
-        there = {add_on.code: add_on for add_on in await self._billing.list_add_ons(spec.code, spec.currency)}
+        asked = [*(one.code for one in spec.add_ons), *(one.add_on_code for one in known.values())]
+        there = await add_ons_at(self._billing, spec.code, spec.currency, asked)
         agreeing: list[AddOnSpec] = []
         for add_on in spec.add_ons:
             if add_on.code not in there:
@@ -275,9 +301,11 @@ class PlanProvisioner:
         for code, one in free.items():
             wrong += one.differences(there.get(code))
         for_nothing = tuple(
-            replace(link, prices=there[link.add_on_code].prices)
+            replace(link, prices=NOTHING)
             for link in known.values()
-            if (kept := free.get(link.add_on_code)) and not kept.gone and kept.belongs(there.get(kept.code))
+            if (kept := free.get(link.add_on_code))
+            and not kept.gone
+            and not kept.differences(there.get(kept.code))
         )
         return Ensured(tuple(wrong), tuple(agreeing), for_nothing)
 
@@ -340,7 +368,7 @@ class PlanProvisioner:
                 await outbox.insert(tx, [*attach, _gained_notice(plan, gained, len(attach))], now=now)
 
     async def _tell_of_gone(self, plan: ProductPlan, quotas: tuple[Quota, ...]) -> None:
-        """A quota that an active plan lost: nothing is removed, for what was counted is billed still."""
+        """A quota that a plan lost: nothing is removed, for what was counted is billed still."""
         if not quotas:
             return  # no list at all is no evidence; then the plan itself is held
         there = {quota.id for quota in quotas}
@@ -354,8 +382,8 @@ class PlanProvisioner:
                 f"Quota {one.title} of {plan.title} is gone",
                 f"Amplify has no quota {one.title} in plan {plan.title} ({plan.name}) any more. Its add-on "
                 f"{one.add_on_code} stays at Recurly, on the plan and on its subscriptions, so that what was "
-                "counted is billed; without usage it costs nothing. Nothing was removed; new ones get "
-                "it too, until you remove it from the plan there.",
+                "counted is billed; without usage it costs nothing. Nothing was removed; new ones do not get "
+                "it.",
             )
             for one in gone
         ]
@@ -426,11 +454,16 @@ class PlanProvisioner:
             if await links.find_plan(tx, plan.id) is not None:
                 await links.plan_moved(tx, plan.id, "deprecated", now=self._clock.now())
 
-    async def _hold(self, plan: ProductPlan, kind: str, reasons: tuple[str, ...]) -> None:
+    async def _hold(
+        self, plan: ProductPlan, kind: str, reasons: tuple[str, ...], quotas: Sequence[str]
+    ) -> None:
+        """Hold it; `quotas` are the ids of those that it was judged with: one that a list lacks is missed."""
         reason = " ".join(reasons)
         now = self._clock.now()
         subject = f"plan:{plan.name}"
-        again = Action(PROVISION_PLAN, subject, "", {"name": plan.name, "id": plan.id})
+        again = Action(
+            PROVISION_PLAN, subject, "", {"name": plan.name, "id": plan.id, "quotas": list(quotas)}
+        )
         notice = provider_notice(
             f"held:{kind}:{plan.id}:{now.isoformat()}", f"Plan {plan.title} is held, not billed", reason
         )

@@ -23,7 +23,7 @@ from billingd.provisioning.ending import HELD_SERVED, end_action, end_again, hol
 from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import SECOND, Linker
 from billingd.provisioning.owner import candidates
-from billingd.provisioning.pricecheck import Checked, PriceCheck
+from billingd.provisioning.pricecheck import IN_LINE, Checked, PriceCheck
 from billingd.store import events, held, intents, links, outbox
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
@@ -40,9 +40,6 @@ _LAGS: Final = "Amplify showed it a moment ago and does not find it now: deleted
 
 APPROVAL_LAGS: Final = timedelta(minutes=1)
 """How much later than billingd's own approval its event may be dated: no later change is that one."""
-
-IN_LINE: Final = timedelta(minutes=1)
-"""How long a plan may take to be brought in line with Amplify before it is held against a subscription."""
 
 SOON: Final = timedelta(seconds=2)
 """How long to wait for another action that this one has asked for."""

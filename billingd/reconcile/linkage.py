@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from billingd.domain.agreement import Uncharged, uncharged
+from billingd.domain.agreement import Uncharged, not_listed, uncharged, unseen
 from billingd.domain.attempts import UNFINISHED
 from billingd.domain.billing import BilledAddOn, BilledPlan, BilledSubscription
 from billingd.domain.catalog import BILLING_SYSTEM, Product, ProductPlan, Quota, Subscription, Unreadable
@@ -95,12 +95,18 @@ class Linkage:
                 except Permanent as error:
                     unread[plan.id] = str(error)
                     continue
+                async with self._store.read() as tx:
+                    add_ons_of = await links.add_ons_of(tx, plan.id)
+                    gone = await absence.all_gone_quotas(tx, add_ons_of)
+                if missing := unseen(quotas, add_ons_of, gone):
+                    unread[plan.id] = " ".join(map(not_listed, missing))
+                    free[plan.id] = tuple(Uncharged(one.add_on_code, one.title, True) for one in add_ons_of)
+                    continue
                 spec = translate(plan, quotas)
                 if isinstance(spec, PlanSpec):
                     if plan.state == "active":
                         specs[plan.id] = spec
-                    async with self._store.read() as tx:
-                        free[plan.id] = uncharged(spec, quotas, await links.add_ons_of(tx, plan.id))
+                    free[plan.id] = uncharged(spec, quotas, add_ons_of)
         subscriptions = _understood(await self._catalog.survey_subscriptions(), unread)
         billed_plans = {one.code: one for one in await self._billing.list_plans()}
         billed = {one.uuid: one for one in await self._billing.list_live_subscriptions()}
@@ -134,7 +140,8 @@ class Linkage:
             wanted, listed = specs.get(one.plan_id), add_ons.get(one.plan_code)
             if wanted is None or listed is None:
                 continue
-            for code in {each.code for each in wanted.add_ons} - listed.keys():
+            nothing = {each.code for each in free.get(one.plan_id, ()) if not each.gone}
+            for code in ({each.code for each in wanted.add_ons} | nothing) - listed.keys():
                 if (its := await self._billing.find_add_on(one.plan_code, code, one.currency)) is not None:
                     listed[code] = its
         busy_now, standing_now = await self._busy()
@@ -185,6 +192,8 @@ async def _told(tx: Tx, run: Run, unread: Mapping[str, str]) -> list[dict[str, A
         if plan.plan_id in unread and plan.state != "removed":
             codes = [one.add_on_code for one in await links.add_ons_of(tx, plan.plan_id)]
             subjects = [f"plan:{plan.plan_code}", *(f"add_on:{code}" for code in codes)]
+            for link in await links.subscriptions(tx, plan_id=plan.plan_id, states=("created", "active")):
+                subjects += [f"subscription:{link.subscription_id}:{code}" for code in codes]
             why = unread[plan.plan_id]
             told.append(not_compared(LINKS, run.since, run.until, why, subjects=subjects))
     for link in await links.subscriptions(tx):

@@ -20,7 +20,11 @@ _DELETED: Final = sa.text("events.type = 'ResourceDeleted'")
 """Spelt out, or SQLite would not know that the index of deletions serves."""
 
 _AT: Final = sa.func.coalesce(events.c.happened_at, events.c.received_at)
-_EVENT_KINDS: Final[Mapping[Kind, str]] = {"plan": "ProductPlan", "subscription": "Subscription"}
+_EVENT_KINDS: Final[Mapping[str, str]] = {
+    "plan": "ProductPlan",
+    "quota": "Quota",
+    "subscription": "Subscription",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ async def _set(tx: Tx, kind: Kind, ids: Collection[str], **values: Any) -> None:
         await tx.execute(sa.update(absences).where(these).values(**values))
 
 
-async def deleted(tx: Tx, kind: Kind, ids: Collection[str]) -> dict[str, datetime]:
+async def deleted(tx: Tx, kind: Kind | Literal["quota"], ids: Collection[str]) -> dict[str, datetime]:
     """When Amplify said that these were deleted, of those of which it did: never later than it told."""
     found: dict[str, datetime] = {}
     for some in _chunks(ids):

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from billingd.domain.events import Event
 from billingd.store.engine import Tx
 from billingd.store.rows import insert_new
-from billingd.store.schema import events, outbox, plan_links, subscription_links
+from billingd.store.schema import add_on_links, events, outbox, plan_links, subscription_links
 
 _LINKED: Final = (
     sa.exists().where(
@@ -27,6 +27,7 @@ _LINKED: Final = (
         plan_links.c.product_name == events.c.name,
         plan_links.c.state != "removed",
     ),
+    sa.exists().where(events.c.kind == "Quota", add_on_links.c.quota_id == events.c.resource_id),
 )
 """That what an event is about is linked."""
 

@@ -24,6 +24,9 @@ RECOVERING: Final = "recovering"
 UNREAD: Final = "unread:"
 """How the mark begins of a subscription that Recurly did not show while all were read back."""
 
+UNSEEN: Final = "unseen:"
+"""How the mark begins of a plan of which Amplify does not list a quota that it should have."""
+
 COPIED: Final = "copied"
 """Only in a safety copy: it was made at `at`, and held `detail.rows` rows of each table."""
 
@@ -55,6 +58,17 @@ async def find(tx: Tx, name: str) -> Mark | None:
 def unread(subscription_id: str) -> str:
     """The mark of a subscription that is yet to be read back (`detail.subscription` names it)."""
     return UNREAD + hashlib.sha256(subscription_id.encode()).hexdigest()[:24]
+
+
+def unseen(plan_id: str) -> str:
+    """The mark of a plan's quotas that are not listed since, and of those judged to be gone."""
+    return UNSEEN + hashlib.sha256(plan_id.encode()).hexdigest()[:24]
+
+
+async def all_unseen(tx: Tx) -> list[Mark]:
+    """Those marks of all plans."""
+    found = await tx.execute(sa.select(marks).where(marks.c.name.startswith(UNSEEN)))
+    return [Mark(row.name, row.at, row.detail) for row in found]
 
 
 async def unread_ones(tx: Tx) -> dict[str, Mark]:

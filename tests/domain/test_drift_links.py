@@ -152,12 +152,7 @@ WITH_IT = {"u1": replace(BILLED, add_ons=(*BILLED.add_ons, SubscribedAddOn("4", 
         (FREE, replace(FOR_NOTHING, state="inactive"), WITH_IT, [("price_differs", f"subscription:s1:{X}")]),
         (FREE, replace(FOR_NOTHING, state="inactive"), {"u1": BILLED}, []),
         (replace(FREE, gone=True), replace(ADD_ON, code=X), WITH_IT, []),
-        (
-            replace(FREE, gone=True),
-            replace(ADD_ON, code=X),
-            {"u1": BILLED},
-            [("link_missing", f"subscription:s1:{X}")],
-        ),
+        (replace(FREE, gone=True), replace(ADD_ON, code=X), {"u1": BILLED}, []),
         (replace(FREE, gone=True), replace(ADD_ON, code=X, state="inactive"), WITH_IT, []),
     ],
 )

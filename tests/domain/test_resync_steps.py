@@ -19,6 +19,7 @@ from billingd.domain.catalog import (
     UnknownPricing,
     Unlimited,
 )
+from billingd.domain.charges import Prices
 from billingd.domain.pricing import translate
 from billingd.domain.resync import Billed, Compared, Known, Listed, Standing, Step
 
@@ -35,6 +36,9 @@ class Plan:
     state: str = "active"
 
 
+PRICES = Prices("flat", Decimal("0.5"))
+
+
 @dataclass(frozen=True)
 class AddOn:
     """A quota's link."""
@@ -43,6 +47,7 @@ class AddOn:
     plan_id: str = "p1"
     add_on_code: str = "amplify-quota-q1"
     title: str = "Calls"
+    prices: Prices | None = PRICES
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,8 @@ class World:
     links: tuple[Link, ...] = (Link(),)
     before: frozenset[str] = frozenset({"p1", "s1"})
     waiting: frozenset[str] = frozenset()
+    gone: frozenset[str] = frozenset()
+    refused: frozenset[str] = frozenset()
     dead: tuple[str, ...] = ()
     held: tuple[tuple[str, str, str], ...] = ()
     billed_plans: tuple[BilledPlan, ...] = (BILLED_PLAN,)
@@ -164,9 +171,10 @@ class World:
                 waiting=self.waiting,
                 dead=dict.fromkeys(self.dead, "action 7 is a dead letter: boom"),
                 held={
-                    subject: Standing(kind, reason, subject.split(":")[1])
+                    subject: Standing(kind, reason, subject.split(":")[1], self.refused)
                     for subject, kind, reason in self.held
                 },
+                gone=self.gone,
             ),
             Billed(
                 {one.code: one for one in self.billed_plans},
@@ -201,6 +209,7 @@ ODD_REASON = " ".join(
 DEAR = replace(BILLED_PLAN, unit_amounts={"USD": Decimal(11)})
 DEAR_REASON = 'Plan "amplify-plan-p1" costs 11 USD per period at Recurly; Amplify says 10.'
 OTHER_QUOTA = Quota("q2", "maps", "Maps", "transactions", PerUnit(Decimal(1)))
+THIRD = Quota("q3", "tiles", "Tiles", "transactions", PerUnit(Decimal(1)))
 
 FREE = (QUOTA, replace(OTHER_QUOTA, pricing=Unlimited()))
 FREE_REASON = (
@@ -212,6 +221,11 @@ FOR_NOTHING = replace(FREE_ADD_ON, unit_amount=Decimal(0))
 TWO: dict[str, Any] = {
     "linked_add_ons": (AddOn(), AddOn("q2", "p1", "amplify-quota-q2", "Maps")),
     "billed_add_ons": (BILLED_ADD_ON, FREE_ADD_ON),
+}
+FREED: dict[str, Any] = {
+    **TWO,
+    "quotas": FREE,
+    "linked_add_ons": (AddOn(), AddOn("q2", "p1", "amplify-quota-q2", "Maps", Prices("flat", Decimal(0)))),
 }
 
 ID = "8ac9dd00aa000001aa000001aa000001"
@@ -450,15 +464,22 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("lacks what charges for a free quota", {**TWO, "quotas": FREE}, "~plan"),
     (
         "lacks the add-on of a free quota that costs nothing",
-        {**TWO, "quotas": FREE, "billed_add_ons": (BILLED_ADD_ON, FOR_NOTHING)},
+        {**FREED, "billed_add_ons": (BILLED_ADD_ON, FOR_NOTHING)},
         "~sub",
     ),
     (
         "lacks that of a free quota that was removed",
-        {**TWO, "quotas": FREE, "billed_add_ons": (BILLED_ADD_ON,)},
+        {**FREED, "billed_add_ons": (BILLED_ADD_ON,)},
         "",
     ),
-    ("lacks that of a quota that is gone, or just not listed", TWO, "~sub"),
+    (
+        "a quota became free, and its add-on was removed",
+        {**TWO, "quotas": FREE, "billed_add_ons": (BILLED_ADD_ON,)},
+        "~plan",
+    ),
+    ("a linked quota is just not listed, and its add-on lacking", TWO, "~plan"),
+    ("a linked quota is not listed, and another is new", {**TWO, "quotas": (QUOTA, THIRD)}, "~plan"),
+    ("lacks that of a quota that is gone", {**TWO, "gone": frozenset({"q2"})}, ""),
     ("not live, known", {"billed": (), "links": (Link(billed_state="expired"),)}, ""),
     ("paused", {"billed": (), "links": (Link(billed_state="paused"),)}, ""),
     ("not live, linked since the listing", {"billed": (), "before": frozenset({"p1"})}, ""),
@@ -468,8 +489,18 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {
             "billed": (replace(BILLED, add_on_codes=()),),
             "held": (("subscription:s1:add_ons", "attach_refused", "No."),),
+            "refused": frozenset({"amplify-quota-q1"}),
         },
         "",
+    ),
+    (
+        "lacks an add-on, and is held for another",
+        {
+            "billed": (replace(BILLED, add_on_codes=()),),
+            "held": (("subscription:s1:add_ons", "attach_refused", "No."),),
+            "refused": frozenset({"amplify-quota-q9"}),
+        },
+        "~sub",
     ),
     (
         "lacks an add-on, and waits for it",
