@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ from billingd.sandbox import control_amplify
 from billingd.sandbox.amplify.journal import Event
 from billingd.sandbox.amplify.resources import Resource
 from billingd.store import held, schema
+from billingd.store.held import Hold
 
 ONE_DATABASE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 VOLUME: Json = {
@@ -212,6 +214,62 @@ async def test_a_refused_add_on_stays_held_when_another_is_put_on(rig: Rig) -> N
     await rig.work()
     assert refused in add_ons(rig, acme)
     assert (await rig.held(), await rig.unfinished()) == ({}, [])
+
+
+@ONE_DATABASE
+async def test_a_refused_add_on_keeps_none_off_that_waits(rig: Rig) -> None:
+    """That one is put on once its price agrees; the refused one is asked for no more while it is held."""
+    acme = await rig.subscribe()
+    await rig.work()
+    uuid = rig.billed(acme)[0]["uuid"]
+    rig.world.site.pause(uuid)
+    await rig.work(LOOK_AGAIN)
+    refused, waiting = [await add_quota(rig, name) for name in ("more", "other")]
+    await rig.work()
+    add = rig.recurly._adapter.add_to_subscription
+    asked: list[str] = []
+
+    async def refuse_one(uuid: str, codes: Sequence[str], **kwargs: Any) -> None:
+        asked.extend(codes)
+        if refused in codes:
+            raise Refused("not that one")
+        await add(uuid, codes, **kwargs)
+
+    rig.recurly._adapter.add_to_subscription = refuse_one
+    [plan] = rig.world.site.plans.values()
+    priced = plan.add_ons[waiting].prices
+    agreed = priced["USD"]
+    priced["USD"] = replace(agreed, amount=agreed.amount + 1)
+    rig.world.site.resume(uuid)
+    await rig.work(2 * LOOK_AGAIN)
+    tries = asked.count(refused)
+    assert set(await rig.held()) == {"attach_refused", "plan_differs"}
+    priced["USD"] = agreed
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.work(2 * LOOK_AGAIN)
+    assert (refused in add_ons(rig, acme), waiting in add_ons(rig, acme)) == (False, True)
+    assert (set(await rig.held()), await rig.unfinished()) == ({"attach_refused"}, [])
+    assert asked.count(refused) == tries
+
+
+@ONE_DATABASE
+async def test_a_resync_attaches_what_is_not_held(rig: Rig) -> None:
+    """Of what a subscription lacks only the one that Recurly refused is a person's."""
+    acme = await rig.subscribe()
+    await rig.work()
+    refused, other = await add_quota(rig), await add_quota(rig, "other")
+    await rig.work()
+    [subscription] = rig.world.site.subscriptions.values()
+    for key in [key for key, one in subscription.add_ons.items() if one.add_on.code in {refused, other}]:
+        del subscription.add_ons[key]  # by hand
+    async with rig.store.write() as tx:
+        why = "what Recurly refused"
+        item = Hold(
+            "attach_refused", f"subscription:{acme}:add_ons", why, attach_action(acme, [refused]), acme
+        )
+        await held.add(tx, item, now=rig.far.now())
+    asked = await rig.daemon.resync.run(dry_run=True)
+    assert [step.action.args["add_ons"] for step in asked.steps] == [[other]]
 
 
 @pytest.mark.parametrize(

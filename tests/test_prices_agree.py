@@ -325,6 +325,29 @@ async def test_nobody_is_given_what_costs_otherwise_at_recurly_now(rig: Rig, lac
     assert (await rig.held(), await rig.unfinished()) == ({}, [])
 
 
+@pytest.mark.parametrize("add_on_agrees", [False, True])
+async def test_a_deprecated_plan_keeps_no_add_on_off_in_silence(rig: Rig, add_on_agrees: bool) -> None:
+    """Nothing is held of such a plan: what waits is told of by itself. What is wrong with another is not."""
+    acme, add_on = await paused_while_extra_comes(rig)
+    agreed = add_on.prices["USD"]
+    spec(rig, "Quota", "calls")["pricing"] = {"type": "odd-new-type"}
+    if not add_on_agrees:
+        await costs_five_at_recurly(rig, add_on)
+    await rig.move_plan("metered", "deprecate")
+    await rig.work()
+    rig.world.site.resume(rig.billed(acme)[0]["uuid"])
+    await rig.work(2 * LOOK_AGAIN)
+    assert (add_on.code in rig.billed(acme)[0]["add_ons"]) is add_on_agrees
+    if not add_on_agrees:
+        assert set(await rig.held()) == {"attach_differs"}
+        assert "has unit price 5 at Recurly" in (await rig.held())["attach_differs"]
+        assert sum("lacks an add-on" in told for told in rig.channels.provider) == 1
+        add_on.prices["USD"] = agreed
+        await rig.work(2 * LOOK_AGAIN)
+        assert add_on.code in rig.billed(acme)[0]["add_ons"]
+    assert (await rig.held(), await rig.unfinished()) == ({}, [])
+
+
 @pytest.mark.parametrize(
     "differ",
     [
