@@ -124,6 +124,25 @@ async def test_nobody_new_pays_for_a_quota_that_became_free(rig: Rig, pricing: A
     assert await rig.held() == {}
 
 
+async def test_free_usage_that_nobody_can_be_told_is_no_money_lost(rig: Rig) -> None:
+    """Who subscribed after its add-on was removed has none, and Amplify asks nothing for it."""
+    add_on = await with_extra(rig)
+    spec(rig, "Quota", "extra")["pricing"] = {"type": "unlimited"}
+    remove_add_on(rig.world.site, add_on)
+    await rig.subscribe("late")
+    await rig.work(2 * LOOK_AGAIN)
+    await resynced(rig)
+    await rig.traffic("late", 100, quota="extra")
+    await rig.report()
+    assert set(await rig.held()) == {"usage_refused"}
+    assert (await rig.daemon.resync.run(dry_run=True)).steps == ()
+    [told] = [each for each in rig.channels.provider if "Usage is held" in each]
+    assert "Amplify charges nothing for it" in told
+    assert ("At stake" in told, "Add it there" in told) == (False, False)
+    [item] = [row for row in await rig.rows(schema.held) if row["kind"] == "usage_refused"]
+    assert (item["units"], item["amount"]) == (100, "0")
+
+
 async def test_a_free_quota_whose_add_on_is_removed_at_recurly_lets_the_waiting_in(rig: Rig) -> None:
     """It is not asked for, not put on later, and no drift of who never had it."""
     add_on = await with_extra(rig)

@@ -1,10 +1,12 @@
 """Report: one usage record to Recurly, once, however often it is tried."""
 
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Final, Protocol
 
 import structlog
 
+from billingd.domain.agreement import costs_nothing
 from billingd.domain.attempts import UNFINISHED, Action, Leased, Wait
 from billingd.domain.billing import BilledSubscription, BilledUsage, NewUsage
 from billingd.domain.delivery import AFTER_END, LATE, MISSING, NOT_THERE, PAUSED, Obstacle, obstacle
@@ -23,6 +25,7 @@ from billingd.traffic.periods import PeriodWatch
 log = structlog.get_logger()
 
 REFUSED: Final = "usage_refused"
+FREE: Final = "Amplify charges nothing for it: write it off"
 AROUND: Final = timedelta(seconds=1)
 """A look-up spans a second on each side: whether Recurly's `end_time` is inclusive is not certain."""
 
@@ -212,6 +215,9 @@ class UsageReporter:
             return why
         code, at = recorded.add_on.add_on_code, recorded.record.usage_timestamp
         attached = next((one for one in theirs.add_ons if one.code == code), None)
+        prices = recorded.add_on.prices
+        if attached is None and prices is not None and costs_nothing(prices):
+            return f"the subscription does not have that add-on ({why}). {FREE}"
         if attached is None:
             return (
                 f"the subscription does not have that add-on ({why}). Add it there, then release this; what "
@@ -238,7 +244,8 @@ class UsageReporter:
             if await usage.hold(tx, recorded.id) and await held.add(tx, item, now=now):
                 # One notice a day for each add-on: what was late once is often late many times.
                 key = f"held:{kind}:{record.subscription_id}:{record.quota_id}:{now:%Y-%m-%d}"
-                stake = "" if item.amount is None else f" At stake: {item.amount} {item.currency}."
+                at_stake = item.amount is not None and Decimal(item.amount) != 0
+                stake = f" At stake: {item.amount} {item.currency}." if at_stake else ""
                 body = f"{reason}.{stake} `billingd held list` shows all that is held."
                 notice = provider_notice(key, "Usage is held, not billed", body)
                 await outbox.insert(tx, [notice], now=now)
