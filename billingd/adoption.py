@@ -29,6 +29,7 @@ from billingd.once import Once
 from billingd.provisioning.holding import hold
 from billingd.provisioning.linking import USAGE_FROM, Linker
 from billingd.provisioning.owner import candidates
+from billingd.provisioning.pricecheck import add_ons_at
 from billingd.store import held, links, outbox, usage, watermarks
 from billingd.store.engine import Store, Tx
 from billingd.store.held import Hold
@@ -134,6 +135,7 @@ class Billing(Protocol):
 
     async def list_plans(self) -> tuple[BilledPlan, ...]: ...
     async def list_add_ons(self, plan_code: str, currency: str) -> tuple[BilledAddOn, ...]: ...
+    async def find_add_on(self, plan_code: str, code: str, currency: str) -> BilledAddOn | None: ...
     async def list_live_subscriptions(self) -> tuple[BilledSubscription, ...]: ...
     async def get_subscription(self, uuid: str) -> BilledSubscription: ...
     async def list_usage(
@@ -319,7 +321,8 @@ class Adoption:
                 return FoundPlan("wrong", code, reason=" ".join(reasons))
             case PlanSpec():
                 wrong = list(differences(spec, billed))
-                add_ons = {one.code: one for one in await self._billing.list_add_ons(code, spec.currency)}
+                asked = [one.code for one in spec.add_ons]
+                add_ons = await add_ons_at(self._billing, code, spec.currency, asked)
                 for add_on in spec.add_ons:
                     if add_on.code in add_ons:
                         wrong += add_on_differences(add_on, add_ons[add_on.code])

@@ -1,12 +1,14 @@
 """A first 404 of what was there a moment ago is a lag: it ends nothing, and makes no dead letter."""
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from rig import HOUR, Rig, a_rig
 
 from billingd.domain.errors import NotFound
+from billingd.domain.events import plan_action, subscription_action
 from billingd.sandbox import control_amplify
 from billingd.store import schema
 
@@ -119,3 +121,42 @@ async def test_one_whose_product_is_not_shown_waits_on(rig: Rig) -> None:
     rig.account(waiting.shown("v1"))
     await rig.work(HOUR)
     assert rig.approval("acme") == "approved"
+
+
+async def standing(rig: Rig) -> list[Any]:
+    return [(row["id"], row["kind"]) for row in await rig.rows(schema.held) if row["closed_at"] is None]
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("kind", ["ProductPlan", "Subscription"])
+async def test_what_is_held_stays_held_while_it_is_only_hidden(rig: Rig, kind: str, deleted: bool) -> None:
+    """Nothing of it is linked, so nothing ends; but nobody knows that it is over before Amplify says so."""
+    await rig.subscribe("acme")
+    name = "other" if kind == "ProductPlan" else "late"
+    if kind == "ProductPlan":
+        made = await rig.plan(
+            name, quotas=[{"name": "odd", "pricing": {"type": "perunit", "cost": 0.1234567891}}]
+        )
+        action = plan_action(name, made["metadata"]["id"], because="a quota")
+    else:
+        action = subscription_action(name, await rig.subscribe(name, account=False), because="an event")
+    await rig.work()
+    before = await standing(rig)
+    assert [one for _, one in before] == [
+        "plan_inexpressible" if kind == "ProductPlan" else "account_missing"
+    ]
+    rig.blind(kind, names={name})
+    await rig.ask(action)
+    await rig.daemon.resync.run(dry_run=False)
+    await rig.work(timedelta(minutes=6 if kind == "ProductPlan" else 14))  # it looks every ten by itself
+    assert await standing(rig) == before
+    rig.sighted()
+    await rig.work(HOUR)
+    assert await standing(rig) == before
+    if deleted:
+        resource = rig.world.tenant.resources.find(kind, name)
+        assert resource is not None
+        rig.world.tenant.delete(resource, asked=False)
+        await rig.work(HOUR)
+        assert (await rig.held(), await rig.unfinished()) == ({}, [])
+    assert (await rig.rows(schema.absences), await rig.dead()) == ([], [])

@@ -81,14 +81,17 @@ class Absences:
         self._listings: dict[Kind, Listing] = {}
         self._turn = asyncio.Lock()
 
-    async def judge(self, missing: Missing, *, replaced: bool = False) -> datetime | Wait:
+    async def judge(
+        self, missing: Missing, *, replaced: bool = False, harmless: bool = False
+    ) -> datetime | Wait:
         """When it was over at the latest; or that this is not known yet, and why.
 
         1. Amplify has said that it was deleted, or its plan, or its product: it is believed.
         2. A person has said so: too.
         3. It is missing in the list too, now and ten minutes ago, while others of its kind are shown to us,
            and not too many of all that are linked are missing with it: it was deleted. One that was
-           `replaced`, for its name is another's now, needs neither the ten minutes nor the others.
+           `replaced`, for its name is another's now, needs neither the ten minutes nor the others; nor does
+           a `harmless` one, of which nothing is at Recurly, need the others.
         4. Otherwise a person is asked.
         """
         now = self._clock.now()
@@ -120,7 +123,7 @@ class Absences:
                 open_ = await _missing(tx, missing, linked, listing)
                 many = resync.too_many(len(open_), len(linked))
                 shown = not linked.keys().isdisjoint(listing.here)
-                if (shown or replaced) and not many:
+                if (shown or replaced or harmless) and not many:
                     return await self._over_since(noted, now, tx)
                 if many:
                     for one in open_.values():

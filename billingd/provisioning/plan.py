@@ -145,6 +145,8 @@ class PlanProvisioner:
         plan = await self._catalog.find_product_plan(name)
         if wait := await self._remove_gone(name, plan):
             return wait
+        if plan is None and (wait := await self._held_and_hidden(name)):
+            return wait
         if plan is None or plan.deleting or plan.state not in {"active", "deprecated"}:
             await self._release(name, "the plan is not active")
             return None
@@ -394,17 +396,30 @@ class PlanProvisioner:
         """Remove at Recurly what Amplify no longer has, once its subscriptions have ended."""
         async with self._store.read() as tx:
             linked = await links.find_plans_by_name(tx, name)
+        if plan is not None:
+            await self._absences.seen("plan", plan.id)
         for link in linked:
             if plan is None or plan.id != link.plan_id:
                 over = await self._absences.judge(absence.of_plan(link), replaced=plan is not None)
                 if isinstance(over, Wait):
                     return over
             else:
-                await self._absences.seen("plan", link.plan_id)
                 if not plan.deleting and plan.state != "archived":
                     continue
             if wait := await self._remove(link):
                 return wait
+        return None
+
+    async def _held_and_hidden(self, name: str) -> Wait | None:
+        """Wait while one that was never linked, and is held, may only not be shown."""
+        async with self._store.read() as tx:
+            standing = await held.standing(tx, subject=f"plan:{name}")
+        for id_ in {(item["action"] or {}).get("args", {}).get("id") for item in standing} - {None}:
+            over = await self._absences.judge(absence.Missing("plan", id_, name, name), harmless=True)
+            if isinstance(over, Wait):
+                return over
+            async with self._store.write() as tx:
+                await absence.settled(tx, "plan", [id_], self._clock.now())
         return None
 
     async def _remove(self, link: PlanLink) -> Wait | None:

@@ -180,6 +180,7 @@ class SubscriptionProvisioner:
         async with self._store.read() as tx:
             at = await absence.deleted_at(tx, missing)
             made = await intents.find(tx, f"subscription:{missing.id}")
+            stands = await held.standing(tx, subject=f"subscription:{missing.id}")
         if at is not None:
             return at
         if link is None and "uuid" not in args and (made is None or made.state == "refused"):
@@ -187,7 +188,9 @@ class SubscriptionProvisioner:
                 raise Retryable(
                     f"{args['name']} is not found at Amplify: a read may lag", retry_after=SECOND_LOOK
                 )
-            return None  # there is nothing at Recurly to end
+            if not stands or replaced:
+                return None  # there is nothing at Recurly to end
+            return await self._absences.judge(missing, harmless=True)
         return await self._absences.judge(missing, replaced=replaced)
 
     async def _served_after_all(self, subscription: Subscription, link: SubscriptionLink) -> None:
