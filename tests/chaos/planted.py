@@ -405,7 +405,7 @@ BUGS: Final = (
     Bug("post again without looking", post_again_without_looking, STORMY, 41, 1),
     Bug("look without billing_status=all", look_at_the_unbilled_only, STORMY, 41, 5),
     Bug("watermark in another transaction", move_the_watermark_apart, FORGETFUL, 8, 8),
-    Bug("lease without fencing", write_with_a_lost_lease, OVERTAKEN, 7, 7),
+    Bug("lease without fencing", write_with_a_lost_lease, OVERTAKEN, 18, 18),
     Bug("same key with another amount", same_key_with_another_amount, BUSY, 42, 1),
     Bug("subscription without the marker search", subscribe_without_the_marker, STORMY, 1, 1),
     Bug("revision reused", reuse_the_revision, BUSY, 42, 1),

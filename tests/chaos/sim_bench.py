@@ -113,6 +113,7 @@ class Bench:
         base = sim_store.FILES if sim_store.FILES.is_dir() else None
         self.directory = Path(tempfile.mkdtemp(prefix="billingd-sim-", dir=base))
         self.template = self.directory / "template.db"
+        self._died = 0
         asyncio.run(sim_store.build_template(self.template))
         self._warm_up()
 
@@ -138,7 +139,7 @@ class Bench:
         self, seed: int, days: float, ingredients: Ingredients | None = None, *, tracing: bool = False
     ) -> Result:
         """One seed from beginning to end."""
-        path = self.directory / "billingd.db"
+        path = self.directory / f"billingd{self._died}.db"
         sim_store.copy_template(self.template, path)
         lives: list[Life] = []
         loop_seen: list[SimLoop] = []
@@ -160,6 +161,7 @@ class Bench:
                 if not lives:
                     raise
                 faults = [f"{type(error).__name__}: {error}"]
+                self._died += 1  # its connections may still hold the file: nobody after it may have that
                 if tracing:
                     lives[0].trace += traceback.format_exc().splitlines()
         life = lives[0]
