@@ -47,6 +47,9 @@ class ChaosSummary:
         self._seconds += report.duration
         if report.failed:
             self._failed.add(report.nodeid)
+            if self._full and (reporter := self._reporter()) is not None:  # hours before the end
+                reporter.ensure_newline()
+                reporter.write_line(f"{report.nodeid.removeprefix(FOLDER)}: {report.longreprtext}")
         if report.when != "teardown":
             return
         told: Counter[str] = Counter()
