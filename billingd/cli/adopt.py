@@ -11,7 +11,7 @@ import click
 from billingd.cli import output
 from billingd.cli.output import Unreachable
 from billingd.cli.reach import ask_or_change, settings_of
-from billingd.cli.talk import READING_SECONDS, Daemon
+from billingd.cli.talk import Daemon
 from billingd.cli.traffic import parse_time
 from billingd.domain.errors import Misconfigured, Retryable
 
@@ -83,7 +83,7 @@ async def _adopt(settings: "Settings", since: datetime, dry_run: bool, *, quiet:
 
     async def ask(daemon: Daemon) -> dict[str, Any]:
         wanted = {"since": since.isoformat(), "dry_run": dry_run}
-        return await daemon.post("/adopt", wanted, key="steps", seconds=READING_SECONDS)
+        return await daemon.let_read("/adopt", wanted, key="steps")
 
     async def here(store: "Store") -> dict[str, Any]:
         from billingd import daemon as root

@@ -96,7 +96,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
         for problem in problems or ["the store is sound"]:
             output.say(problem)
     if problems:
-        output.note("keep a copy of the store as it is, then go back to the newest sound backup")
+        output.note("what is damaged: keep a copy, then `billingd db restore FILE` with the newest backup")
         ctx.exit(output.LOOK)
 
 
@@ -222,9 +222,14 @@ async def _current(settings: "Settings") -> dict[str, Any]:
 async def _check(settings: "Settings") -> list[str]:
     """What is wrong with the store, in the database's words."""
     from billingd.store import integrity
+    from billingd.store.engine import StoreDamaged
+    from billingd.store.migrate import SchemaBehind
 
-    async with opened(settings) as store:
-        return await integrity.problems(store)
+    try:
+        async with opened(settings) as store:
+            return await integrity.problems(store)
+    except (StoreDamaged, SchemaBehind) as error:
+        return [str(error)]
 
 
 async def _backup(settings: "Settings", to: Path | None) -> Path:

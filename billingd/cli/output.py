@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from billingd.domain.errors import BillingdError, StoreBusy
+from billingd.domain.errors import BillingdError, StoreBusy, StoreHeld
 
 FAILED: Final = 1
 MISUSED: Final = 2
@@ -19,6 +19,8 @@ INTERRUPTED: Final = 130
 
 WIDTH_WITHOUT_TERMINAL: Final = 100_000
 """Lines for a pipe are not folded."""
+
+STOP_IT: Final = "if it is the daemon, stop it first: `systemctl stop billingd.socket billingd`"
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on standard output, nothing else."
@@ -41,7 +43,8 @@ def fail(error: BillingdError) -> int:
     if isinstance(error, ServerAway):
         click.echo(f"Error: {plain(str(error))}; see that its server runs and lets us in", err=True)
         return UNREACHABLE
-    click.echo(f"Error: {plain(str(error))}", err=True)
+    step = f"; {STOP_IT}" if isinstance(error, StoreHeld) else ""
+    click.echo(f"Error: {plain(str(error))}{step}", err=True)
     if isinstance(error, StoreBusy):
         return BUSY
     return UNREACHABLE if isinstance(error, Unreachable) else FAILED

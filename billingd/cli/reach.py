@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from billingd.cli import output
 from billingd.cli.output import Unreachable
-from billingd.cli.talk import Daemon, DaemonAway
-from billingd.domain.errors import BillingdError, StoreBusy
+from billingd.cli.talk import Daemon, DaemonAway, DaemonHangs
+from billingd.domain.errors import BillingdError, StoreBusy, StoreHeld
 
 if TYPE_CHECKING:
     from billingd.settings import Fault, Settings
@@ -22,12 +22,11 @@ START_IT: Final = (
 )
 
 
+RESTART_IT: Final = "`systemctl restart billingd` ends that; `billingd doctor --only daemon` tells more"
+
+
 class StoreMissing(BillingdError):
     """There is no store where the configuration says it is."""
-
-
-class StoreHeld(StoreBusy):
-    """Another process has the store's lock."""
 
 
 def settings_of(config: Path | None) -> "Settings":
@@ -80,16 +79,15 @@ async def opened(
 
     async with Store(settings.store.url) as store:
         if store.path is not None and not store.path.exists() and not may_be_missing:
+            if not store.path.parent.is_dir():
+                raise StoreMissing(f"there is no directory {store.path.parent} for the store; make it first")
             raise StoreMissing(
                 f"there is no store at {store.path} (`billingd run` or `billingd db upgrade` makes it)"
             )
         if store.path is not None and not store.path.parent.is_dir():
             raise StoreMissing(f"there is no directory {store.path.parent}; make it first")
         if lock:
-            try:
-                store.lock()
-            except StoreBusy as error:
-                raise StoreHeld(str(error)) from None
+            store.lock()
         try:
             if current:
                 await migrate.check(store)
@@ -116,10 +114,10 @@ async def ask_or_read(
             async with opened(settings) as store:
                 answer = await read(store)
         except (StoreMissing, StoreUnavailable) as error:
-            raise Unreachable(f"{away}, and {error}; {START_IT}") from None
-    if not quiet:
-        output.note("the daemon does not answer; read from the store")
-    return answer
+            raise _neither(away, error) from None
+        if not quiet:
+            output.note(f"{_how(away, store.path)}; read from the store")
+        return answer
 
 
 async def ask_or_change(
@@ -129,19 +127,51 @@ async def ask_or_change(
     *,
     quiet: bool,
 ) -> T:
-    """Let the daemon do it, or without it do it on the store, whose lock keeps a daemon from starting."""
+    """Let the daemon do it, or without it do it on the store, whose lock keeps a daemon from starting.
+
+    One that hangs may still be at it, and on PostgreSQL no lock says so: nothing is done beside it.
+    """
     from billingd.store.engine import StoreUnavailable
 
     try:
         return await ask(Daemon(settings.admin.listen))
     except DaemonAway as away:
+        if isinstance(away, DaemonHangs) and not settings.store.url.startswith("sqlite"):
+            raise Unreachable(f"{away}, but listens there: it hangs; {RESTART_IT}") from None
         try:
             async with opened(settings, lock=True) as store:
                 answer = await change(store)
         except StoreHeld as error:
-            raise StoreBusy(f"{error}, but {away}; see that admin.listen is the daemon's own") from None
+            step = "see that admin.listen is the daemon's own"
+            if isinstance(away, DaemonHangs):
+                away, step = DaemonHangs(f"{away}, but listens there: it hangs"), RESTART_IT
+            raise StoreBusy(f"{error}, but {away}; {step}") from None
         except (StoreMissing, StoreUnavailable) as error:
-            raise Unreachable(f"{away}, and {error}; {START_IT}") from None
-    if not quiet:
-        output.note("the daemon does not answer; done on the store itself")
-    return answer
+            raise _neither(away, error) from None
+        if not quiet:
+            output.note("the daemon does not answer; done on the store itself")
+        return answer
+
+
+def _how(away: DaemonAway, store: Path | None) -> str:
+    """In which way no daemon answers: none runs, or one hangs, and what ends that."""
+    from billingd.store.holder import holder
+
+    hangs = isinstance(away, DaemonHangs)
+    if (process := holder(store)) is not None:
+        more = RESTART_IT if hangs else "`billingd doctor --only daemon` tells more"
+        return f"{away}, but process {process} holds the store; {more}"
+    return f"{away}, but listens there: it hangs; {RESTART_IT}" if hangs else "the daemon does not answer"
+
+
+def _neither(away: DaemonAway, error: BillingdError) -> Unreachable:
+    """There is neither a daemon nor a store, and what mends that."""
+    from billingd.store.engine import ServerAway
+
+    if isinstance(error, ServerAway):
+        step = "see that its server runs and lets us in"
+    elif isinstance(error, StoreMissing):
+        step = START_IT
+    else:
+        step = "`billingd doctor --only store` tells more"
+    return Unreachable(f"{away}, and {error}; {step}")

@@ -11,7 +11,7 @@ import click
 from billingd.cli import output
 from billingd.cli.output import Unreachable
 from billingd.cli.reach import ask_or_change, settings_of
-from billingd.cli.talk import READING_SECONDS, Daemon
+from billingd.cli.talk import Daemon
 from billingd.domain.errors import Misconfigured, Retryable
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ async def _resync(settings: "Settings", dry_run: bool, *, quiet: bool) -> dict[s
     """Let the daemon do it, or do it here while no daemon has the store."""
 
     async def ask(daemon: Daemon) -> dict[str, Any]:
-        return await daemon.post("/resync", {"dry_run": dry_run}, key="steps", seconds=READING_SECONDS)
+        return await daemon.let_read("/resync", {"dry_run": dry_run}, key="steps")
 
     async def here(store: "Store") -> dict[str, Any]:
         from billingd import daemon as root

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Tell how things stand.")
-@click.option("--check", is_flag=True, help="Exit with 3 when there are dead letters, held items or drift.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Exit with 3 when there are dead letters, held items or drift, else 4 if the daemon is not ready.",
+)
 @click.option(
     "--subscriptions",
     "each",
@@ -48,6 +52,8 @@ def status(ctx: click.Context, check: bool, each: bool, as_json: bool) -> None:
             output.table(COLUMNS, map(_row, found["subscriptions"]))
     if check and needs_a_person(found):
         ctx.exit(output.LOOK)
+    if check and not found["ready"]:
+        ctx.exit(output.UNREACHABLE)
 
 
 async def _read(settings: "Settings", each: bool, as_json: bool) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     items = held.get("items", [])
     written = [
         f"billingd  {found['version']}, {'ready' if found['ready'] else 'not ready'}",
-        *(f"          {reason}" for reason in found["reasons"]),
+        *(f"          {reason}" for reason in found["reasons"] if found.get("daemon", True)),  # else a note
         f"webhooks  {webhooks['accepted']} accepted, {webhooks['duplicates']} duplicates, "
         f"{webhooks['rejected']} rejected",
         *_feed(found.get("catch_up")),

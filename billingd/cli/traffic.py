@@ -12,7 +12,7 @@ import click
 from billingd.cli import output
 from billingd.cli.output import Unreachable
 from billingd.cli.reach import ask_or_change, ask_or_read, settings_of
-from billingd.cli.talk import READING_SECONDS, Daemon
+from billingd.cli.talk import Daemon
 from billingd.domain.errors import Misconfigured, Retryable
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ async def _post(
     """Let the daemon read, or read here while no daemon has the store."""
 
     async def ask(daemon: Daemon) -> dict[str, Any]:
-        return await daemon.post(path, body, key=key, seconds=READING_SECONDS)
+        return await daemon.let_read(path, body, key=key)
 
     async def read(store: "Store") -> dict[str, Any]:
         from billingd import daemon as root

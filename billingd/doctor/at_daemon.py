@@ -1,32 +1,12 @@
 """Checks of the daemon that runs with the same configuration, if one does."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from billingd.doctor.findings import Found, fine, look
 
 Ask = Callable[[str, str], Awaitable[Mapping[str, Any]]]
 """A document of the admin listener's, by path and a key that it has, whatever its status."""
-
-
-LOCKS: Final = Path("/proc/locks")
-
-
-def holder(store: Path | None) -> str | None:
-    """The process that has a SQLite store's lock, as the kernel lists it; None when nobody is seen to.
-
-    Looking by locking would keep a daemon that starts in this moment from its store.
-    """
-    try:
-        inode = None if store is None else store.with_name(f"{store.name}.lock").stat().st_ino
-        for line in LOCKS.read_text(encoding="ascii").splitlines():
-            _number, sort, _how, _access, process, file, *_range = line.split()
-            if sort == "FLOCK" and file.rpartition(":")[2] == str(inode):
-                return process
-    except (OSError, ValueError):  # no lock file, or a kernel that lists them in another way
-        pass
-    return None
 
 
 class DaemonChecks:

@@ -9,7 +9,7 @@ from typing import Final
 from billingd.adapters.amplify import Amplify, TrafficSource, traffic_source
 from billingd.adapters.recurly import Recurly
 from billingd.doctor.at_amplify import AmplifyChecks, clock, engage_admin
-from billingd.doctor.at_daemon import Ask, DaemonChecks, holder
+from billingd.doctor.at_daemon import Ask, DaemonChecks
 from billingd.doctor.at_hooks import Arrivals, HookChecks, Reach
 from billingd.doctor.at_recurly import RecurlyChecks
 from billingd.doctor.at_store import StoreChecks
@@ -18,6 +18,7 @@ from billingd.doctor.facts import Facts
 from billingd.doctor.findings import Check, Finding, Found, State, examine, skipped
 from billingd.settings import Fault, Settings
 from billingd.store.engine import Store
+from billingd.store.holder import holder
 
 CATALOG: Final = ("products", "productplans", "subscriptions", "marketplaces")
 """Collections of the catalog that billingd reads; quotas live in plans."""

@@ -109,3 +109,7 @@ class Rejected(BillingdError):
 
 class StoreBusy(BillingdError):
     """Another process holds this store, or the store is newer than this program."""
+
+
+class StoreHeld(StoreBusy):
+    """Another process has the store's lock."""

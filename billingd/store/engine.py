@@ -15,7 +15,8 @@ from typing import Any, Final, Self
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from billingd.domain.errors import BillingdError, Retryable, StoreBusy
+from billingd.domain.errors import BillingdError, Retryable, StoreHeld
+from billingd.store.holder import holder
 from billingd.store.rows import upsert
 from billingd.store.schema import marks
 
@@ -144,7 +145,7 @@ class Store:
                 )
 
     def lock(self) -> None:
-        """Take a SQLite store for this process until it ends. Raises StoreBusy when another has it.
+        """Take a SQLite store for this process until it ends. Raises StoreHeld when another has it.
 
         PostgreSQL needs no lock: claims are fenced there.
         """
@@ -154,12 +155,16 @@ class Store:
         try:
             handle = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            if not lock_path.parent.is_dir():
+                raise StoreUnavailable(f"there is no directory {lock_path.parent}; make it first") from error
             raise StoreUnavailable(f"cannot open {lock_path}: {error.strerror}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise StoreBusy(f"the store {self.path} is held by another process (lock {lock_path})") from None
+            process = holder(self.path)
+            who = "another process" if process is None else f"process {process}"
+            raise StoreHeld(f"the store {self.path} is held by {who} (lock {lock_path})") from None
         self._locked = handle
 
     async def close(self) -> None:
@@ -302,7 +307,8 @@ def _translated(server: str | None = None) -> Iterator[None]:
             raise _unavailable(server, error) from error
         if type(error.orig) is sqlite3.DatabaseError:
             raise StoreDamaged(
-                f"the store is damaged, or is none ({_plain(error)}); put a backup in its place"
+                f"the store is damaged, or is none ({_plain(error)}); "
+                "`billingd db restore FILE` puts a backup in its place"
             ) from error
         raise
 

@@ -1,6 +1,7 @@
 """`db`: upgrade with a copy first, check, backup, restore."""
 
 import asyncio
+import json
 import sqlite3
 from datetime import datetime
 from pathlib import Path
@@ -107,7 +108,9 @@ async def test_upgrade_of_a_held_store_is_5(tmp_path: Path, sqlite_template: Pat
     await bench.fill(sqlite_template)
     async with Store(bench.url) as store:
         store.lock()
-        assert (await bench.ask("db", "upgrade")).exit_code == 5
+        held = await bench.ask("db", "upgrade")
+        assert held.exit_code == 5
+        assert "`systemctl stop billingd.socket billingd`" in held.stderr
         assert (await bench.ask("db", "check")).exit_code == 0
         assert (await bench.ask("db", "backup")).exit_code == 0
 
@@ -150,6 +153,20 @@ async def test_check_names_every_difference_and_is_3(tmp_path: Path, sqlite_temp
         assert word in result.stdout
 
 
+def test_check_of_a_damaged_store_and_of_an_older_one_is_3(tmp_path: Path, sqlite_template: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.path.write_bytes(b"This is no database at all. " * 200)
+    damaged = bench.run("db", "check", "--json")
+    assert (damaged.exit_code, json.loads(damaged.stdout)["sound"]) == (3, False)
+    assert "`billingd db restore FILE`" in damaged.stdout
+    bench.path.unlink()
+    sql(bench.path, "CREATE TABLE alembic_version (version_num VARCHAR)")
+    sql(bench.path, "INSERT INTO alembic_version VALUES ('0001')")
+    older = bench.run("db", "check")
+    assert older.exit_code == 3
+    assert "db upgrade" in older.stdout
+
+
 async def test_backup_goes_where_it_is_told_and_overwrites_nothing(
     tmp_path: Path, sqlite_template: Path
 ) -> None:
@@ -178,7 +195,7 @@ def test_a_copy_of_postgres_is_restored_into_either(empty_postgres_url: str, tmp
     """The same file fills PostgreSQL again, and a SQLite store."""
     bench = Bench(tmp_path)
     env = {"BILLINGD_STORE__URL": empty_postgres_url}
-    assert bench.run("db", "check", env=env).exit_code == 1
+    assert bench.run("db", "check", env=env).exit_code == 3
     done = document(bench.run("db", "upgrade", "--json", env=env))
     assert done == {"before": None, "after": migrate.newest(), "backup": None}
     assert bench.run("db", "check", env=env).stdout == "the store is sound\n"

@@ -23,7 +23,6 @@ from test_cli_hooks import listening
 
 from billingd.cli import talk
 from billingd.daemon import make_amplify
-from billingd.doctor.at_daemon import LOCKS
 from billingd.doctor.at_recurly import RecurlyChecks
 from billingd.doctor.at_traffic import SourceName, TrafficChecks
 from billingd.doctor.facts import Facts
@@ -34,6 +33,7 @@ from billingd.loops import Clock
 from billingd.sandbox.faults import Rule
 from billingd.settings import load
 from billingd.store.engine import Store
+from billingd.store.holder import LOCKS
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_a_database_that_is_away_is_4_and_the_line_names_it(words: tuple[str, ..
     result = bench.run(*words, env={"BILLINGD_STORE__URL": url})
     assert result.exit_code == 4
     assert "store.url postgresql+asyncpg://billingd:***@127.0.0.1:1/ledger" in result.stderr
-    assert words == ("status",) or "see that its server runs and lets us in" in result.stderr
+    assert result.stderr.endswith("; see that its server runs and lets us in\n")
 
 
 def test_help_loads_nothing_heavy() -> None:
