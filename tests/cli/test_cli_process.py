@@ -65,8 +65,12 @@ async def test_ctrl_c_is_130(tmp_path: Path) -> None:
         await go_on.wait()
         return web.Response()
 
+    async def well(_: web.Request) -> web.Response:
+        return web.json_response({"stuck": []})
+
     application = web.Application()
     application.router.add_post("/traffic/poll", poll)
+    application.router.add_get("/healthz", well)
     async with bench.listening(application, "unix"):
         process = await start(bench, "traffic", "poll")
         await asked.wait()
