@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from manual_clock import START, ManualClock
 
-from billingd.domain.errors import BillingdError, StoreBusy
+from billingd.domain.errors import BillingdError, StoreBusy, StoreHeld
 from billingd.store import copies, migrate, schema
 from billingd.store.engine import Store
 
@@ -359,7 +359,7 @@ async def test_a_second_process_cannot_take_the_store(store: Store, store_url: s
     assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(StoreBusy, match="held by another process"):
+    with pytest.raises(StoreHeld, match=f"held by process {other.pid} "):
         store.lock()
     other.kill()
     other.wait()
