@@ -41,6 +41,11 @@ from billingd.settings.values import format_duration, host_port, is_loopback
 DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
 ENV_PREFIX: Final = "BILLINGD_"
 SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
+SECRET_KEYS: Final = frozenset(
+    {*(f"{section}.{key}" for section, key in SECRETS), "notifications.provider", "notifications.subscriber"}
+)
+"""What says nothing when it is compared: who looks may not see it."""
+
 STORE_URL: Final = ("store", "url")
 """May hold a password, and then comes from where secrets come from."""
 
@@ -493,6 +498,22 @@ def shown(loaded: Loaded) -> list[dict[str, Any]]:
     return rows
 
 
+def flat(settings: Settings) -> dict[str, Any]:
+    """Every value by its key, as in `webhooks.listen`."""
+    found: dict[str, Any] = {}
+    for section, table in settings:
+        if hasattr(table, "model_fields_set"):
+            found |= {f"{section}.{key}": value for key, value in table}
+        else:
+            found[section] = table
+    return found
+
+
+def public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of such values that are no secrets, as JSON has them."""
+    return {key: _plain(value) for key, value in values.items() if key not in SECRET_KEYS}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, SecretStr):
         return "(set)" if value.get_secret_value() else ""
@@ -500,6 +521,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "total_seconds"):
         return format_duration(value)
+    if isinstance(value, Path):
+        return str(value)
     return without_credentials(value)
 
 
