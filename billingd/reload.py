@@ -96,7 +96,10 @@ class Reloader:
         try:
             done = await self.reload()
         except ConfigurationError as error:
-            faults = [{"key": fault.key, "message": fault.message} for fault in error.faults]
+            faults = [
+                {"key": fault.key, "message": fault.message, "place": fault.place or None}
+                for fault in error.faults
+            ]
             message = "the configuration has faults; what was in effect stays"
             return web.json_response(
                 {"error": {"code": "configuration", "message": message}, "faults": faults}, status=422

@@ -7,13 +7,15 @@ from decimal import Decimal
 from typing import Any, Final
 
 from billingd.admin.status import plain, timestamp
+from billingd.domain.attempts import UNFINISHED, State
 from billingd.domain.delivery import CORRECTABLE, OVER
 from billingd.domain.errors import NotFound
+from billingd.domain.events import PROVISION_SUBSCRIPTION
 from billingd.domain.money import shown
 from billingd.domain.periods import Period, period_of
 from billingd.domain.sending import Intent
 from billingd.domain.usage import TAG_PREFIX, corrected_tag, correction_tag, usage_intent
-from billingd.store import history, intents, ledger, links, periods, stakes, usage
+from billingd.store import held, history, intents, ledger, links, outbox, periods, stakes, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.history import Entry
 from billingd.store.ledger import Line
@@ -224,12 +226,30 @@ async def _find(tx: Tx, about: str) -> tuple[SubscriptionLink, list[str]]:
     )
     if link is None:
         if not named:
+            await _not_linked(tx, about)
             raise NotFound(
                 f"no linked subscription has the id, name or Recurly uuid {about}, and a tag of ours begins "
                 f"with {TAG_PREFIX}; `billingd status --subscriptions` lists them"
             )
         link = named[-1]
     return link, [one.subscription_id for one in reversed(named) if one != link]
+
+
+async def _not_linked(tx: Tx, about: str) -> None:
+    """Raise NotFound when it is to be linked, and waits, is held or failed: with what stands for it."""
+    waiting = await outbox.select(tx, states=[*UNFINISHED, State.DEAD], kind=PROVISION_SUBSCRIPTION)
+    for action in reversed(waiting):
+        if action["subject"] == f"subscription:{about}" or action["args"].get("name") == about:
+            stands = [
+                f"held item {item['id']}: {item['reason']}"
+                for item in await held.standing(tx, subject=action["subject"])
+            ]
+            raise NotFound(
+                f"{about} is not linked yet: `billingd outbox show {action['id']}` tells of the action that "
+                f"does it{''.join(f'; {one}' for one in stands)}"
+            )
+    for item in await held.standing(tx, subject=f"subscription:{about}"):
+        raise NotFound(f"{about} is not linked: held item {item['id']}: {item['reason']}")
 
 
 async def _totals(tx: Tx, link: SubscriptionLink, add_ons: Mapping[str, AddOnLink]) -> list[dict[str, Any]]:

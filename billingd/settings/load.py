@@ -467,7 +467,7 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     if settings.webhooks.auth != "none":
         wanted["webhooks.secret"] = settings.webhooks.secret.get_secret_value()
     faults = [
-        Fault(key, f"is needed and has no value; {_where_to_set(key)}")
+        Fault(key, f"is needed and has no value; {_where_to_set(key, settings.secrets_dir)}")
         for key, value in wanted.items()
         if not value
     ]
@@ -477,13 +477,25 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     return faults
 
 
-def _where_to_set(key: str) -> str:
-    """How a key gets its value."""
+def _where_to_set(key: str, secrets: Path | None) -> str:
+    """How a key gets its value, and what may have gone wrong with it."""
     section, _, name = key.partition(".")
     variable = f"{ENV_PREFIX}{section}__{name}".upper()
     if (section, name) in SECRETS:
-        return f"put it into a file {key} in secrets_dir or $CREDENTIALS_DIRECTORY, or set {variable}"
+        how = f"put it into a file {key} in secrets_dir or $CREDENTIALS_DIRECTORY, or set {variable}"
+        return how if secrets is None else f"{_not_found(key, secrets)}{how}"
     return f"write {name} = … under [{section}] of the TOML file, or set {variable}"
+
+
+def _not_found(key: str, secrets: Path) -> str:
+    """Why a secret's file was not found in secrets_dir, where that can be seen."""
+    try:
+        near = get_close_matches(key, sorted(file.name for file in secrets.iterdir()), n=1, cutoff=0.8)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"there is no directory {secrets}, which secrets_dir names; "
+    except (OSError, ValueError):  # said already, of the file itself
+        return ""
+    return f"{secrets / near[0]}: did you mean {key}? Or " if near else ""
 
 
 def shown(loaded: Loaded) -> list[dict[str, Any]]:

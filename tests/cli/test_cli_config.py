@@ -33,6 +33,19 @@ def test_secrets_in_files_are_named_with_their_directory(tmp_path: Path) -> None
     assert f"secrets: {credentials} (recurly.api_key)" in result.stdout.splitlines()
 
 
+def test_a_secret_that_was_not_found_says_why(tmp_path: Path) -> None:
+    """The directory is not there, or the file's name is misspelt."""
+    bench = Bench(tmp_path)
+    env = {"BILLINGD_SECRETS_DIR": str(tmp_path / "secrets"), "BILLINGD_WEBHOOKS__SECRET": None}
+    missing = bench.run("check-config", env=env)
+    assert f"there is no directory {tmp_path}/secrets, which secrets_dir names; put it" in missing.stderr
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "webhooks.secrt").write_text("hidden")
+    misspelt = bench.run("check-config", env=env)
+    assert (misspelt.exit_code, "hidden" in misspelt.stderr) == (2, False)
+    assert f"{tmp_path}/secrets/webhooks.secrt: did you mean webhooks.secret? Or put it" in misspelt.stderr
+
+
 def test_sampled_traffic_is_warned_about(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     result = bench.run("check-config", env={"BILLINGD_TRAFFIC__SOURCE": "search"})
