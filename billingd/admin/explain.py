@@ -21,9 +21,6 @@ from billingd.store.history import Entry
 from billingd.store.ledger import Line
 from billingd.store.links import AddOnLink, SubscriptionLink
 
-LIVING: Final = ("ended", "ending", "created", "active")
-"""States of a link, the one that a name most likely means last."""
-
 RECORDS_SHOWN: Final = 200
 """Records of a subscription in one answer, the newest, unless more are asked for."""
 
@@ -218,21 +215,13 @@ async def _find(tx: Tx, about: str) -> tuple[SubscriptionLink, list[str]]:
 
     Of several of that name the one that lives is meant, else the one that was linked last.
     """
-    link = await links.find_subscription(tx, about) or await links.find_subscription_by_uuid(tx, about)
-    name = about if link is None else link.name
-    named = sorted(
-        (one for one in await links.subscriptions(tx) if one.name == name),
-        key=lambda one: (LIVING.index(one.state), one.linked_at),
-    )
-    if link is None:
-        if not named:
-            await _not_linked(tx, about)
-            raise NotFound(
-                f"no linked subscription has the id, name or Recurly uuid {about}, and a tag of ours begins "
-                f"with {TAG_PREFIX}; `billingd status --subscriptions` lists them"
-            )
-        link = named[-1]
-    return link, [one.subscription_id for one in reversed(named) if one != link]
+    try:
+        link = await links.meant(tx, about)
+    except NotFound as error:
+        await _not_linked(tx, about)
+        raise NotFound(f"{error}; a tag of ours begins with {TAG_PREFIX}") from None
+    others = [one for one in await links.named(tx, link.name) if one != link]
+    return link, [one.subscription_id for one in reversed(others)]
 
 
 async def _not_linked(tx: Tx, about: str) -> None:

@@ -106,7 +106,7 @@ def windows(config: Path | None, limit: int, as_json: bool) -> None:
 @click.option(
     "--until", required=True, callback=parse_time, metavar="TIME", help="Up to this moment (RFC 3339)."
 )
-@click.option("--subscription", metavar="ID", help="Only this subscription (its metadata.id at Amplify).")
+@click.option("--subscription", metavar="ID", help="Only this subscription: its id at Amplify, or its name.")
 @output.json_option
 @click.pass_obj
 def backfill(

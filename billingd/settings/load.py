@@ -38,6 +38,7 @@ from billingd.settings.models import (
 )
 from billingd.settings.values import format_duration, host_port, is_loopback
 
+SHOWS_ALL: Final = "`billingd config show` lists them all"
 DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
 ENV_PREFIX: Final = "BILLINGD_"
 SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
@@ -373,7 +374,9 @@ def _environment(env: Mapping[str, str], faults: list[Fault], places: dict[str, 
     for name in sorted(env):
         section, nested, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name.startswith(ENV_PREFIX) and nested and section not in known:
-            faults.append(Fault(name, f"is not a known setting{_instead(section, known)}", f"${name}"))
+            near = get_close_matches(section, sorted(known), n=1)
+            meant = f"did you mean {ENV_PREFIX}{near[0].upper()}__{key.upper()}?" if near else SHOWS_ALL
+            faults.append(Fault(name, f"is not a known setting; {meant}", f"${name}"))
     source = EnvSettingsSource(Settings)
     readable: dict[str, str | None] = {}
     for name, value in env.items():
@@ -416,7 +419,26 @@ def _fault(location: tuple[int | str, ...], message: str, kind: str) -> Fault:
     if kind == "extra_forbidden":
         *above, name = location
         message = f"is not a known key{_instead(str(name), _keys(above))}"
-    return Fault(key_of(location), message.removeprefix("Value error, "))
+    return Fault(key_of(location), _in_our_words(message, kind))
+
+
+WORDS: Final[Mapping[str, str]] = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text, in quotes",
+    "tuple_type": "must be a list, in square brackets",
+    "model_type": "must be a table, its keys below its name in brackets",
+    "path_type": "must be a path, in quotes",
+}
+"""What pydantic says in its own."""
+
+
+def _in_our_words(message: str, kind: str) -> str:
+    said = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return WORDS.get(kind, said)
 
 
 def _keys(section: list[int | str]) -> set[str]:
@@ -430,7 +452,7 @@ def _keys(section: list[int | str]) -> set[str]:
 def _instead(name: str, known: set[str]) -> str:
     """What was probably meant, or where to look."""
     near = get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]}?" if near else "; `billingd config show` lists them all"
+    return f"; did you mean {near[0]}?" if near else f"; {SHOWS_ALL}"
 
 
 def cross_check(settings: Settings) -> list[Fault]:
