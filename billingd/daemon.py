@@ -419,6 +419,7 @@ async def _serve(
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
     admin = daemon.admin.application()
     admin.router.add_post("/reload", reloader.answer)
+    admin.router.add_get("/configuration", reloader.tell)
     async with AsyncExitStack() as listeners:
         at = {
             "admin": await _listen(listeners, admin, settings.admin.listen, inherited.get("admin")),

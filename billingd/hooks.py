@@ -24,6 +24,12 @@ VALUE_KEY: Final = "value"
 """Under which key the Secret holds its value."""
 
 OTHERS: Final = "is somebody else's, and left alone"
+INSTEAD: Final[Mapping[str, str]] = {
+    "Integration": f"delete that one, or mark it: attribute billingd = {MARK['billingd']}",
+    "WatchTopic": "name another in catch_up.watch_topic, or delete that one",
+}
+"""What else can be done where somebody else has the name."""
+
 DEFAULT_PATH: Final = "/webhooks/amplify"
 MASKED: Final = "CHANGE-ME"
 SCHEMES: Final = frozenset({"bearer", "basic"})
@@ -192,7 +198,7 @@ async def removal(management: Management) -> list[Step]:
     Whatever was made here is found by its mark, also what the settings name no more. An Integration in which
     somebody else's resources live stays, for they would go with it.
     """
-    topics = [raw for raw in await management.everything("WatchTopic", None) if _ours("WatchTopic", raw)]
+    topics = [raw for raw in await management.everything("WatchTopic", None) if ours("WatchTopic", raw)]
     steps = [Step("-", "WatchTopic", raw["name"], "is billingd's") for raw in topics]
     integration = await management.find("Integration", NAME, None)
     if integration is None:
@@ -200,12 +206,12 @@ async def removal(management: Management) -> list[Step]:
     others = []
     for kind in INSIDE:
         for raw in await management.everything(kind, NAME):
-            if _ours(kind, raw):
+            if ours(kind, raw):
                 steps.append(Step("-", kind, raw["name"], "is billingd's"))
             else:
                 others.append(f"{kind} {raw['name']}")
                 steps.append(Step("!", kind, raw["name"], OTHERS))
-    if not _ours("Integration", integration):
+    if not ours("Integration", integration):
         steps.append(Step("!", "Integration", NAME, OTHERS))
     elif others:
         steps.append(
@@ -232,7 +238,18 @@ async def remove(management: Management, steps: Sequence[Step]) -> list[Step]:
     return done
 
 
-def _ours(kind: Kind, raw: Mapping[str, Any]) -> bool:
+def told_of(filters: Any) -> set[tuple[str, str]]:
+    """Kind and type of each event that such triggers or filters ask for, of those that leave none out."""
+    rows = [row for row in filters or () if isinstance(row, Mapping)]
+    return {
+        (str(row.get("kind")), str(type_))
+        for row in rows
+        if row.get("name", "*") == "*" and row.get("group") == "catalog"
+        for type_ in row.get("type") or ()
+    }
+
+
+def ours(kind: Kind, raw: Mapping[str, Any]) -> bool:
     """Whether it was made here. What lives in our Integration under our names is ours in any case."""
     if _marked(raw):
         return True
@@ -250,8 +267,12 @@ def _marked(raw: Mapping[str, Any]) -> bool:
 def _step(one: Resource, raw: Mapping[str, Any] | None) -> Step:
     if raw is None:
         return Step("+", one.kind, one.name, "is missing")
-    if not _ours(one.kind, raw):
-        return Step("!", one.kind, one.name, OTHERS)
+    if not ours(one.kind, raw):
+        spec = raw.get("spec")
+        filters = spec.get("filters") if isinstance(spec, Mapping) else None
+        if one.kind == "WatchTopic" and told_of(WATCHED) <= told_of(filters):
+            return Step("=", one.kind, one.name, "is somebody else's, and tells of all that is needed")
+        return Step("!", one.kind, one.name, f"{OTHERS}; {INSTEAD[one.kind]}")
     if one.kind == "Secret":
         return Step("~", one.kind, one.name, "is written each time: Amplify never shows what it holds")
     if wrong := _differing(one.spec, raw.get("spec"), ""):

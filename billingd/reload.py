@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from aiohttp import web
 
 from billingd import systemd, tls
-from billingd.settings import ConfigurationError, Settings
+from billingd.settings import ConfigurationError, Settings, flat, public
 
 log = structlog.get_logger()
 
@@ -96,20 +96,30 @@ class Reloader:
         try:
             done = await self.reload()
         except ConfigurationError as error:
-            faults = [{"key": fault.key, "message": fault.message} for fault in error.faults]
+            faults = [
+                {"key": fault.key, "message": fault.message, "place": fault.place or None}
+                for fault in error.faults
+            ]
             message = "the configuration has faults; what was in effect stays"
             return web.json_response(
                 {"error": {"code": "configuration", "message": message}, "faults": faults}, status=422
             )
         return web.json_response({"reloaded": done.reloaded, "restart": done.restart, "faults": []})
 
-
-def flat(settings: Settings) -> dict[str, Any]:
-    """Every value by its key, as in `webhooks.listen`."""
-    found: dict[str, Any] = {}
-    for section, table in settings:
-        if hasattr(table, "model_fields_set"):
-            found |= {f"{section}.{key}": value for key, value in table}
-        else:
-            found[section] = table
-    return found
+    async def tell(self, _request: web.Request) -> web.Response:
+        """`GET /configuration`: what it runs with but for secrets, and what it would read otherwise."""
+        runs = {**self._started, **{key: flat(self._settings)[key] for key in RELOADABLE}}
+        now, faults = runs, list[str]()
+        try:
+            now = flat(await asyncio.to_thread(self._read))
+        except ConfigurationError as error:
+            faults = [str(fault) for fault in error.faults]
+        changed = sorted(key for key in runs if now[key] != runs[key])
+        return web.json_response(
+            {
+                "runs_with": public(runs),
+                "reload": [key for key in changed if key in RELOADABLE],
+                "restart": [key for key in changed if key not in RELOADABLE],
+                "faults": faults,
+            }
+        )

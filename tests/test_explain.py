@@ -390,6 +390,17 @@ async def test_what_is_not_known_is_said_with_a_way_on(rig: Rig) -> None:
         await told(rig, "nobody")
 
 
+async def test_a_subscription_that_waits_to_be_linked_says_for_what(rig: Rig) -> None:
+    """By its name, or its id: the action, and what is held."""
+    made = await rig.subscribe("poor", account=False)
+    await rig.work()
+    for about in ("poor", made):
+        with pytest.raises(
+            NotFound, match=r"is not linked yet: `billingd outbox show \d+`.* held item \d+: "
+        ):
+            await told(rig, about)
+
+
 @ONE_DATABASE
 async def test_the_first_invoice_after_an_adoption_has_more_than_is_known_here(store_url: str) -> None:
     """What the original integration reported is on it: no amount is better than a wrong one."""

@@ -243,6 +243,9 @@ async def test_one_subscription_alone(rig: Rig) -> None:
     assert kinds(await reconciled(rig, subscription=by_name["acme"])) == [("missing_record", 7)]
     with pytest.raises(NotFound, match="nobody"):
         await rig.daemon.reconciler.start(subscription="nobody")
+    assert kinds(await reconciled(rig, subscription="acme")) == [("missing_record", 7)], "by its name"
+    assert kinds(await reconciled(rig, subscription="beta")) == []
+    assert await rig.daemon.poller.read_range(rig.far.now() - DAY, rig.far.now(), subscription="acme") == 0
 
 
 @ONE_DATABASE

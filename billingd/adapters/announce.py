@@ -22,6 +22,19 @@ PLACEHOLDER: Final = "{email}"
 _ADDRESS: Final = re.compile(r"[^@\s,;:<>\"'()\[\]\\]+@[^@\s,;:<>\"'()\[\]\\/?&#%]+")
 _ERROR: Final = re.compile(r"\berror=(\d{3})\b")
 
+_WHY: Final = {
+    "Connection refused": "connection refused",
+    "Name or service not known": "its host's name is not known",
+    "Temporary failure in name resolution": "its host's name cannot be looked up",
+    "No address associated with hostname": "its host has no address",
+    "Network is unreachable": "network unreachable",
+    "No route to host": "no route to its host",
+    "Connection reset": "connection reset",
+    "timed out": "no answer in time",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted",
+}
+"""What the network says of a failure, and how it is told: never Apprise's own text, which may quote a URL."""
+
 _statuses: ContextVar[list[str] | None] = ContextVar("announce_statuses", default=None)
 
 
@@ -85,7 +98,7 @@ def _send(url: str, title: str, body: str) -> str | None:
         return ": Apprise does not understand its URL"
     if notifier.notify(title=title, body=body, body_format=apprise.NotifyFormat.TEXT):
         return None
-    return f" (HTTP {', '.join(statuses)})" if statuses else ""
+    return f" ({', '.join(statuses)})" if statuses else ""
 
 
 def _asset() -> apprise.AppriseAsset:
@@ -112,12 +125,15 @@ def _addressed(template: str, email: str) -> str:
 
 
 class _Silence(logging.Filter):
-    """Keeps Apprise's records, which quote URLs, out of every log; notes only HTTP statuses in them."""
+    """Keeps Apprise's records, which quote URLs, out of every log; notes only what failed, in our words."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         statuses = _statuses.get()
-        if statuses is not None and record.levelno >= logging.WARNING:
-            statuses += _ERROR.findall(record.getMessage())
+        if statuses is not None:
+            text = record.getMessage()
+            if record.levelno >= logging.WARNING:
+                statuses += [f"HTTP {status}" for status in _ERROR.findall(text)]
+            statuses += [why for words, why in _WHY.items() if words in text and why not in statuses]
         return False
 
 
@@ -126,4 +142,5 @@ def _hush() -> None:
     logger = logging.getLogger("apprise")
     if not any(isinstance(each, _Silence) for each in logger.filters):
         logger.addFilter(_Silence())
+        logger.setLevel(logging.DEBUG)  # only there Apprise says why; the filter lets nothing through
     logging.getLogger("urllib3").setLevel(logging.CRITICAL)

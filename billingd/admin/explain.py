@@ -7,20 +7,19 @@ from decimal import Decimal
 from typing import Any, Final
 
 from billingd.admin.status import plain, timestamp
+from billingd.domain.attempts import UNFINISHED, State
 from billingd.domain.delivery import CORRECTABLE, OVER
 from billingd.domain.errors import NotFound
+from billingd.domain.events import PROVISION_SUBSCRIPTION
 from billingd.domain.money import shown
 from billingd.domain.periods import Period, period_of
 from billingd.domain.sending import Intent
 from billingd.domain.usage import TAG_PREFIX, corrected_tag, correction_tag, usage_intent
-from billingd.store import history, intents, ledger, links, periods, stakes, usage
+from billingd.store import held, history, intents, ledger, links, outbox, periods, stakes, usage
 from billingd.store.engine import Store, Tx
 from billingd.store.history import Entry
 from billingd.store.ledger import Line
 from billingd.store.links import AddOnLink, SubscriptionLink
-
-LIVING: Final = ("ended", "ending", "created", "active")
-"""States of a link, the one that a name most likely means last."""
 
 RECORDS_SHOWN: Final = 200
 """Records of a subscription in one answer, the newest, unless more are asked for."""
@@ -216,20 +215,30 @@ async def _find(tx: Tx, about: str) -> tuple[SubscriptionLink, list[str]]:
 
     Of several of that name the one that lives is meant, else the one that was linked last.
     """
-    link = await links.find_subscription(tx, about) or await links.find_subscription_by_uuid(tx, about)
-    name = about if link is None else link.name
-    named = sorted(
-        (one for one in await links.subscriptions(tx) if one.name == name),
-        key=lambda one: (LIVING.index(one.state), one.linked_at),
-    )
-    if link is None:
-        if not named:
+    try:
+        link = await links.meant(tx, about)
+    except NotFound as error:
+        await _not_linked(tx, about)
+        raise NotFound(f"{error}; a tag of ours begins with {TAG_PREFIX}") from None
+    others = [one for one in await links.named(tx, link.name) if one != link]
+    return link, [one.subscription_id for one in reversed(others)]
+
+
+async def _not_linked(tx: Tx, about: str) -> None:
+    """Raise NotFound when it is to be linked, and waits, is held or failed: with what stands for it."""
+    waiting = await outbox.select(tx, states=[*UNFINISHED, State.DEAD], kind=PROVISION_SUBSCRIPTION)
+    for action in reversed(waiting):
+        if action["subject"] == f"subscription:{about}" or action["args"].get("name") == about:
+            stands = [
+                f"held item {item['id']}: {item['reason']}"
+                for item in await held.standing(tx, subject=action["subject"])
+            ]
             raise NotFound(
-                f"no linked subscription has the id, name or Recurly uuid {about}, and a tag of ours begins "
-                f"with {TAG_PREFIX}; `billingd status --subscriptions` lists them"
+                f"{about} is not linked yet: `billingd outbox show {action['id']}` tells of the action that "
+                f"does it{''.join(f'; {one}' for one in stands)}"
             )
-        link = named[-1]
-    return link, [one.subscription_id for one in reversed(named) if one != link]
+    for item in await held.standing(tx, subject=f"subscription:{about}"):
+        raise NotFound(f"{about} is not linked: held item {item['id']}: {item['reason']}")
 
 
 async def _totals(tx: Tx, link: SubscriptionLink, add_ons: Mapping[str, AddOnLink]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from billingd.cli.output import Unreachable
 from billingd.cli.reach import ask_or_change, settings_of
 from billingd.cli.talk import Daemon
 from billingd.cli.traffic import parse_time
-from billingd.domain.errors import Misconfigured, Retryable
+from billingd.domain.errors import Misconfigured, ReadingBack, Retryable
 
 if TYPE_CHECKING:
     from billingd.settings import Settings
@@ -95,7 +95,7 @@ async def _adopt(settings: "Settings", since: datetime, dry_run: bool, *, quiet:
         async with root.build(settings, store, Clock()) as parts:
             try:
                 return await parts.adoption.told(since, dry_run=dry_run)
-            except Misconfigured:  # it was reached, and refuses us
+            except (Misconfigured, ReadingBack):  # it was reached, and refuses us
                 raise
             except Retryable as error:
                 raise Unreachable(str(error)) from None

@@ -10,7 +10,7 @@ import click
 
 from billingd.cli import output
 from billingd.cli.config import everything_wrong
-from billingd.cli.talk import ANSWER_SECONDS, Daemon, DaemonAway, DaemonHangs
+from billingd.cli.talk import ANSWER_SECONDS, Another, Daemon, DaemonAway, DaemonHangs
 
 if TYPE_CHECKING:
     from billingd.doctor import Finding
@@ -114,11 +114,14 @@ async def _examine(
     named = {fault.key for fault in faults}
     clock, running = Clock(), Daemon(settings.admin.listen)
     away: str | None = None
-    hangs = False
+    listens: parts.Listens = None
     try:
         await running.look("/healthz", "stuck")
     except DaemonAway as error:
-        away, hangs = str(error), isinstance(error, DaemonHangs)
+        away = str(error)
+        listens = (
+            "hangs" if isinstance(error, DaemonHangs) else "another" if isinstance(error, Another) else None
+        )
 
     async def reach(url: str) -> tuple[int, str | None]:
         patience = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
@@ -148,7 +151,7 @@ async def _examine(
             store=store,
             ask=running.look,
             away=away,
-            hangs=hangs,
+            listens=listens,
             reach=reach,
             now=clock.now,
             free_bytes=lambda directory: shutil.disk_usage(directory).free,

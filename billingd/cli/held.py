@@ -54,7 +54,7 @@ def list_(config: Path | None, as_json: bool) -> None:
 
 
 @held.command()
-@click.argument("held_id", metavar="ID", type=click.IntRange(min=1))
+@click.argument("held_id", metavar="ID", type=output.ID)
 @output.json_option
 @click.pass_obj
 def release(config: Path | None, held_id: int, as_json: bool) -> None:
@@ -72,7 +72,7 @@ def release(config: Path | None, held_id: int, as_json: bool) -> None:
 
 
 @held.command("write-off")
-@click.argument("held_id", metavar="ID", type=click.IntRange(min=1))
+@click.argument("held_id", metavar="ID", type=output.ID)
 @click.option("--reason", required=True, metavar="TEXT", help="Why it is given up; kept with the item.")
 @output.json_option
 @click.pass_obj

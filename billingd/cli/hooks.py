@@ -1,6 +1,7 @@
 """`hooks`: the resources through which Amplify tells billingd what happens: show, make, remove them."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,6 +137,8 @@ def remove(config: Path | None, yes: bool, as_json: bool) -> None:
         for step in found:
             if step.op == "!":
                 click.echo(f"{step.kind} {step.name}: {step.reason}", err=True)
+        if as_json or not sys.stdin.isatty():
+            raise click.UsageError(f"it deletes {', '.join(going)}: add --yes, or answer on a terminal")
         click.confirm(f"Delete {', '.join(going)} at Amplify?", abort=True, err=True)
 
     async def work(management: "Management") -> "list[Step]":

@@ -30,12 +30,21 @@ looks_option = click.option(
 )
 
 
+def _kind(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """One that there is: a misspelt one would look as if there were nothing to do."""
+    from billingd.domain.kinds import KINDS
+
+    if value is not None and value not in KINDS:
+        raise click.BadParameter(f"{value!r} is no kind of action; there are {', '.join(sorted(KINDS))}")
+    return value
+
+
 def filter_options(command: Command) -> Command:
     """--kind, --subject and --cause."""
     for option in (
         click.option("--cause", metavar="TEXT", help="Only those whose last error contains this."),
         click.option("--subject", metavar="SUBJECT", help="Only those about this subject."),
-        click.option("--kind", metavar="KIND", help="Only actions of this kind."),
+        click.option("--kind", metavar="KIND", callback=_kind, help="Only actions of this kind."),
     ):
         command = option(command)
     return command
@@ -99,7 +108,7 @@ def list_(
 
 
 @outbox.command()
-@click.argument("action_id", metavar="ID", type=click.IntRange(min=1))
+@click.argument("action_id", metavar="ID", type=output.ID)
 @looks_option
 @output.json_option
 @click.pass_obj
@@ -120,7 +129,7 @@ def show(config: Path | None, action_id: int, as_json: bool) -> None:
 
 
 @outbox.command()
-@click.argument("action_id", metavar="ID", type=click.IntRange(min=1))
+@click.argument("action_id", metavar="ID", type=output.ID)
 @dry_run_option
 @output.json_option
 @click.pass_obj
@@ -146,7 +155,7 @@ def retry(config: Path | None, action_id: int, dry_run: bool, as_json: bool) -> 
 
 
 @outbox.command()
-@click.argument("action_id", metavar="ID", type=click.IntRange(min=1))
+@click.argument("action_id", metavar="ID", type=output.ID)
 @click.option("--reason", required=True, metavar="TEXT", help="Why it is given up; kept with the action.")
 @dry_run_option
 @output.json_option
@@ -174,7 +183,7 @@ def discard(config: Path | None, action_id: int, reason: str, dry_run: bool, as_
 
 
 @outbox.command()
-@click.argument("ids", metavar="[ID]...", nargs=-1, type=click.IntRange(min=1))
+@click.argument("ids", metavar="[ID]...", nargs=-1, type=output.ID)
 @click.option(
     "--state",
     type=click.Choice([state.value for state in MOVABLE]),

@@ -27,6 +27,26 @@ json_option = click.option(
 )
 
 
+ID_MAX: Final = 2**62
+"""Beyond it no database can number anything."""
+
+
+class _Id(click.IntRange):
+    """The number of an action or a held item."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number > ID_MAX:
+            self.fail(f"{value} is more than any number that is given", param, ctx)
+        return number
+
+
+ID: Final = _Id()
+
+
 class Unreachable(BillingdError):
     """The daemon, or a far side behind it, does not answer although the command needs it."""
 
@@ -89,6 +109,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(_cell(value)) for value in row))
+    if not grid.row_count:
+        note("there is none")
     console = Console(
         file=sys.stdout,
         force_terminal=folded,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from billingd.cli import output
 from billingd.cli.output import Unreachable
 from billingd.cli.talk import Daemon, DaemonAway, DaemonHangs
-from billingd.domain.errors import BillingdError, StoreBusy, StoreHeld
+from billingd.domain.errors import BillingdError, ReadingBack, StoreBusy, StoreHeld
 
 if TYPE_CHECKING:
     from billingd.settings import Fault, Settings
@@ -34,7 +34,7 @@ def settings_of(config: Path | None) -> "Settings":
     from billingd import logs
     from billingd.settings import ConfigurationError, load
 
-    logs.configure(level="warning")
+    logs.configure(level="warning", json=False)  # whoever types a command reads them
     settings = load(config).settings
     if faults := driver_faults(settings):
         raise ConfigurationError(faults)
@@ -146,6 +146,8 @@ async def ask_or_change(
             if isinstance(away, DaemonHangs):
                 away, step = DaemonHangs(f"{away}, but listens there: it hangs"), RESTART_IT
             raise StoreBusy(f"{error}, but {away}; {step}") from None
+        except ReadingBack as error:
+            raise Unreachable(f"{error}: the daemon does that, and none runs; {START_IT}") from None
         except (StoreMissing, StoreUnavailable) as error:
             raise _neither(away, error) from None
         if not quiet:

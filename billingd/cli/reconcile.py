@@ -49,7 +49,7 @@ def _maybe_time(ctx: click.Context, param: click.Parameter, value: str | None) -
     help="From this window on (RFC 3339); by default from where the earliest open billing period began.",
 )
 @click.option("--until", callback=_maybe_time, metavar="TIME", help="Up to this moment; by default now.")
-@click.option("--subscription", metavar="ID", help="Only this subscription (its metadata.id at Amplify).")
+@click.option("--subscription", metavar="ID", help="Only this subscription: its id at Amplify, or its name.")
 @click.option("--repair", is_flag=True, help="Mend what is safe, through the outbox; hold the rest.")
 @output.json_option
 @click.pass_context

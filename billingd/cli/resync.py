@@ -12,7 +12,7 @@ from billingd.cli import output
 from billingd.cli.output import Unreachable
 from billingd.cli.reach import ask_or_change, settings_of
 from billingd.cli.talk import Daemon
-from billingd.domain.errors import Misconfigured, Retryable
+from billingd.domain.errors import Misconfigured, ReadingBack, Retryable
 
 if TYPE_CHECKING:
     from billingd.settings import Settings
@@ -100,7 +100,7 @@ async def _resync(settings: "Settings", dry_run: bool, *, quiet: bool) -> dict[s
         async with root.build(settings, store, Clock()) as parts:
             try:
                 return await parts.resync.told(dry_run=dry_run)
-            except Misconfigured:  # it was reached, and refuses us
+            except (Misconfigured, ReadingBack):  # it was reached, and refuses us
                 raise
             except Retryable as error:
                 raise Unreachable(str(error)) from None

@@ -111,9 +111,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{traffic['unknown_outcomes']} calls of unknown outcome",
         *_periods(found.get("periods")),
         *_drift(found.get("drift")),
-        f"held      {len(items)} items: {held['plans']} plans, {held['subscriptions']} subscriptions, "
-        f"{held['units']} units",
-        f"links     {links['plans']} plans, {links['subscriptions']} subscriptions",
+        f"held      {_many(len(items), 'item')}: {_many(held['plans'], 'plan')}, "
+        f"{_many(held['subscriptions'], 'subscription')}, {_many(held['units'], 'unit')}",
+        f"links     {_many(links['plans'], 'plan')}, {_many(links['subscriptions'], 'subscription')}",
     ]
     written += [f"warning   {warning}" for warning in found.get("warnings", [])]
     if outbox["dead"]:
@@ -164,7 +164,7 @@ def _drift(drift: Mapping[str, Any] | None) -> list[str]:
     if drift["checked_at"] is None:
         return [f"drift     never reconciled{running}"]
     return [
-        f"drift     {drift['findings']} differences of {drift['units']} units, reconciled "
+        f"drift     {_many(drift['findings'], 'difference')} of {_many(drift['units'], 'unit')}, reconciled "
         f"{drift['checked_at']}{running}"
     ]
 
@@ -180,7 +180,11 @@ def _feed(feed: Mapping[str, Any] | None) -> list[str]:
         "behind": f"watch topic {feed['topic']} is behind: last read to its end {feed['read_at']}",
         "ok": f"watch topic {feed['topic']} read to {feed['position']}, last {feed['read_at']}",
     }
-    return [f"feed      {told[feed['state']]}; {feed['events']} events came by it alone"]
+    return [f"feed      {told[feed['state']]}; {_many(feed['events'], 'event')} came by it alone"]
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _length(seconds: float) -> str:

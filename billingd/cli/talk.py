@@ -37,6 +37,10 @@ class DaemonHangs(DaemonAway):
     """Something listens at admin.listen, and does not answer in time."""
 
 
+class Another(DaemonAway):
+    """Something that is no billingd, or another release, answers at admin.listen."""
+
+
 class Declined(BillingdError):
     """The daemon answered, and says no."""
 
@@ -61,7 +65,7 @@ class Daemon:
             document = None
         if isinstance(document, dict) and key in document:
             return document
-        raise DaemonAway(f"the daemon does not answer at {self.listen} (something else does: HTTP {status})")
+        raise Another(f"the daemon does not answer at {self.listen} (something else does: HTTP {status})")
 
     async def post(
         self, path: str, body: Mapping[str, Any] | None = None, *, key: str, seconds: float | None = None
@@ -120,6 +124,10 @@ class Daemon:
                 return answer.status, await answer.read()
         except TimeoutError:
             raise DaemonHangs(f"the daemon does not answer at {self.listen} in time") from None
+        except aiohttp.ClientResponseError:
+            raise Another(
+                f"the daemon does not answer at {self.listen} (something without HTTP does)"
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
             number = getattr(error, "errno", None)
             why = os.strerror(number) if number else str(error) or type(error).__name__
@@ -149,4 +157,4 @@ class Daemon:
                 if status in TELLS_ITS_FAR_SIDE:
                     raise Unreachable(str(fault["message"]))
                 raise Declined(str(fault["message"]))
-        raise DaemonAway(f"the daemon does not answer at {self.listen} (something else does: HTTP {status})")
+        raise Another(f"the daemon does not answer at {self.listen} (something else does: HTTP {status})")

@@ -13,7 +13,7 @@ from billingd.cli import output
 from billingd.cli.output import Unreachable
 from billingd.cli.reach import ask_or_change, ask_or_read, settings_of
 from billingd.cli.talk import Daemon
-from billingd.domain.errors import Misconfigured, Retryable
+from billingd.domain.errors import Misconfigured, ReadingBack, Retryable
 
 if TYPE_CHECKING:
     from billingd.settings import Settings
@@ -106,7 +106,7 @@ def windows(config: Path | None, limit: int, as_json: bool) -> None:
 @click.option(
     "--until", required=True, callback=parse_time, metavar="TIME", help="Up to this moment (RFC 3339)."
 )
-@click.option("--subscription", metavar="ID", help="Only this subscription (its metadata.id at Amplify).")
+@click.option("--subscription", metavar="ID", help="Only this subscription: its id at Amplify, or its name.")
 @output.json_option
 @click.pass_obj
 def backfill(
@@ -166,7 +166,7 @@ async def _post(
         async with root.build(settings, store, Clock()) as parts:
             try:
                 return await here(parts.poller)
-            except Misconfigured:  # it was reached, and refuses us
+            except (Misconfigured, ReadingBack):  # it was reached, and refuses us
                 raise
             except Retryable as error:
                 raise Unreachable(str(error)) from None

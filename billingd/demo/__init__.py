@@ -25,7 +25,7 @@ INTERRUPTED: Final = 130
 
 
 async def run_demo(*, seconds: int | None, as_json: bool, store_url: str | None) -> int:
-    """Play it and print the proof; the exit code: 0 proved, 1 not, 130 interrupted.
+    """Play it and print the proof; the exit code: 0 proved, 1 not, 4 no database, 130 interrupted.
 
     `seconds` is how long traffic is made, `store_url` an empty database instead of a file of its own.
     """
@@ -37,7 +37,7 @@ async def run_demo(*, seconds: int | None, as_json: bool, store_url: str | None)
             proof = await _play(stage, story, seconds)
         except DemoFailed as error:
             _lament(story, stage, str(error))
-            return FAILED
+            return error.exit_code
         except TimeoutError:
             _lament(story, stage, "it took too long in all")
             return FAILED

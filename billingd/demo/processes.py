@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from billingd.demo.failure import DemoFailed
+from billingd.demo.failure import DemoFailed, StoreAway
 
 HOST: Final = "127.0.0.1"
 PORTS: Final = range(20_000, 32_000)
@@ -65,7 +65,9 @@ class Child:
     def check(self) -> None:
         """Raises DemoFailed when it has ended by itself."""
         if self._process is not None and self._process.returncode is not None:
-            raise DemoFailed(f"the {self.name} ended by itself with exit code {self._process.returncode}")
+            code = self._process.returncode
+            failed = StoreAway if code == StoreAway.exit_code else DemoFailed
+            raise failed(f"the {self.name} ended by itself with exit code {code}")
 
     def pause(self) -> None:
         """SIGSTOP: it does nothing more, and does not know."""

@@ -103,8 +103,8 @@ class HookChecks:
         for hook in await self._management.every("ResourceHook"):
             spec = _spec(hook)
             if any((_scope(hook), str(name)) in ours for name in spec.get("webhooks") or ()):
-                told |= set(_triggers(spec.get("triggers")))
-        wanted = set(_triggers(hooks.TRIGGERS))
+                told |= hooks.told_of(spec.get("triggers"))
+        wanted = hooks.told_of(hooks.TRIGGERS)
         missing = wanted - told
         needed = {one for one in missing if one[0] in WITHOUT_FEED or not self._settings.catch_up.watch_topic}
         if needed:
@@ -123,9 +123,10 @@ class HookChecks:
             return [
                 look(f"there is no WatchTopic {name}: a lost webhook is found by listing only", self._apply())
             ]
-        wanted = set(_triggers(hooks.WATCHED))
-        if missing := wanted - set(_triggers(_spec(raw).get("filters"))):
-            return [look(f"WatchTopic {name} does not tell of {_words(missing)}", self._apply())]
+        wanted = hooks.told_of(hooks.WATCHED)
+        if missing := wanted - hooks.told_of(_spec(raw).get("filters")):
+            fix = self._apply() if hooks.ours("WatchTopic", raw) else hooks.INSTEAD["WatchTopic"]
+            return [look(f"WatchTopic {name} does not tell of {_words(missing)}", fix)]
         newest = await self._feed.newest_position(name)
         where = "keeps no event yet" if newest is None else f"is at event {newest}"
         return [fine(f"WatchTopic {name} can be read and {where}")]
@@ -226,17 +227,6 @@ def _mapping(raw: Raw, key: str) -> Raw:
 
 def _scope(one: Raw) -> str:
     return str(_mapping(_mapping(one, "metadata"), "scope").get("name") or "")
-
-
-def _triggers(given: Any) -> "list[tuple[str, str]]":
-    """Kind and type, of those that leave no resource out."""
-    rows = [row for row in given or () if isinstance(row, Mapping)]
-    return [
-        (str(row.get("kind")), str(type_))
-        for row in rows
-        if row.get("name", "*") == "*" and row.get("group") == "catalog"
-        for type_ in row.get("type") or ()
-    ]
 
 
 def _words(pairs: set[tuple[str, str]]) -> str:

@@ -9,14 +9,14 @@ from typing import Final
 from billingd.adapters.amplify import Amplify, TrafficSource, traffic_source
 from billingd.adapters.recurly import Recurly
 from billingd.doctor.at_amplify import AmplifyChecks, clock, engage_admin
-from billingd.doctor.at_daemon import Ask, DaemonChecks
+from billingd.doctor.at_daemon import Ask, DaemonChecks, Listens
 from billingd.doctor.at_hooks import Arrivals, HookChecks, Reach
 from billingd.doctor.at_recurly import RecurlyChecks
 from billingd.doctor.at_store import StoreChecks
 from billingd.doctor.at_traffic import SourceName, TrafficChecks
 from billingd.doctor.facts import Facts
 from billingd.doctor.findings import Check, Finding, Found, State, examine, skipped
-from billingd.settings import Fault, Settings
+from billingd.settings import Fault, Settings, flat, public
 from billingd.store.engine import Store
 from billingd.store.holder import holder
 
@@ -39,8 +39,8 @@ class Subject:
     ask: Ask
     away: str | None
     """Why no daemon answers; None when one does."""
-    hangs: bool
-    """Whether something listens where it should, and does not answer."""
+    listens: Listens
+    """What is there all the same."""
     reach: Reach
     now: Callable[[], datetime]
     free_bytes: Callable[[Path], int]
@@ -99,11 +99,18 @@ def _of_daemon(subject: Subject) -> list[Check]:
     path = None if subject.store is None else subject.store.path
     away = "journalctl -u billingd -n 100    says why it does not answer; systemctl restart billingd"
     daemon = DaemonChecks(
-        subject.ask, away=subject.away, hangs=subject.hangs, holder=lambda: holder(path), fix=away
+        subject.ask,
+        away=subject.away,
+        listens=subject.listens,
+        holder=lambda: holder(path),
+        settings=public(flat(subject.settings)),
+        fix=away,
     )
+    older = "systemctl restart billingd    (it runs another release than this command)"
     found = [Check("daemon", daemon.runs, away, away)]
     if subject.away is None:
         found += [
+            Check("daemon.configuration", daemon.configuration, older, older),
             Check("daemon.progress", daemon.progress, away, away),
             Check("daemon.ready", daemon.ready, away, away),
         ]

@@ -60,6 +60,10 @@ class Replaced(Conflict):
     """The name belongs to another resource by now, made anew under it."""
 
 
+class ReadingBack(Retryable):
+    """After a restore the daemon has to read Recurly back first; nobody else does."""
+
+
 class Misconfigured(Retryable):
     """The far side refuses us altogether (credentials, permissions): waits until somebody mends it."""
 

@@ -9,7 +9,7 @@ import structlog
 
 from billingd.domain.attempts import describe
 from billingd.domain.drift import Drift
-from billingd.domain.errors import BillingdError, Illegible, NotFound, Permanent, Retryable
+from billingd.domain.errors import BillingdError, Illegible, Permanent, Retryable
 from billingd.domain.windows import floor, settled_end
 from billingd.loops import Clock
 from billingd.reconcile import document
@@ -136,8 +136,10 @@ class Reconciler:
         """
         await self._may_read()
         now = self._clock.now()
-        asked = drift.DAILY if daily else f"{since or '-'}/{until or '-'}/{subscription or '-'}/{repair}"
         async with self._store.write() as tx:
+            if subscription is not None:
+                subscription = (await links.meant(tx, subscription)).subscription_id
+            asked = drift.DAILY if daily else f"{since or '-'}/{until or '-'}/{subscription or '-'}/{repair}"
             if (going := await drift.unfinished(tx, asked=asked)) is not None:
                 if now - going.stepped_at < CUT_OFF:
                     return going.id
@@ -145,11 +147,6 @@ class Reconciler:
             linked = await links.subscriptions(tx)
             if subscription is not None:
                 linked = [one for one in linked if one.subscription_id == subscription]
-                if not linked:
-                    raise NotFound(
-                        f"no subscription with the id {subscription} is linked; "
-                        "`billingd status --subscriptions` lists them"
-                    )
             mark = await self._mark(tx)
             stop = now if until is None else until
             begin = since

@@ -175,6 +175,7 @@ def _loopback(listen: str) -> tuple[str, int]:
 
 
 def _topic(name: str) -> dict[str, object]:
+    """One such as `hooks apply` makes, its mark too: who rehearses that finds it done, and can remove it."""
     every = ["created", "updated", "deleted"]
     below = {"kind": "ProductPlan", "name": "*"}
     plain = [
@@ -182,7 +183,8 @@ def _topic(name: str) -> dict[str, object]:
         for kind in ("Product", "ProductPlan", "Subscription")
     ]
     quotas = {"group": "catalog", "kind": "Quota", "name": "*", "type": every, "scope": below}
-    return {"name": name, "title": name, "spec": {"filters": [*plain, quotas]}}
+    spec = {"description": "What billingd reads to find events it missed", "filters": [*plain, quotas]}
+    return {"name": name, "title": name, "attributes": {"billingd": "hooks"}, "spec": spec}
 
 
 def _counting(world: World) -> Middleware:

@@ -6,10 +6,12 @@ from billingd.settings.load import (
     Fault,
     Loaded,
     Settings,
+    flat,
     load,
     missing_for_run,
     passwords_in,
     placed,
+    public,
     secrets_of,
     shown,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "Loaded",
     "Settings",
     "WebhookSettings",
+    "flat",
     "format_duration",
     "host_port",
     "is_loopback",
@@ -31,6 +34,7 @@ __all__ = [
     "parse_duration",
     "passwords_in",
     "placed",
+    "public",
     "secrets_of",
     "shown",
 ]

@@ -38,9 +38,15 @@ from billingd.settings.models import (
 )
 from billingd.settings.values import format_duration, host_port, is_loopback
 
+SHOWS_ALL: Final = "`billingd config show` lists them all"
 DEFAULT_CONFIG: Final = Path("/etc/billingd/billingd.toml")
 ENV_PREFIX: Final = "BILLINGD_"
 SECRETS: Final = (("amplify", "client_secret"), ("recurly", "api_key"), ("webhooks", "secret"))
+SECRET_KEYS: Final = frozenset(
+    {*(f"{section}.{key}" for section, key in SECRETS), "notifications.provider", "notifications.subscriber"}
+)
+"""What says nothing when it is compared: who looks may not see it."""
+
 STORE_URL: Final = ("store", "url")
 """May hold a password, and then comes from where secrets come from."""
 
@@ -368,7 +374,9 @@ def _environment(env: Mapping[str, str], faults: list[Fault], places: dict[str, 
     for name in sorted(env):
         section, nested, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name.startswith(ENV_PREFIX) and nested and section not in known:
-            faults.append(Fault(name, f"is not a known setting{_instead(section, known)}", f"${name}"))
+            near = get_close_matches(section, sorted(known), n=1)
+            meant = f"did you mean {ENV_PREFIX}{near[0].upper()}__{key.upper()}?" if near else SHOWS_ALL
+            faults.append(Fault(name, f"is not a known setting; {meant}", f"${name}"))
     source = EnvSettingsSource(Settings)
     readable: dict[str, str | None] = {}
     for name, value in env.items():
@@ -411,7 +419,26 @@ def _fault(location: tuple[int | str, ...], message: str, kind: str) -> Fault:
     if kind == "extra_forbidden":
         *above, name = location
         message = f"is not a known key{_instead(str(name), _keys(above))}"
-    return Fault(key_of(location), message.removeprefix("Value error, "))
+    return Fault(key_of(location), _in_our_words(message, kind))
+
+
+WORDS: Final[Mapping[str, str]] = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text, in quotes",
+    "tuple_type": "must be a list, in square brackets",
+    "model_type": "must be a table, its keys below its name in brackets",
+    "path_type": "must be a path, in quotes",
+}
+"""What pydantic says in its own."""
+
+
+def _in_our_words(message: str, kind: str) -> str:
+    said = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return WORDS.get(kind, said)
 
 
 def _keys(section: list[int | str]) -> set[str]:
@@ -425,7 +452,7 @@ def _keys(section: list[int | str]) -> set[str]:
 def _instead(name: str, known: set[str]) -> str:
     """What was probably meant, or where to look."""
     near = get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]}?" if near else "; `billingd config show` lists them all"
+    return f"; did you mean {near[0]}?" if near else f"; {SHOWS_ALL}"
 
 
 def cross_check(settings: Settings) -> list[Fault]:
@@ -462,7 +489,7 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     if settings.webhooks.auth != "none":
         wanted["webhooks.secret"] = settings.webhooks.secret.get_secret_value()
     faults = [
-        Fault(key, f"is needed and has no value; {_where_to_set(key)}")
+        Fault(key, f"is needed and has no value; {_where_to_set(key, settings.secrets_dir)}")
         for key, value in wanted.items()
         if not value
     ]
@@ -472,13 +499,25 @@ def missing_for_run(settings: Settings) -> list[Fault]:
     return faults
 
 
-def _where_to_set(key: str) -> str:
-    """How a key gets its value."""
+def _where_to_set(key: str, secrets: Path | None) -> str:
+    """How a key gets its value, and what may have gone wrong with it."""
     section, _, name = key.partition(".")
     variable = f"{ENV_PREFIX}{section}__{name}".upper()
     if (section, name) in SECRETS:
-        return f"put it into a file {key} in secrets_dir or $CREDENTIALS_DIRECTORY, or set {variable}"
+        how = f"put it into a file {key} in secrets_dir or $CREDENTIALS_DIRECTORY, or set {variable}"
+        return how if secrets is None else f"{_not_found(key, secrets)}{how}"
     return f"write {name} = … under [{section}] of the TOML file, or set {variable}"
+
+
+def _not_found(key: str, secrets: Path) -> str:
+    """Why a secret's file was not found in secrets_dir, where that can be seen."""
+    try:
+        near = get_close_matches(key, sorted(file.name for file in secrets.iterdir()), n=1, cutoff=0.8)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"there is no directory {secrets}, which secrets_dir names; "
+    except (OSError, ValueError):  # said already, of the file itself
+        return ""
+    return f"{secrets / near[0]}: did you mean {key}? Or " if near else ""
 
 
 def shown(loaded: Loaded) -> list[dict[str, Any]]:
@@ -493,6 +532,22 @@ def shown(loaded: Loaded) -> list[dict[str, Any]]:
     return rows
 
 
+def flat(settings: Settings) -> dict[str, Any]:
+    """Every value by its key, as in `webhooks.listen`."""
+    found: dict[str, Any] = {}
+    for section, table in settings:
+        if hasattr(table, "model_fields_set"):
+            found |= {f"{section}.{key}": value for key, value in table}
+        else:
+            found[section] = table
+    return found
+
+
+def public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of such values that are no secrets, as JSON has them."""
+    return {key: _plain(value) for key, value in values.items() if key not in SECRET_KEYS}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, SecretStr):
         return "(set)" if value.get_secret_value() else ""
@@ -500,6 +555,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "total_seconds"):
         return format_duration(value)
+    if isinstance(value, Path):
+        return str(value)
     return without_credentials(value)
 
 

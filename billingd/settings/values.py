@@ -16,6 +16,7 @@ _UNITS: Final[Mapping[str, timedelta]] = {
     "h": timedelta(hours=1),
     "d": timedelta(days=1),
 }
+PORT_MAX: Final = 65_535
 DURATION: Final = re.compile(r"([0-9]+)(ms|s|m|h|d)")
 
 
@@ -68,8 +69,10 @@ def host_port(value: str) -> tuple[str, int]:
     """`HOST:PORT` (or `[IPv6]:PORT`) in its two parts. Raises ValueError."""
     host, colon, port = value.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not port.isascii() or not port.isdigit():
         raise ValueError('must be HOST:PORT, as in "127.0.0.1:8080"')
+    if int(port) > PORT_MAX:
+        raise ValueError(f"has no such port: {port} is more than {PORT_MAX}")
     return host, int(port)
 
 

@@ -10,9 +10,13 @@ import sqlalchemy as sa
 
 from billingd.domain.charges import Prices
 from billingd.domain.delivery import OVER
+from billingd.domain.errors import NotFound
 from billingd.store.engine import Tx
 from billingd.store.rows import upsert
 from billingd.store.schema import add_on_links, plan_links, subscription_links
+
+LIVING: Final = ("ended", "ending", "created", "active")
+"""States of a link, the one that a name most likely means last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +231,27 @@ async def find_subscription(tx: Tx, subscription_id: str) -> SubscriptionLink | 
     """The link of a subscription."""
     row = (await tx.execute(_SUBSCRIPTION, {"of_id": subscription_id})).one_or_none()
     return None if row is None else subscription_of(row)
+
+
+async def named(tx: Tx, name: str) -> list[SubscriptionLink]:
+    """Those that have or had this name, the likeliest last: one that lives, else the one linked last."""
+    statement = _SUBSCRIPTIONS_IN_ORDER.where(subscription_links.c.name == name)
+    found = [subscription_of(row) for row in await tx.execute(statement)]
+    return sorted(found, key=lambda one: (LIVING.index(one.state), one.linked_at))
+
+
+async def meant(tx: Tx, about: str) -> SubscriptionLink:
+    """The one of this id, Recurly uuid or name, as people give it. Raises NotFound."""
+    link = await find_subscription(tx, about) or await find_subscription_by_uuid(tx, about)
+    if link is None:
+        of_name = await named(tx, about)
+        if not of_name:
+            raise NotFound(
+                f"no linked subscription has the id, name or Recurly uuid {about}; "
+                "`billingd status --subscriptions` lists them"
+            )
+        link = of_name[-1]
+    return link
 
 
 async def subscriptions(

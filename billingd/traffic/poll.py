@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import structlog
 
 from billingd.domain.attempts import Action, Leased
-from billingd.domain.errors import BillingdError, NotFound, Retryable
+from billingd.domain.errors import BillingdError, Retryable
 from billingd.domain.events import audit_action
 from billingd.domain.periods import cut, edges
 from billingd.domain.usage import Booked, Reading
@@ -253,13 +253,10 @@ class TrafficPoller:
 
         Returns the units booked (`traffic backfill`). Raises NotFound when that subscription is not linked.
         """
-        async with self._store.read() as tx:
-            if subscription is not None and await links.find_subscription(tx, subscription) is None:
-                raise NotFound(
-                    f"no subscription with the id {subscription} is linked; "
-                    "`billingd status --subscriptions` lists them"
-                )
-        only = None if subscription is None else {subscription}
+        only = None
+        if subscription is not None:
+            async with self._store.read() as tx:
+                only = {(await links.meant(tx, subscription)).subscription_id}
         async with self._reading:
             await self._begins()
             mark = await self._begin()

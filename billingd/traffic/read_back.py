@@ -19,7 +19,7 @@ import structlog
 
 from billingd.domain.billing import BilledSubscription, BilledUsage
 from billingd.domain.delivery import MISSING, NOT_READ_BACK
-from billingd.domain.errors import NotFound, Retryable
+from billingd.domain.errors import NotFound, ReadingBack, Retryable
 from billingd.domain.events import refresh_action
 from billingd.domain.notices import provider_notice
 from billingd.domain.usage import (
@@ -137,7 +137,7 @@ class ReadBack:
     async def require(self) -> None:
         """Raise Retryable until it is finished."""
         if not await self.finished():
-            raise Retryable(f"{self.reason}; try again later")
+            raise ReadingBack(f"{self.reason}; try again later")
 
     @property
     def reason(self) -> str | None:

@@ -26,6 +26,8 @@ from billingd.domain.periods import Period
 from billingd.domain.usage import book
 from billingd.domain.windows import Window
 from billingd.loops import Progress
+from billingd.reload import Reloader
+from billingd.settings import Settings, load
 from billingd.store import held, links, outbox, periods, usage, watermarks
 from billingd.store.engine import Store
 from billingd.store.held import Hold
@@ -206,8 +208,16 @@ class Bench:
                 adoption=self.adopter,
                 reconciler=self.reconciler,
             )
-            async with self.listening(AdminListener(parts).application(), over):
+            application = AdminListener(parts).application()
+            reloader = Reloader(self.settings(), self.settings, lambda _changed: None)
+            application.router.add_post("/reload", reloader.answer)
+            application.router.add_get("/configuration", reloader.tell)
+            async with self.listening(application, over):
                 yield
+
+    def settings(self) -> Settings:
+        """What the daemon reads."""
+        return load(self.config, SECRETS).settings
 
     @asynccontextmanager
     async def listening(self, application: web.Application, over: str) -> AsyncIterator[None]:

@@ -33,6 +33,32 @@ def test_secrets_in_files_are_named_with_their_directory(tmp_path: Path) -> None
     assert f"secrets: {credentials} (recurly.api_key)" in result.stdout.splitlines()
 
 
+def test_a_secret_that_was_not_found_says_why(tmp_path: Path) -> None:
+    """The directory is not there, or the file's name is misspelt."""
+    bench = Bench(tmp_path)
+    env = {"BILLINGD_SECRETS_DIR": str(tmp_path / "secrets"), "BILLINGD_WEBHOOKS__SECRET": None}
+    missing = bench.run("check-config", env=env)
+    assert f"there is no directory {tmp_path}/secrets, which secrets_dir names; put it" in missing.stderr
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "webhooks.secrt").write_text("hidden")
+    misspelt = bench.run("check-config", env=env)
+    assert (misspelt.exit_code, "hidden" in misspelt.stderr) == (2, False)
+    assert f"{tmp_path}/secrets/webhooks.secrt: did you mean webhooks.secret? Or put it" in misspelt.stderr
+
+
+def test_a_value_of_the_wrong_sort_is_told_in_plain_words(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.configure(
+        "127.0.0.1:99999", '[outbox]\nworkers = "x"\n[accounts]\nmissing = "x"\n[recurly]\nregion = 3\n'
+    )
+    told = bench.run("check-config", env={"BILLINGD_OUTBX__WORKERS": "3"}).stderr
+    assert "admin.listen: has no such port: 99999 is more than 65535" in told
+    assert "outbox.workers: must be a whole number\n" in told
+    assert "accounts.missing: must be 'hold', 'create' or 'reject'" in told
+    assert "BILLINGD_OUTBX__WORKERS: is not a known setting; did you mean BILLINGD_OUTBOX__WORKERS?" in told
+    assert "nput should be" not in told
+
+
 def test_sampled_traffic_is_warned_about(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     result = bench.run("check-config", env={"BILLINGD_TRAFFIC__SOURCE": "search"})
@@ -91,7 +117,7 @@ def test_faults_of_every_source_are_told_at_once_each_with_its_place(tmp_path: P
     printed = bench.run("check-config", env=env)
     assert f"{bench.config}:4: is not TOML: " in printed.stderr
     assert "$BILLINGD_RECURLY__REGION: recurly.region: " in printed.stderr
-    assert "did you mean amplify?" in printed.stderr
+    assert "did you mean BILLINGD_AMPLIFY__" in printed.stderr
     assert "hidden" not in printed.output
 
 

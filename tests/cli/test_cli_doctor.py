@@ -439,6 +439,42 @@ async def test_beside_a_running_daemon_the_way_to_it_is_examined_too(
         assert "leads elsewhere" in elsewhere.says("webhooks.address")
 
 
+async def test_a_daemon_that_runs_with_something_else_is_told(clinic: Clinic) -> None:
+    """What was edited waits for a restart or a reload; or the daemon has another file."""
+    async with clinic.bench.reached("unix"):
+        clinic.configure('[accounts]\nmissing = "create"\n[webhooks]\nbody_bytes_max = 9\n')
+        edited = await clinic.examine("--only", "daemon.configuration")
+        clinic.configure("[accounts]\nmissing = 3\n")
+        broken = await clinic.examine("--only", "daemon.configuration")
+        clinic.configure()
+        other = await clinic.examine("--only", "daemon.config", env={"BILLINGD_OUTBOX__WORKERS": "3"})
+    assert [(one["state"], one["fix"]) for one in edited.checks] == [
+        ("look", "systemctl restart billingd"),
+        ("look", "billingd reload"),
+    ]
+    assert "runs with another accounts.missing than is configured now" in edited.says("daemon.configuration")
+    assert "it would not start again: " in broken.says("daemon.configuration")
+    assert "runs with another outbox.workers than this command" in other.says("daemon.configuration")
+    assert other.code == 3
+
+
+@pytest.mark.parametrize("http", [True, False])
+async def test_a_foreign_program_at_our_address_is_no_free_one(clinic: Clinic, http: bool) -> None:
+    """`billingd run` could not listen there."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi" if http else "220 mail.example.com ESMTP\r\n"
+        writer.write(body.encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_unix_server(greet, clinic.bench.socket):
+        found = await clinic.examine("--only", "daemon")
+    assert (found.code, found.wrong()) == (3, {"daemon": "look"})
+    assert "end what listens there, or set admin.listen" in found.fixes("daemon")
+
+
 async def test_a_daemon_that_hangs_is_no_daemon_that_was_not_started(
     clinic: Clinic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,6 +510,7 @@ async def test_what_an_unwell_daemon_says_is_told(clinic: Clinic) -> None:
         documents: dict[str, Any] = {
             "/healthz": {"healthy": False, "stuck": ["traffic"]},
             "/readyz": {"ready": False, "reasons": ["Recurly was not reached lately: no call yet"]},
+            "/configuration": {"runs_with": {}, "reload": [], "restart": [], "faults": []},
             "/status": {"webhooks": {"accepted": 3, "rejected": 9, "unauthorized": 7}},
         }
         return web.json_response(documents[request.path], status=200 if request.path == "/status" else 503)

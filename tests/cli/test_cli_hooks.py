@@ -67,8 +67,8 @@ class Place:
 
 
 @asynccontextmanager
-async def a_place(directory: Path) -> AsyncIterator[Place]:
-    app = build(watch_topic=None)
+async def a_place(directory: Path, watch_topic: str | None = None) -> AsyncIterator[Place]:
+    app = build(watch_topic=watch_topic)
     async with TestServer(app) as server:
         yield Place(Bench(directory), app[WORLD], str(server.make_url("")).rstrip("/"))
 
@@ -242,7 +242,7 @@ async def test_the_watch_topic_tells_of_every_kind(place: Place) -> None:
 async def test_remove_deletes_in_reverse_and_what_is_gone_is_gone(place: Place) -> None:
     await place.apply()
     unasked = await place.run("remove")
-    assert unasked.exit_code == 1, "nobody said yes"
+    assert unasked.exit_code == 2, "nobody said yes"
     assert place.world.tenant.resources.of_kind("Webhook")
     place.world.tenant.delete(place.there("Secret"))
     result = await place.run("remove", "--yes")
@@ -282,7 +282,7 @@ async def test_remove_leaves_what_others_made(place: Place, others: str) -> None
     topic = {"name": "agents", "spec": {"description": "of agents", "filters": list(hooks.WATCHED)}}
     tenant.create("WatchTopic", topic)
     asked = await place.run("remove")
-    assert asked.exit_code == 1
+    assert (asked.exit_code, "add --yes, or answer on a terminal" in asked.stderr) == (2, True)
     assert ("theirs" if others == "webhook" else "Integration billingd: is somebody else's") in asked.stderr
     assert len(tenant.resources.of_kind("ResourceHook")) == 1
     result = await place.run("remove", "--yes")
@@ -298,9 +298,24 @@ async def test_apply_overwrites_nothing_of_others(place: Place) -> None:
     place.configure('[catch_up]\nwatch_topic = "agents"\n')
     result = await place.run("apply", "--webhook-url", URL)
     assert result.exit_code == 3
-    assert "! WatchTopic agents: is somebody else's, and left alone" in result.stdout
+    assert "! WatchTopic agents: is somebody else's, and left alone; name another in catch" in result.stdout
     assert place.there("WatchTopic").body["spec"]["description"] == "of agents"
     assert place.there("Webhook")
+    wider = [*hooks.WATCHED, {"group": "management", "kind": "Webhook", "name": "*", "type": ["created"]}]
+    made = place.there("WatchTopic")
+    place.world.tenant.replace(made, {**made.body, "spec": {**made.body["spec"], "filters": wider}})
+    served = await place.run("apply", "--webhook-url", URL)
+    assert served.exit_code == 0
+    assert "= WatchTopic agents: is somebody else's, and tells of all that is needed" in served.stdout
+    assert place.there("WatchTopic").body["spec"]["filters"] == wider
+
+
+async def test_the_sandbox_has_the_topic_such_as_apply_makes_it(tmp_path: Path) -> None:
+    """It works without hooks; who rehearses them is stopped by nothing, and can remove all."""
+    async with a_place(tmp_path, "billingd") as place:
+        assert await place.apply() == ["+", "+", "+", "+", "="]
+        assert (await place.run("remove", "--yes")).exit_code == 0
+        assert not place.world.tenant.resources.of_kind("WatchTopic")
 
 
 async def test_what_an_earlier_release_made_is_ours(place: Place) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from cli_bench import DEAD, DONE, TIMED_OUT, WAITING, Bench, document
 
+from billingd import daemon as root
+from billingd.domain.kinds import KINDS
+from billingd.loops import Clock
 from billingd.store.engine import Store
 
 OVER = pytest.mark.parametrize("over", ["unix", "store"])
@@ -35,6 +38,26 @@ async def test_list_filters(over: str, words: list[str], listed: list[int], benc
     async with bench.reached(over):
         actions = document(await bench.ask("outbox", "list", *words, "--json"))["actions"]
     assert [action["id"] for action in actions] == listed
+
+
+async def test_a_misspelt_kind_is_not_an_empty_list(bench: Bench) -> None:
+    for words in (("list",), ("replay", "--dry-run")):
+        result = await bench.ask("outbox", *words, "--kind", "report_usge")
+        assert result.exit_code == 2
+        assert "'report_usge' is no kind of action; there are adopt_subscription, " in result.stderr
+    assert "there is none" in (await bench.ask("outbox", "list", "--kind", "resync")).stderr
+
+
+async def test_every_kind_that_the_daemon_handles_can_be_asked_for(bench: Bench) -> None:
+    async with Store(bench.url) as store, root.build(bench.settings(), store, Clock()) as parts:
+        assert frozenset(parts.outbox._handlers) == KINDS
+
+
+async def test_an_id_that_cannot_be_is_refused_alike(bench: Bench) -> None:
+    for words in (("outbox", "show"), ("outbox", "retry"), ("held", "release")):
+        result = await bench.ask(*words, "9" * 30)
+        assert result.exit_code == 2
+        assert "is more than any number that is given" in result.stderr
 
 
 @OVER

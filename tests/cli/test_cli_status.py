@@ -47,7 +47,7 @@ async def test_without_a_daemon_the_store_is_read(tmp_path: Path, sqlite_templat
     assert shown.exit_code == 0
     assert shown.stderr == "the daemon does not answer; read from the store\n"
     assert "does not answer" not in shown.stdout, "it is told once"
-    assert "held      1 items: 0 plans, 0 subscriptions, 12 units" in shown.stdout
+    assert "held      1 item: 0 plans, 0 subscriptions, 12 units" in shown.stdout
 
 
 def test_with_neither_it_says_what_to_do_and_makes_no_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from manual_clock import START
 from billingd.domain.errors import Misconfigured, Retryable
 from billingd.domain.usage import book
 from billingd.domain.windows import Window
-from billingd.store import usage
+from billingd.store import marks, usage
 from billingd.store.engine import Store
 
 RANGE = ("--since", "2026-11-22T10:00:00+02:00", "--until", "2026-11-23T00:00:00Z")
@@ -41,6 +41,17 @@ def test_a_time_that_is_not_rfc_3339_is_refused(time: str, tmp_path: Path) -> No
 def test_a_range_that_ends_before_it_begins_is_refused(tmp_path: Path) -> None:
     result = Bench(tmp_path).run("traffic", "backfill", "--since", RANGE[3], "--until", RANGE[3])
     assert result.exit_code == 2
+
+
+async def test_after_a_restore_only_a_daemon_goes_on(tmp_path: Path, sqlite_template: Path) -> None:
+    """To try again later would not help."""
+    bench = Bench(tmp_path)
+    await bench.fill(sqlite_template)
+    async with Store(bench.url) as store, store.write() as tx:
+        await marks.note(tx, marks.RESTORED, at=START, detail={"copied_at": None, "file": "copy.db"})
+    result = await bench.ask("traffic", "poll")
+    assert result.exit_code == 4
+    assert "the daemon does that, and none runs; start it with `billingd run`" in result.stderr
 
 
 @pytest.mark.parametrize(("words", "code"), [(("poll",), 4), (("backfill", *RANGE), 0)])
