@@ -1,6 +1,7 @@
 """The real process against the real sandbox: signals, kills, restarts, a second daemon, systemd."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
