@@ -274,6 +274,20 @@ async def _unanswered(behind: Behind) -> None:
                 await intents.gave_up(tx, name, sends=1, burnt=False, now=NOW - gave_up)
 
 
+async def _nothing_reported(behind: Behind) -> None:
+    await bench.busy(behind.store)
+    async with behind.store.write() as tx:
+        await tx.execute(sa.delete(schema.usage_records))
+        await tx.execute(sa.delete(schema.outbox))
+
+
+async def _one_held(behind: Behind) -> None:
+    await _nothing_reported(behind)
+    async with behind.store.write() as tx:
+        again = Action("provision_plan", "plan:p", "")
+        await held.add(tx, Hold("plan_differs", "plan:p", "differs", again), now=NOW)
+
+
 async def _one_dead(behind: Behind) -> None:
     await bench.busy(behind.store)
     await bench.dead(behind.store, Action("a", "b", "c"), error="no", at=NOW)
@@ -284,6 +298,8 @@ async def _one_dead(behind: Behind) -> None:
     [
         (None, "idle", "Nothing to bill yet"),
         (lambda behind: bench.busy(behind.store), "flowing", "Money is flowing"),
+        (_nothing_reported, "idle", "No usage was reported yet"),
+        (_one_held, "look", "No usage was reported yet, and something waits for you 1 held item"),
         (_one_dead, "look", "something waits for you 1 dead letter"),
         (_failing, "look", "something waits for you 2 actions keep failing"),
         (_unanswered, "look", "something waits for you 2 writes are unanswered"),
@@ -411,7 +427,9 @@ async def test_negative_and_short_bars_and_words_for_them() -> None:
     over = chart.stretches(NOW, HOUR)
     assert (over.each, over.span, len(over.starts)) == ("day", "14 days", 14)
     drawn = chart.chart({(0, "reported"): -5, (1, "reported"): 1, (2, "held"): 1_000_000}, over)
-    assert [(block.state, block.height) for block in drawn.blocks] == [("reported", 1.0), ("held", 30.0)]
+    assert [(block.state, block.height) for block in drawn.blocks] == [("reported", 3.0), ("held", 30.0)]
+    [large, small] = chart.chart({(0, "reported"): 6_272, (0, "held"): 35}, over).blocks
+    assert (large.height, small.height, small.y) == (27.0, 3.0, 2.0), "seen, and within the drawing"
     assert "from 07 Mar to 20 Mar UTC: 0, 1, 1,000,000, 0" in drawn.said
     short = chart.stretches(NOW, timedelta(seconds=2))
     assert (short.each, short.span) == ("minute", "14 min")
@@ -445,6 +463,21 @@ async def test_what_came_alike_in_a_row_is_one_line() -> None:
         Happened(NOW - timedelta(minutes=4), "action", "report_usage", "u4", "done"),
         Happened(NOW - timedelta(minutes=5), "action", "report_usage", "u5", "dead: e"),
     ]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_what_is_held_is_told_once_and_has_one_button(page: Page) -> None:
+    """It looks again by itself, and so waits too."""
+    why = "Subscription poor has no account"
+    again = Action("provision_subscription", "subscription:poor", "k", {"name": "poor"})
+    async with page.store.write() as tx:
+        await held.add(tx, Hold("account_missing", again.subject, why, again), now=NOW)
+        await outbox.insert(tx, [again], now=NOW, due_at=NOW + HOUR)
+        await tx.execute(sa.update(schema.outbox).values(error=why))
+    text = await page.text()
+    assert text.count(why) == 1
+    assert "held item #1" in await page.part("waiting")
+    assert re.findall(r'data-post="((?:held|outbox)/[^"]+)"', text) == ["held/1/release"]
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)

@@ -69,7 +69,7 @@ def test_an_operator_mends_everything_from_the_page(
         until("the plan is linked", lambda: daemon.status()["links"]["plans"] == 1)
         letters = refused(sandbox, daemon, "ada", "bob", "cyd")
         with opened(browser, daemon.admin) as page:
-            expect(page.get_by_role("heading", name="Money is")).to_be_visible()
+            expect(page.get_by_role("heading", name="something waits for you")).to_be_visible()
             assert page.locator("[data-part=dead] tbody tr").count() == 3
 
             page.get_by_role("button", name=f"Retry: provision_subscription #{letters['ada']}").click()

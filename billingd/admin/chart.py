@@ -13,6 +13,9 @@ WINDOWS_MAX: Final = 1_000
 
 WIDTH: Final = 140
 HEIGHT: Final = 32
+SEEN: Final = 3.0
+"""The least height of what is drawn at all: as high as can be seen, and its colour told."""
+
 _STEPS: Final = {
     timedelta(minutes=1): "minute",
     timedelta(minutes=5): "5 minutes",
@@ -82,12 +85,19 @@ def chart(units: Mapping[tuple[int, str], int], over: Stretches) -> Chart:
     blocks = []
     for at in range(number):
         y = float(HEIGHT)
-        for state in STATES:
-            if (here := units.get((at, state), 0)) > 0:
-                height = max(here / peak * (HEIGHT - 2), 1.0)  # a single unit beside a million is seen too
-                y = max(y - height, 0.0)
-                blocks.append(Block(state, round(at * pitch, 2), round(y, 2), round(height, 2)))
+        for state, height in _heights({state: units.get((at, state), 0) for state in STATES}, peak).items():
+            y -= height
+            blocks.append(Block(state, round(at * pitch, 2), round(y, 2), round(height, 2)))
     return Chart(tuple(blocks), round(pitch - 2, 2), peak, _said(whole, over))
+
+
+def _heights(here: Mapping[str, int], peak: int) -> dict[str, float]:
+    """How high each part of a bar is: a single unit beside a million is seen too, at the largest's cost."""
+    heights = {state: max(units / peak * (HEIGHT - 2), SEEN) for state, units in here.items() if units > 0}
+    if (over := sum(heights.values()) - (HEIGHT - 2)) > 0:
+        largest = max(heights, key=lambda state: heights[state])
+        heights[largest] -= over
+    return heights
 
 
 def _said(whole: Sequence[int], over: Stretches) -> str:

@@ -123,6 +123,7 @@ async def read(store: Store, seen: Seen, where: Where) -> dict[str, Any]:
             "warnings": await glance.standing_of(tx, WARNINGS, limit=LISTED),
             "linked": await subscribed.linked(tx),
         }
+        _told_above(document)
         length = timedelta(hours=1) if mark is None else mark.length
         document["subscriptions"] = await _subscriptions(tx, where, stretches(now, length), document, now)
         settled = await glance.settled(tx, limit=SETTLED_READ)
@@ -142,6 +143,17 @@ async def read(store: Store, seen: Seen, where: Where) -> dict[str, Any]:
         document["names"] = await _named(tx, document)
     document["verdict"] = verdict(document, seen)
     return document
+
+
+def _told_above(document: Mapping[str, Any]) -> None:
+    """What waits, and is listed as held too, is given that item as `held`: its reason stands there."""
+    held = {
+        (row["action"]["kind"], row["subject"]): row["id"]
+        for row in document["held"]["listed"]
+        if row["action"] is not None
+    }
+    for row in document["waiting"]["listed"]:
+        row["held"] = held.get((row["kind"], row["subject"]))
 
 
 async def _named(tx: Tx, document: Mapping[str, Any]) -> dict[str, str]:
@@ -300,13 +312,14 @@ def verdict(document: Mapping[str, Any], seen: Seen) -> Verdict:
         look.append(Reason("the last reconciliation failed", "drift"))
     if document["feed"]["state"] in {"missing", "behind"}:
         look.append(Reason(f"the feed of Amplify's events is {document['feed']['state']}", "traffic"))
+    flows = "Money is flowing" if document["last_report"] else "No usage was reported yet"
     if stopped:
         return Verdict("stopped", "Money is not flowing as it should", (*stopped, *look))
     if look:
-        return Verdict("look", "Money is flowing, and something waits for you", tuple(look))
+        return Verdict("look", f"{flows}, and something waits for you", tuple(look))
     if not linked:
         return Verdict("idle", "Nothing to bill yet", (Reason(NOTHING_LINKED),))
-    return Verdict("flowing", "Money is flowing", ())
+    return Verdict("flowing" if document["last_report"] else "idle", flows, ())
 
 
 def _number(counted: Sum, one: str, many: str, part: str) -> list[Reason]:

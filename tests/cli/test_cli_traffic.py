@@ -75,7 +75,7 @@ async def test_a_subscription_that_is_not_linked_is_no_success(tmp_path: Path, s
     await bench.fill(sqlite_template)
     result = await bench.ask("traffic", "backfill", *RANGE, "--subscription", "nobody")
     assert result.exit_code == 1
-    assert "nobody is linked" in result.stderr
+    assert "no linked subscription has the id, name or Recurly uuid nobody" in result.stderr
 
 
 @pytest.mark.parametrize("over", ["tcp", "unix"])
