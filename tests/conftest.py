@@ -38,9 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: no collection of garbage need walk through it again."""
+    """What was imported and collected stays: no collection of garbage need walk through it again.
+
+    Nor is what comes walked through as often as by default, which takes a tenth of the whole suite.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
