@@ -630,9 +630,13 @@ class Rig:
             del self.unheard[0]  # not before it is acknowledged: else it comes again
         return actions
 
-    async def drain(self) -> None:
-        """Runs what is due now until nothing is. Raises Crash when the process dies."""
-        while await self.engine.run_once():
+    async def drain(self, *, until: datetime | None = None) -> None:
+        """Runs what is due now until nothing is. Raises Crash when the process dies.
+
+        Where each try takes time, as each waits a minute out that Recurly asks for, something may always be
+        due: then `until` ends it.
+        """
+        while (until is None or self.far.now() < until) and await self.engine.run_once():
             tasks = list(self.engine._under_way)
             await asyncio.wait(tasks)
             for task in tasks:

@@ -210,7 +210,7 @@ async def live(rig: Rig, until: datetime, *, new_process: bool = False, to_the_e
                 rig.poller.wake.clear()
                 await rig.poll()
                 read_at = await next_reading(rig)
-            await rig.drain()
+            await rig.drain(until=None if to_the_end else until)
         except BillingdError as error:  # as the daemon's loops do: they rest, and go on
             rig.steps.alive()
             held_up += 1
