@@ -113,14 +113,14 @@ class Bench:
         base = sim_store.FILES if sim_store.FILES.is_dir() else None
         self.directory = Path(tempfile.mkdtemp(prefix="billingd-sim-", dir=base))
         self.template = self.directory / "template.db"
-        self._died = 0
+        self._lives = 0
         asyncio.run(sim_store.build_template(self.template))
         self._warm_up()
 
     def _warm_up(self) -> None:
         """An engine's first connection asks the database more than later ones: no seed is to see that."""
         path = self.directory / "warm.db"
-        sim_store.copy_template(self.template, path)
+        shutil.copyfile(self.template, path)
 
         async def use_both() -> None:
             sim_store.insert(sim_store.Disk(path, _no_step, lambda: False))
@@ -139,8 +139,9 @@ class Bench:
         self, seed: int, days: float, ingredients: Ingredients | None = None, *, tracing: bool = False
     ) -> Result:
         """One seed from beginning to end."""
-        path = self.directory / f"billingd{self._died}.db"
-        sim_store.copy_template(self.template, path)
+        self._lives += 1
+        path = self.directory / f"billingd{self._lives}.db"  # who lived before may still hold another
+        shutil.copyfile(self.template, path)
         lives: list[Life] = []
         loop_seen: list[SimLoop] = []
 
@@ -161,9 +162,10 @@ class Bench:
                 if not lives:
                     raise
                 faults = [f"{type(error).__name__}: {error}"]
-                self._died += 1  # its connections may still hold the file: nobody after it may have that
                 if tracing:
                     lives[0].trace += traceback.format_exc().splitlines()
+        for left in self.directory.glob(f"{path.name}*"):
+            left.unlink()
         life = lives[0]
         return Result(seed, faults, life.digest, life.counts, life.trace)
 

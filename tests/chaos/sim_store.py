@@ -1,7 +1,6 @@
 """The real store on a SQLite file, with a driver that runs inline: each statement a switch or a death."""
 
 import asyncio
-import shutil
 import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -225,10 +224,3 @@ async def build_template(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
-
-
-def copy_template(template: Path, to: Path) -> None:
-    """A fresh store, nothing left over of another."""
-    for suffix in ("-wal", "-shm"):
-        to.with_name(to.name + suffix).unlink(missing_ok=True)
-    shutil.copyfile(template, to)
