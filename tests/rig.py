@@ -811,7 +811,8 @@ async def a_rig(
     front = Front(steps)
 
     async def sleep(seconds: float) -> None:
-        rig.far.advance(timedelta(seconds=seconds))
+        # A rest that rounds to nothing would never end: time has to get on.
+        rig.far.advance(max(timedelta(seconds=seconds), timedelta.resolution))
 
     async with AsyncExitStack() as stack:
         # ids are drawn anew each time, and with them the hour of the audit: here it is midnight

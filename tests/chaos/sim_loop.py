@@ -121,9 +121,17 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _unhandled(self, loop: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        died = isinstance(error, BaseExceptionGroup) and error.split(Crash)[1] is None
-        if not died and not isinstance(error, Crash | asyncio.CancelledError):
+        if not isinstance(error, asyncio.CancelledError) and not _is_death(error):
             self.unhandled.append(f"{context.get('message')}: {error!r}")
+
+
+def _is_death(error: BaseException | None) -> bool:
+    """Whether this is the crash itself, or what a task of the dead process made of it."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(Crash)[1] is None
+    while error is not None and not isinstance(error, Crash):
+        error = error.__cause__
+    return error is not None
 
 
 def spawn(coro: Coroutine[Any, Any, Any], *, owner: int = 0, name: str | None = None) -> asyncio.Task[Any]:
